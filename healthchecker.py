@@ -10652,9 +10652,8 @@ class Monitor(threading.Thread):
         """Registers every resource, takes over fresh stored states and starts everything."""
         now_at = self._zero_at
         with self._store.reading() as session:
-            own = self._store.own
-            if remembered(session, own("boot")).value == boot_number() != 0:     # whatever became of the clock since
-                self._zero_at = remembered(session, own("clock")).value / 1000
+            if remembered(session, self._store.own("boot")).value == boot_number() != 0:    # whatever the clock became
+                self._zero_at = remembered(session, self._store.own("clock")).value / 1000
         self._reconcile()
         self._take_clock(now_at)
         self._context.aggregator.start()
@@ -10744,16 +10743,17 @@ class Monitor(threading.Thread):
 
     def _take_clock(self, zero_at: float) -> None:
         """Takes down how the clock stands, for the next start, and notes that it was set."""
-        moved = zero_at - self._zero_at
+        moved, way = zero_at - self._zero_at, "forward" if zero_at > self._zero_at else "back"
         with self._store.writing() as session:
             for name, value in (("boot", boot_number()), ("clock", round(1000 * zero_at))):
                 session.merge(Setting(name=self._store.own(name), value=value))
-            if abs(moved) > CLOCK_STEP and not self._context.members.is_shared:     # else the rows have the database's
-                move_times(session, moved, lease_clock() + self._zero_at)
-                how = f"the clock was set {'forward' if moved > 0 else 'back'} by {abs(moved):,.0f} s"
-                self.clock_step = self._wall(), how
-                log.warning("%s", how)
-                record_event(session, "clock", how, at=self._wall())
+            if not self._context.members.is_shared:     # else the rows have the database's; they stay as old
+                session.execute(sqlalchemy.update(Status).values(polled_at=Status.polled_at + moved))
+                if abs(moved) > CLOCK_STEP:
+                    move_times(session, moved, lease_clock() + self._zero_at)
+                    at, how = self.clock_step = self._wall(), f"the clock was set {way} by {abs(moved):,.0f} s"
+                    log.warning("%s", how)
+                    record_event(session, "clock", how, at=at)
         self._zero_at = zero_at     # now that it is written
         self.maintenance.follow(lease_clock() + zero_at)
 
@@ -10784,10 +10784,10 @@ class Monitor(threading.Thread):
         for name, poller in gone.items():
             poller.stop()
             self._context.forget(name)
-        former = {poller.target.id: poller for poller in gone.values()}
-        found = {name: self.pollers.get(name) or former.get(target.id) for name, target in targets.items()}
+        known = {poller.target.id: poller for poller in (*gone.values(), *self.pollers.values())}
+        found = {name: known.get(target.id) or self.pollers.get(name) for name, target in targets.items()}
         fresh = [name for name, before in found.items() if before is None or not follows(before, targets[name])]
-        for before in filter(None, map(found.get, fresh)):
+        for before in filter(None, (*map(found.get, fresh), *map(self.pollers.get, fresh))):    # or whose name it has
             before.stop()       # all of them first: what leads through a new bastion may need another password
         refused = {row.resource_id for row in stored.values() if row.strip.endswith(REFUSED_MARK)}
         for name in sorted(fresh, key=lambda name: targets[name].id in refused):    # those that were accepted first
