@@ -456,7 +456,7 @@ def test_another_machine_has_to_show_that_it_is_well(house: House, machines: Mac
         )
         wait_for(lambda: name in house.monitor.pollers and house.poller(name).target.settings.hostname == "192.0.2.99")
         wait_for(lambda: house.state(name) == ("unhealthy", "auth"))
-        assert not house.aggregator.is_healthy()
+        wait_for(lambda: not house.aggregator.is_healthy())
 
 
 @pytest.mark.parametrize("interval", [50.0, 60.0], ids=["with a change", "renamed alone"])
