@@ -8120,6 +8120,14 @@ class FirstResults:
                 known.clear()
 
 
+def copy_lease(put: Callable[..., None], name: str, lease: Lease, lives: float, now: float) -> None:
+    """Elsewhere what needs nothing ends with us, too, as it does in our own workers: we live until `lives`."""
+    end, opens = min(lease.until.value, lives), lease.opens.value
+    if lease.observes.value:    # it refuses nothing while we live, whatever runs out meanwhile
+        end, opens = lives if end > now else 0.0, lives
+    put(name, end, opens, observes=lease.observes.value and end <= now)
+
+
 class HealthAggregator:
     """One answer for all resources: `SetResource` reports, `IsHealthy` asks.
 
@@ -8293,10 +8301,9 @@ class HealthAggregator:
                 lease.by_hand.value = 0 if not override else 1 if override.action == "open" else -1
                 lease.opens.value = max(opens, self._tree.overridden_until) if lease.by_hand.value < 0 else opens
                 lease.until.value = until
-                if self._copy:      # elsewhere what needs nothing ends with us, too, as it does in our own workers
-                    end = min([until, *(self.beats.values() or (self._clock() + DEFAULT_TTL,))])
-                    observes = lease.observes.value and end <= self._clock()
-                    self._copy(name, end, lease.opens.value, observes=observes)
+                if self._copy:
+                    lives = min(self.beats.values(), default=self._clock() + DEFAULT_TTL)
+                    copy_lease(self._copy, name, lease, lives, self._clock())
         for name, until in ends.items():
             is_open = self._clock() < until
             decided = name in self._tree.groups and START not in self._tree.spans
@@ -11121,8 +11128,8 @@ class Gate:
 # the machine's byte order. First ASCII, padded with zeros: what the rest is good for (IDENTITY, clock, boot, namespace
 # of time). At GENERATION a number, another one at each start; 0: all is closed. At COUNT the number of gates; from
 # SLOTS on a double for each; last their names in this order, as JSON, "" for the site, padded with blanks. A gate's
-# double is the time of lease_clock until which it is open, or, at most 0, minus the time when it can open again, and
-# minus OBSERVED, where it refuses nothing.
+# double is the time of lease_clock until which it is open, or, at most 0, minus the time when it can open again; where
+# it refuses nothing, minus OBSERVED and the time until which the service is known to live.
 # Gives: LeaseFile, middleware_text, require_lease_place
 IDENTITY = "HealthChecker lease 1"      # and the version of this layout
 GENERATION, COUNT, SLOTS = 15, 16, 17   # cells
@@ -11195,8 +11202,8 @@ if sys.platform != "win32":
 @SHARED@
 
 def is_observed(end: float) -> bool:
-    """Of a gate that is closed, and refuses nothing."""
-    return -2 * OBSERVED < end <= -OBSERVED
+    """Of a gate that is closed, and refuses nothing while the service lives."""
+    return -2 * OBSERVED < end <= -OBSERVED and clock() < -end - OBSERVED
 
 
 class Table(NamedTuple):
@@ -11253,7 +11260,7 @@ class Leases:
             end = 0.0
         if is_observed(end):
             return -1
-        return 0 if now < end else math.ceil(min(max(1.0, -end - now), 3600.0))
+        return 0 if now < end else math.ceil(min(max(1.0, -math.fmod(end, OBSERVED) - now), 3600.0))
 
     def _looked(self, now: float) -> Table:
         if now < self._look:
@@ -11297,8 +11304,13 @@ class AsgiGate:
         self._app, self._leases = app, Leases(path)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        path = scope.get("path", "").encode("utf-8", "replace").decode("latin-1")
-        if scope["type"] == "lifespan" or (wait := self._leases.wait(path)) <= 0:
+        mount, path = (
+            (scope.get(name) or "").encode("utf-8", "replace").decode("latin-1") for name in ("root_path", "path")
+        )
+        wait = 0 if scope["type"] == "lifespan" else self._leases.wait(path)
+        if wait <= 0 and mount and not path.startswith(mount):  # older servers leave it out of the path
+            wait = self._leases.wait(mount + path) or wait
+        if wait <= 0:
             await self._app(scope, receive, send)
             return
         kind = "http.response"
@@ -11316,7 +11328,7 @@ class AsgiGate:
 
 def middleware_text(path: Path) -> str:
     """The module that reads a file of leases, in any server."""
-    parts = {"PATH": json.dumps(str(path)), "IDENTITY": json.dumps(IDENTITY),
+    parts = {"PATH": ascii(str(path)), "IDENTITY": json.dumps(IDENTITY),
              "CELLS": f"{GENERATION}, {COUNT}, {SLOTS}", "OBSERVED": str(OBSERVED),
              "SHARED": "\n\n".join(inspect.getsource(each) for each in (lease_identity, PathGates, marked))}
     return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], READER)
@@ -11361,6 +11373,12 @@ def cells_of(path: Path, size: int = 0) -> memoryview[float]:
         return memoryview(mmap.mmap(file.fileno(), size)).cast("d")
 
 
+def file_number(path: Path) -> tuple[int, int]:
+    """By which a file is told from another one of its name."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
 class LeaseFile:
     """The leases of the site, groups and routes in a file, all closed at first and after `close`. Raises UsageError."""
 
@@ -11383,7 +11401,7 @@ class LeaseFile:
 
     def put(self, name: str, until: float, opens: float, *, observes: bool = False) -> None:
         """One store: until when a gate is open, else when it can open again; `observes`: it is closed, and refuses
-        nothing."""
+        nothing until `opens`."""
         place, closed = self._places[name], -min(opens, OBSERVED / 2)
         end = closed - OBSERVED if observes else until if until > 0.0 else closed
         with self._lock:
@@ -11405,9 +11423,10 @@ class LeaseFile:
         while not self._ending.wait(KEEP_INTERVAL):
             with trouble.caught():
                 is_there, is_lost = os.path.lexists(self._path), self._cells[GENERATION] != self._generation
+                is_other = is_there and file_number(self._path) != self._number     # a copy, which is followed
                 if is_lost and is_there and cells_of(self._path, SLOTS * CELL)[GENERATION]:
                     raise UsageError("another service writes to this path; give each its own")
-                if is_lost or not is_there:
+                if is_lost or is_other or not is_there:
                     self._open()
 
     def _open(self) -> None:
@@ -11415,7 +11434,7 @@ class LeaseFile:
         if self._path.exists():     # who has it mapped sees at once that it holds no longer
             cells_of(self._path, SLOTS * CELL)[GENERATION] = 0.0
         self._publish(self._path, content)
-        cells = cells_of(self._path)
+        cells, self._number = cells_of(self._path), file_number(self._path)
         with self._lock:
             self._cells[GENERATION] = 0.0       # of one that was removed, too; on Windows it is the same file
             for place, end in self._ends.items():
@@ -12480,17 +12499,18 @@ class LogFile(logging.handlers.RotatingFileHandler):
                 print(f"{self.baseFilename} cannot be written: {one_line(str(sys.exc_info()[1]))}", file=sys.stderr)
 
     def doRollover(self) -> None:
-        """A file that cannot be moved, as on Windows while somebody reads it, grows, and no older one goes for it."""
-        aside = f"{self.baseFilename}.0"
+        """Where one of the files cannot be moved, as on Windows while somebody reads it, none is: the newest grows."""
+        aside = f"{self.baseFilename}.moving"
         self.close()
         try:
-            os.replace(self.baseFilename, aside)
-            os.replace(aside, self.baseFilename)
+            for end in ("", *(f".{number}" for number in range(1, self.backupCount + 1))):
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(f"{self.baseFilename}{end}", aside)
+                    os.replace(aside, f"{self.baseFilename}{end}")
+            super().doRollover()
         except OSError:
             self.handleError(logging.makeLogRecord({}))
-            self.stream = self._open()
-        else:
-            super().doRollover()
+            self.stream = self.stream or self._open()
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.stale:
@@ -12611,9 +12631,11 @@ class Worker:
         end_after(drain + WORKER_END / 2)
 
     def _close(self) -> None:
+        """In a child that the application forks, which has no thread that sends what is logged."""
         self.pipe.close()
         for sock in self.socks:
             sock.close()
+        logging.basicConfig(level=logging.INFO, force=True)
 
 
 # --- in the main process ---

@@ -12,6 +12,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -62,7 +63,7 @@ def printed_text() -> str:
 def printed(folder: Path, path: Path | None = None) -> ModuleType:
     """The middleware as it is printed, imported from a file."""
     place = folder / "hc_gate.py"
-    text = printed_text().replace(json.dumps(str(NOWHERE)), json.dumps(str(path or folder / "lease")))
+    text = printed_text().replace(ascii(str(NOWHERE)), ascii(str(path or folder / "lease")))
     place.write_text(text, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("hc_gate", place)
     assert spec and spec.loader
@@ -547,6 +548,55 @@ def test_a_gate_that_observes_refuses_nothing(tmp_path: Path) -> None:
     file.close()
 
 
+def test_what_runs_out_while_it_only_observes_refuses_nothing(tmp_path: Path) -> None:
+    """Between two looks of the monitor a result gets stale; after a kill all is closed within the lease, for ever."""
+    clock, lease = Clock(), Lease((), observes=True)
+    file, module = LeaseFile(tmp_path / "lease", lease.parts), printed(tmp_path)
+    aggregator = HealthAggregator(lease, clock, copy=file.put)
+    module.clock, clock.now = clock, lease_clock()
+    aggregator.register("a")
+    aggregator.start()
+    aggregator.beat("monitor")
+    gate = module.Gate(truth)
+    aggregator.set_resource("a", True, ttl=0.6)
+    assert wsgi(gate, "/x")[0] == "200 OK"
+    clock.now += 0.7
+    assert wsgi(gate, "/x")[0] == "200 OK"
+    aggregator.beat("monitor")
+    assert wsgi(gate, "/x")[:2] == ("200 OK", {"X-HealthChecker": "would-refuse"})
+    for later in (3600.0, 365 * 86_400.0):
+        clock.now += later
+        status, headers, _ = wsgi(gate, "/x")
+        assert (status, headers["Retry-After"]) == ("503 Service Unavailable", "1")
+    file.close()
+
+
+def test_a_copy_in_its_place_is_replaced(tmp_path: Path) -> None:
+    """As of a backup that is put back, or of rsync: readers would follow a file that nobody writes to."""
+    with opened(tmp_path) as (file, leases):
+        file.begin()
+        shutil.copy2(tmp_path / "lease", tmp_path / "copy")
+        os.replace(tmp_path / "copy", tmp_path / "lease")
+        file.put("", 0.0, lease_clock() + 60)
+        wait_for(lambda: leases.wait("/") > 0)
+        file.put("", lease_clock() + 1000, 0.0)
+        wait_for(lambda: leases.wait("/") == 0)
+
+
+@pytest.mark.parametrize("name", ["Zürich", "\U00020bb7野家", "\U0001f680", "q'u'o te"])
+def test_any_name_of_the_file(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    file = LeaseFile(path, [])
+    file.put("", lease_clock() + 1000, 0.0)
+    module = printed(tmp_path, path)
+    assert str(path) == module.LEASE_FILE
+    assert module.Leases(module.LEASE_FILE).wait("/") == 0
+    namespace: dict[str, Any] = {}
+    exec(re.search("^LEASE_FILE = .*$", middleware_text(path), re.M)[0], namespace)  # type: ignore[index]
+    assert namespace["LEASE_FILE"] == str(path)
+    file.close()
+
+
 def asgi(gate: Any, **scope: Any) -> list[dict[str, Any]]:
     sent: list[dict[str, Any]] = []
 
@@ -571,6 +621,15 @@ def test_asgi(tmp_path: Path) -> None:
     assert asgi(gate, type="lifespan") == passed
     assert asgi(gate, type="http", path="/größe/x", method="GET") == passed
     assert asgi(gate, type="websocket", path="/größe") == passed
+    file.put("", math.inf, 0.0)
+    file.put("/größe", 0.0, math.inf)
+    mounted = {"path": "/x", "root_path": "/größe"}
+    for scope in ({"path": "/größe/x"}, mounted, mounted | {"path": "/größe/x"}):
+        assert asgi(gate, type="http", method="GET", **scope)[0]["status"] == 503, scope
+    for scope in ({"path": "/x"}, {"path": "/x", "root_path": "/y"}):
+        assert asgi(gate, type="http", method="GET", **scope) == passed, scope
+    file.put("/größe", math.inf, 0.0)
+    file.put("", 0.0, math.inf)
     start, body = asgi(gate, type="http", path="/x", method="GET")
     headers = dict(start["headers"])
     assert (start["type"], start["status"], headers[b"retry-after"]) == ("http.response.start", 503, b"3600")

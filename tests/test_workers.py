@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import importlib
 import io
@@ -672,7 +673,7 @@ def test_a_log_file_that_cannot_be_moved_grows(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "log"
     for number in range(1, 6):
         path.with_suffix(f".{number}").write_text(f"older {number}", encoding="utf-8")
-    path.with_suffix(".0").mkdir()      # nothing can be renamed to it
+    path.with_suffix(".moving").mkdir()      # nothing can be renamed to it
     with contextlib.closing(LogFile(path)) as file:
         for number in range(40):
             file.emit(record(f"line {number:05}"))
@@ -680,11 +681,71 @@ def test_a_log_file_that_cannot_be_moved_grows(tmp_path: Path, monkeypatch: pyte
         assert [path.with_suffix(f".{number}").read_text(encoding="utf-8") for number in range(1, 6)] == [
             f"older {number}" for number in range(1, 6)]  # fmt: skip
         assert capsys.readouterr().err.count("cannot be written") == 1
-        path.with_suffix(".0").rmdir()
+        path.with_suffix(".moving").rmdir()
         file.emit(record("line 00040"))
     assert path.read_text(encoding="utf-8") == "line 00040\n"
     assert path.with_suffix(".1").read_text(encoding="utf-8").endswith("line 00039\n")
     assert path.with_suffix(".2").read_text(encoding="utf-8") == "older 1"
+
+
+@pytest.mark.parametrize("held", range(6))
+def test_no_log_is_lost_while_somebody_reads_one(held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows what is open is not moved; elsewhere the calls that move it refuse."""
+    monkeypatch.setattr(healthchecker, "LOG_BYTES", 100)
+    path = tmp_path / "log"
+    for number in range(1, 6):
+        path.with_suffix(f".{number}").write_text(f"older {number}", encoding="utf-8")
+    place = path.with_suffix(f".{held}") if held else path
+    if not held:
+        path.touch()
+    with contextlib.ExitStack() as stack:
+        if sys.platform == "win32":
+            stack.enter_context(place.open("rb"))
+        else:
+            refusing = stack.enter_context(pytest.MonkeyPatch.context())
+
+            def refused(call: Callable[..., None], *names: Any) -> None:
+                if str(place) in map(str, names):
+                    raise PermissionError(13, "in use")
+                call(*names)
+
+            for name in ("rename", "replace", "remove"):
+                refusing.setattr(os, name, functools.partial(refused, getattr(os, name)))
+        with contextlib.closing(LogFile(path)) as file:
+            for number in range(40):
+                file.emit(record(f"line {number:05}"))
+        assert path.read_text(encoding="utf-8").split("\n")[:-1] == [f"line {number:05}" for number in range(40)]
+        assert [path.with_suffix(f".{number}").read_text(encoding="utf-8") for number in range(1, 6)] == [
+            f"older {number}" for number in range(1, 6)]  # fmt: skip
+    with contextlib.closing(LogFile(path)) as file:
+        file.emit(record("line 00040"))
+    assert path.read_text(encoding="utf-8") == "line 00040\n"
+    assert path.with_suffix(".2").read_text(encoding="utf-8") == "older 1"
+
+
+FORKS = """
+import logging, multiprocessing
+
+def job():
+    logging.getLogger("shop").warning("order of the child")
+
+def app(environ, start_response):
+    child = multiprocessing.get_context("fork").Process(target=job)
+    child.start()
+    child.join()
+    start_response("200 OK", [])
+    return [b"ok"]
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows forks nothing")
+def test_what_a_forked_child_logs_is_seen(tmp_path: Path) -> None:
+    """It has no thread that sends it to the main process, and would keep it all."""
+    (tmp_path / "forks.py").write_text(FORKS, encoding="utf-8")
+    calm = "  - {name: db, platform: simulated, mean_healthy: 1000000}"
+    with Service(write_inventory(tmp_path, calm, "  app: forks:app\n  workers: 1")) as service:
+        service.wait_status("/", 200)
+        wait_for(lambda: "order of the child" in service.output)
 
 
 def test_a_complaint_that_nobody_hears_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
