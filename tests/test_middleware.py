@@ -46,7 +46,7 @@ from healthchecker import (
     strictest,
 )
 
-POSIX = pytest.mark.skipif(sys.platform == "win32", reason="of POSIX: owners, modes, links")
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="of POSIX: owners, modes, links, and mapped files that are replaced")
 CALM = "platform: simulated, mean_healthy: 1000000, interval: 30"
 BRIEF = "platform: simulated, mean_healthy: 1000000, interval: 1, timeout: 1"  # a lease of 5 s
 BAD = "platform: simulated, mean_healthy: 0.000001, mean_unhealthy: 1000000, interval: 1, timeout: 1, fall: 1"
@@ -571,6 +571,7 @@ def test_what_runs_out_while_it_only_observes_refuses_nothing(tmp_path: Path) ->
     file.close()
 
 
+@POSIX
 def test_a_copy_in_its_place_is_replaced(tmp_path: Path) -> None:
     """As of a backup that is put back, or of rsync: readers would follow a file that nobody writes to."""
     with opened(tmp_path) as (file, leases):
