@@ -46,7 +46,7 @@ from healthchecker import (
     strictest,
 )
 
-POSIX = pytest.mark.skipif(sys.platform == "win32", reason="of POSIX: owners, modes, links, and mapped files that are replaced")
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="of POSIX: owners, modes, links")
 CALM = "platform: simulated, mean_healthy: 1000000, interval: 30"
 BRIEF = "platform: simulated, mean_healthy: 1000000, interval: 1, timeout: 1"  # a lease of 5 s
 BAD = "platform: simulated, mean_healthy: 0.000001, mean_unhealthy: 1000000, interval: 1, timeout: 1, fall: 1"
