@@ -4161,6 +4161,7 @@ class LoginGuard:
         self._accepted_mono = -math.inf             # the last accepted login
         self._asked: set[str] = set()               # resources that somebody wants to be tried now
         self._good: set[str] = set()                # whose last login was accepted: the last attempt is one of theirs
+        self.tried: set[tuple[str, bytes]] = set()  # of a user: what was typed, as Guards keeps it
         self.polled: Collection[str] | None = None  # who is asked: not who is gone, nor a bastion that is an address
 
     @property
@@ -4220,7 +4221,8 @@ class LoginGuard:
         with other._turn:
             wrong = [*other._counted(other._wrong)]
         with self._turn:
-            self._wrong = sorted({*self._counted(self._wrong), *wrong})
+            both = collections.Counter(self._counted(self._wrong)) | collections.Counter(wrong)     # several at a time
+            self._wrong = sorted(both.elements())
 
     def _has_room(self) -> bool:
         proven = not self._wrong and self._clock() - self._accepted_mono < ACCEPTED_LATELY
@@ -4339,6 +4341,7 @@ class Guards:
                 guard = self.of(target)
             else:
                 guard = self._typed.setdefault(user, LoginGuard())
+                guard.tried.add(key)
                 for (watched, _), other in list(self._guards.items()):
                     if watched == user:
                         guard.count_with(other)
@@ -4350,7 +4353,12 @@ class Guards:
         watched = {target.name: target for target in targets}
         shown = [one for target in watched.values() for one in (target, *target.bastions())]
         with self._lock:
-            self._guards = {key: self._guards.get(key) or LoginGuard() for key in map(self._key, shown)}
+            before, self._guards = self._guards, {}
+            for key in map(self._key, shown):
+                guard = self._guards[key] = self._guards.get(key) or before.get(key) or LoginGuard()
+                typed = self._typed.get(key[0])
+                if typed and key in typed.tried and key not in before:      # it was typed and refused just now
+                    guard.count_with(typed)
             for guard in self._guards.values():
                 guard.polled = watched.keys()
             self._typed = {user: guard for user, guard in self._typed.items() if guard.is_used}
@@ -9114,7 +9122,7 @@ class OverrideKeeper:
 # Remarks, tell_work, timetable, Turn, written
 AHEAD = 7 * 86_400.0            # seconds for which plans are shown ahead
 KEPT_OVER = 86_400.0            # seconds for which a clock that is put back can take back that something is over
-MAINTENANCE_RETRY = 10.0        # seconds after which rows are looked at again that could not be read
+MAINTENANCE_RETRY = 10.0        # seconds after which rows are looked at again that could not be read, or written
 
 
 class Choices(NamedTuple):
@@ -9326,6 +9334,8 @@ class MaintenanceKeeper:
             self._due_at = min([*(until_at for until_at, _ in self._running),
                                 *(row.start_at for row in rows if row.state == "planned"),
                                 *(plan.around(now)[1] for plan in stored_plans(session).values())], default=math.inf)
+            if self._trouble.why:
+                self._due_at = max(self._due_at, now + MAINTENANCE_RETRY)
 
     def covered(self, now: float) -> set[str]:
         """Who does not count now."""
@@ -10177,8 +10187,9 @@ def poll_once(target: Target, connection: Connection, previous: Sample | None) -
     return evaluate(sample, target.settings), sample
 
 
-def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float) -> bool:
-    """Tells the guard what the last polls say of the credential, if it is this one and they count still."""
+def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float, *, begins: bool = False) -> bool:
+    """Tells the guard what the last polls say of the credential, if it is this one and they count still; where it
+    `begins` all refusals since the last login, for nobody has heard of them."""
     if stored.credential_digest != target.credential_digest or not 0 <= age < LOCKOUT_WINDOW:
         return False
     before, settings = stored.strip.rstrip(REFUSED_MARK), target.settings
@@ -10189,8 +10200,13 @@ def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float
     is_new = not before.endswith(LOGGED_IN_MARKS)
     if not is_new:      # of the refusals after it only the last one's time is known
         guard.accept(target.name, age + since)
-    if stored.strip != before and not stored.reason.startswith(NOT_TRIED):
-        guard.hear(target.name, age, len(stored.strip) - len(before), is_new=is_new)
+    times = 0 if stored.reason.startswith(NOT_TRIED) else len(stored.strip) - len(before)
+    if begins:
+        since_login = re.split(f"[{''.join(LOGGED_IN_MARKS)}]", stored.strip)[-1]
+        times = since_login.count(REFUSED_MARK)
+        age += settings.retry * (len(since_login) - since_login.rfind(REFUSED_MARK) - 1)    # at least
+    if times:
+        guard.hear(target.name, age, times, is_new=is_new)
     return True
 
 
@@ -10486,8 +10502,8 @@ class Poller(ResourceLease, threading.Thread):
         """Goes on from what is stored: it must be of these settings and fresh, a refused login counts during its
         back-off. Where machines share the work, it is told of that with its time."""
         settings = self.target.settings
-        is_same, waits = restore_logins(self._guard, self.target, stored, age), self._guard.wait(settings.name)
-        left = counts_for(self.target, stored, age, waits)
+        is_same = restore_logins(self._guard, self.target, stored, age, begins=True)
+        left = counts_for(self.target, stored, age, self._guard.wait(settings.name))
         if is_same and stored.cause == "auth":
             left = settings.ttl
         if is_same and stored.strip.endswith(LOGGED_IN_MARKS) and not self._context.members.is_shared:
@@ -10723,8 +10739,7 @@ class Monitor(threading.Thread):
 
     def login_wait(self, name: str) -> float:
         """Seconds until a resource that was refused may log in again; 0 for any other. For any thread."""
-        poller = self.pollers.get(name)
-        return self.guards.of(poller.target).wait(name) if poller else 0.0
+        return self.guards.of(poller.target).wait(name) if (poller := self.pollers.get(name)) else 0.0
 
     def _sweep(self) -> None:
         for poller in list(self.pollers.values()):
@@ -10778,9 +10793,10 @@ class Monitor(threading.Thread):
 
     def _reconcile(self) -> None:
         """Makes the pollers follow the rows."""
-        self.override.follow(self._zero_at)     # first: it holds whatever is wrong with the rest
         with self._store.reading() as session:
-            current, targets = revision(session), load_targets(session, self._vault, self.targets)
+            current = revision(session)     # first: what changes from now on is followed the next time
+            self.override.follow(self._zero_at)     # it holds whatever is wrong with the rest
+            targets = load_targets(session, self._vault, self.targets)
             gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
             is_known = current == self._revision and targets == self.targets
             stored = {} if is_known else {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}

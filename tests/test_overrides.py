@@ -28,10 +28,12 @@ from healthchecker import (
     HealthAggregator,
     Metrics,
     Override,
+    Principal,
     RequestCounters,
     ServingMetrics,
     Setting,
     boot_number,
+    change_gate,
     end_of_override,
     generate_latest,
     lease_clock,
@@ -542,3 +544,24 @@ def test_listen_that_cannot_be(tmp_path: Path, text: str, words: str) -> None:
     inventory = write_inventory(tmp_path, GOOD, "  console: 127.0.0.1:8099")
     done = run(inventory, "--listen", text)
     assert done.returncode == 2 and words in done.stderr, done
+
+
+def test_a_word_beside_another_change_holds_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said after the monitor has looked at the row, and before it has seen how far the changes are: it was missed for
+    50 s, while the answer said that it holds."""
+    with local_console(tmp_path, clock=time.time) as local:
+        monitor, said = local.context.monitor, list[str]()
+        follow = monitor.override.follow
+
+        def follow_and_say(zero_at: float) -> None:
+            follow(zero_at)
+            if not said:
+                said.append("close")
+                change_gate(Principal(local.context), {"action": "close", "reason": "emergency"})
+
+        monkeypatch.setattr(monitor.override, "follow", follow_and_say)
+        with local.store.writing() as session:
+            revise(session)
+        wait_for(lambda: said)
+        assert monitor.catch_up()
+        assert monitor.override.now and monitor.override.now.reason == "emergency"

@@ -675,6 +675,65 @@ def test_who_tries_is_counted_whatever_changes_meanwhile(house: House) -> None:
         assert guards.trial(target).refusals == wrong
 
 
+def refuse_all(guard: LoginGuard, name: str) -> bool:
+    """One attempt that is refused; whether it was made."""
+    made = []
+    with contextlib.suppress(ProbeError), guard.attempt(name, Deadline(5), LoginRecord()):
+        made.append(name)
+        raise ProbeError("auth", "refused")
+    return bool(made)
+
+
+def one_target(house: House, password: str) -> Target:
+    house.write(f"name: a, password: {password}")
+    with house.store.reading() as session:
+        [target] = healthchecker.load_targets(session, house.vault).values()
+    return target
+
+
+def test_refusals_of_one_moment_are_several(house: House) -> None:
+    """A restart tells of three with the time of the last: trials of other passwords count with all of them."""
+    guards, watched = Guards(), one_target(house, "wrong")
+    guards.keep([watched])
+    guards.of(watched).hear("a", 60.0, 3)
+    made = [refuse_all(guards.trial(one_target(house, f"guess{number}")), "a") for number in range(5)]
+    assert made == [True, False, False, False, False], "four in all: a directory locks at the fifth"
+
+
+@pytest.mark.parametrize("password", ["wrong", "another"])
+def test_what_was_typed_and_refused_is_no_new_password(house: House, password: str) -> None:
+    """Tested, and saved all the same; one that nobody has tried is tried at once."""
+    guards, typed = Guards(), one_target(house, "wrong")
+    guards.keep([])
+    assert [refuse_all(guards.trial(typed), "a") for _ in range(5)] == [True] * 4 + [False]
+    saved = one_target(house, password)
+    guards.keep([saved])
+    assert (guards.of(saved).wait("a") > 0) is (password == "wrong")
+    guards.keep([saved])
+    assert (guards.of(saved).wait("a") > 0) is (password == "wrong")
+
+
+# what the last polls were, and why the last one was bad: how many refusals a start knows of
+KNOWN = {
+    "none": ("hh", "", 0),
+    "two": ("haa", "refused", 2),
+    "then unreachable": ("haau", "no route", 2),
+    "then stale": ("haaas", "no result for 132 s; not tried: the same credential was refused before", 3),
+    "then not tried": ("haaaa", "not tried: the same credential was refused before", 4),  # one too many is safe
+    "among others": ("hauau", "no route", 2),
+    "before a login": ("haalhu", "no route", 0),
+}
+
+
+@pytest.mark.parametrize(("strip", "reason", "refusals"), KNOWN.values(), ids=KNOWN)
+def test_a_start_knows_of_refusals_whatever_came_after(house: House, strip: str, reason: str, refusals: int) -> None:
+    """Forgotten, each restart would send three more wrong passwords."""
+    target, guard = one_target(house, "wrong"), LoginGuard()
+    stored = Status(credential_digest=target.credential_digest, strip=strip, reason=reason, sample="null")
+    assert healthchecker.restore_logins(guard, target, stored, 30.0, begins=True)
+    assert guard.refusals == refusals
+
+
 class Login(HostSession):
     """Polls over it succeed, whatever becomes of the password."""
 
