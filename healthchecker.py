@@ -4161,7 +4161,6 @@ class LoginGuard:
         self._accepted_mono = -math.inf             # the last accepted login
         self._asked: set[str] = set()               # resources that somebody wants to be tried now
         self._good: set[str] = set()                # whose last login was accepted: the last attempt is one of theirs
-        self.tried: set[tuple[str, bytes]] = set()  # of a user: what was typed, as Guards keeps it
         self.polled: Collection[str] | None = None  # who is asked: not who is gone, nor a bastion that is an address
 
     @property
@@ -4341,7 +4340,6 @@ class Guards:
                 guard = self.of(target)
             else:
                 guard = self._typed.setdefault(user, LoginGuard())
-                guard.tried.add(key)
                 for (watched, _), other in list(self._guards.items()):
                     if watched == user:
                         guard.count_with(other)
@@ -4353,12 +4351,7 @@ class Guards:
         watched = {target.name: target for target in targets}
         shown = [one for target in watched.values() for one in (target, *target.bastions())]
         with self._lock:
-            before, self._guards = self._guards, {}
-            for key in map(self._key, shown):
-                guard = self._guards[key] = self._guards.get(key) or before.get(key) or LoginGuard()
-                typed = self._typed.get(key[0])
-                if typed and key in typed.tried and key not in before:      # it was typed and refused just now
-                    guard.count_with(typed)
+            self._guards = {key: self._guards.get(key) or LoginGuard() for key in map(self._key, shown)}
             for guard in self._guards.values():
                 guard.polled = watched.keys()
             self._typed = {user: guard for user, guard in self._typed.items() if guard.is_used}

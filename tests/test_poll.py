@@ -700,19 +700,6 @@ def test_refusals_of_one_moment_are_several(house: House) -> None:
     assert made == [True, False, False, False, False], "four in all: a directory locks at the fifth"
 
 
-@pytest.mark.parametrize("password", ["wrong", "another"])
-def test_what_was_typed_and_refused_is_no_new_password(house: House, password: str) -> None:
-    """Tested, and saved all the same; one that nobody has tried is tried at once."""
-    guards, typed = Guards(), one_target(house, "wrong")
-    guards.keep([])
-    assert [refuse_all(guards.trial(typed), "a") for _ in range(5)] == [True] * 4 + [False]
-    saved = one_target(house, password)
-    guards.keep([saved])
-    assert (guards.of(saved).wait("a") > 0) is (password == "wrong")
-    guards.keep([saved])
-    assert (guards.of(saved).wait("a") > 0) is (password == "wrong")
-
-
 # what the last polls were, and why the last one was bad: how many refusals a start knows of
 KNOWN = {
     "none": ("hh", "", 0),
