@@ -10762,7 +10762,7 @@ class Monitor(threading.Thread):
         with self._store.writing() as session:
             for name, value in (("boot", boot_number()), ("clock", round(1000 * zero_at))):
                 session.merge(Setting(name=self._store.own(name), value=value))
-            if not self._context.members.is_shared:     # else the rows have the database's; they stay as old
+            if abs(moved) > CLOCK_DRIFT and not self._context.members.is_shared:    # else the rows have the database's
                 session.execute(sqlalchemy.update(Status).values(polled_at=Status.polled_at + moved))
                 if abs(moved) > CLOCK_STEP:
                     move_times(session, moved, lease_clock() + self._zero_at)
