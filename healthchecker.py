@@ -4161,6 +4161,7 @@ class LoginGuard:
         self._accepted_mono = -math.inf             # the last accepted login
         self._asked: set[str] = set()               # resources that somebody wants to be tried now
         self._good: set[str] = set()                # whose last login was accepted: the last attempt is one of theirs
+        self.tried: collections.deque[tuple[tuple[str, bytes], LoginRecord]] = collections.deque(maxlen=1000)   # typed
         self.polled: Collection[str] | None = None  # who is asked: not who is gone, nor a bastion that is an address
 
     @property
@@ -4331,19 +4332,27 @@ class Guards:
             return LoginGuard(locks=False)
         return self._guards.setdefault(self._key(target), LoginGuard())
 
-    def trial(self, target: Target) -> LoginGuard:
-        """The guard of what somebody tries now: that of the credential if it is watched, else of all tries of its
-        user, which count together with what is watched."""
+    def trial(self, target: Target, record: LoginRecord) -> LoginGuard:
+        """The guard of what somebody tries now, and what comes of it: that of the credential if it is watched, else of
+        all tries of its user, which count together with what is watched."""
         user, _ = key = self._key(target)
         with self._lock:
             if target.settings.locks_nothing or key in self._guards:
                 guard = self.of(target)
             else:
                 guard = self._typed.setdefault(user, LoginGuard())
+                guard.tried.append((key, record))
                 for (watched, _), other in list(self._guards.items()):
                     if watched == user:
                         guard.count_with(other)
             guard.ask(target.name)
+        return guard
+
+    def _begin(self, key: tuple[str, bytes]) -> LoginGuard:
+        """That of a credential which is watched from now on: one that was typed and refused is saved all the same."""
+        guard, typed = LoginGuard(), self._typed.get(key[0])
+        if typed and any(tried == key and record.outcomes["refused"] for tried, record in typed.tried):
+            guard.count_with(typed)
         return guard
 
     def keep(self, targets: Iterable[Target]) -> None:
@@ -4351,7 +4360,7 @@ class Guards:
         watched = {target.name: target for target in targets}
         shown = [one for target in watched.values() for one in (target, *target.bastions())]
         with self._lock:
-            self._guards = {key: self._guards.get(key) or LoginGuard() for key in map(self._key, shown)}
+            self._guards = {key: self._guards.get(key) or self._begin(key) for key in map(self._key, shown)}
             for guard in self._guards.values():
                 guard.polled = watched.keys()
             self._typed = {user: guard for user, guard in self._typed.items() if guard.is_used}
@@ -4512,7 +4521,8 @@ class ConnectionContext:
     drain: float = 0.0          # seconds for polls of Windows at the end: a host keeps for long what nobody deletes
 
     def guard_of(self, target: Target) -> LoginGuard:
-        return (self.guards.trial if self.is_trial else self.guards.of)(target)
+        record = self.records.setdefault(target.name, LoginRecord())
+        return self.guards.trial(target, record) if self.is_trial else self.guards.of(target)
 
 
 class Connection:

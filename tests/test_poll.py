@@ -666,19 +666,19 @@ def test_who_tries_is_counted_whatever_changes_meanwhile(house: House) -> None:
         [target] = healthchecker.load_targets(session, house.vault).values()
     guards = Guards()
     for wrong in range(1, 4):
-        guard = guards.trial(target)
+        guard = guards.trial(target, LoginRecord())
         guards.keep([])
         with contextlib.suppress(ProbeError), guard.attempt("a", Deadline(5), LoginRecord()):
             guards.keep([])
             raise ProbeError("auth", "refused")
         guards.keep([])
-        assert guards.trial(target).refusals == wrong
+        assert guards.trial(target, LoginRecord()).refusals == wrong
 
 
-def refuse_all(guard: LoginGuard, name: str) -> bool:
-    """One attempt that is refused; whether it was made."""
-    made = []
-    with contextlib.suppress(ProbeError), guard.attempt(name, Deadline(5), LoginRecord()):
+def refuse_trial(guards: Guards, target: Target) -> bool:
+    """One trial that is refused; whether it was made."""
+    made, record, name = [], LoginRecord(), target.name
+    with contextlib.suppress(ProbeError), guards.trial(target, record).attempt(name, Deadline(5), record):
         made.append(name)
         raise ProbeError("auth", "refused")
     return bool(made)
@@ -696,8 +696,23 @@ def test_refusals_of_one_moment_are_several(house: House) -> None:
     guards, watched = Guards(), one_target(house, "wrong")
     guards.keep([watched])
     guards.of(watched).hear("a", 60.0, 3)
-    made = [refuse_all(guards.trial(one_target(house, f"guess{number}")), "a") for number in range(5)]
+    made = [refuse_trial(guards, one_target(house, f"guess{number}")) for number in range(5)]
     assert made == [True, False, False, False, False], "four in all: a directory locks at the fifth"
+
+
+@pytest.mark.parametrize("password", ["wrong", "right", "another"])
+def test_what_was_typed_and_refused_is_no_new_password(house: House, password: str) -> None:
+    """Tested, and saved all the same; one that nobody has tried is tried at once, and one that was accepted."""
+    guards, wrong, record = Guards(), one_target(house, "wrong"), LoginRecord()
+    guards.keep([])
+    right = one_target(house, "right")
+    with guards.trial(right, record).attempt("a", Deadline(5), record):
+        pass
+    assert [refuse_trial(guards, wrong) for _ in range(5)] == [True] * 4 + [False]
+    saved = one_target(house, password)
+    for _ in range(2):
+        guards.keep([saved])
+        assert (guards.of(saved).wait("a") > 0) is (password == "wrong")
 
 
 # what the last polls were, and why the last one was bad: how many refusals a start knows of
