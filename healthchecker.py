@@ -2982,7 +2982,7 @@ class SqliteFile:
         if not lock.exists():
             return False
         try:
-            with contextlib.closing(sqlite3.connect(f"{lock.as_uri()}?mode=ro", 0, uri=True)) as connection:
+            with contextlib.closing(sqlite3.connect(f"{lock.as_uri()}?mode=ro", timeout=0, uri=True)) as connection:
                 connection.execute("SELECT * FROM sqlite_master").fetchall()
         except sqlite3.Error as error:
             return "locked" in str(error)

@@ -556,8 +556,8 @@ def test_a_word_beside_another_change_holds_at_once(tmp_path: Path, monkeypatch:
         def follow_and_say(zero_at: float) -> None:
             follow(zero_at)
             if not said:
-                said.append("close")
                 change_gate(Principal(local.context), {"action": "close", "reason": "emergency"})
+                said.append("close")
 
         monkeypatch.setattr(monitor.override, "follow", follow_and_say)
         with local.store.writing() as session:

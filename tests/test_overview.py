@@ -80,7 +80,7 @@ def test_between_confirmations(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_shown(tmp_path: Path) -> None:
     """While another program holds the database, the rows say what was, and the pages what is."""
     with machine(tmp_path, "rise: 1, fall: 1") as (local, flag), contextlib.closing(
-        sqlite3.connect(tmp_path / "healthchecker.db", 60, isolation_level=None)
+        sqlite3.connect(tmp_path / "healthchecker.db", timeout=60, isolation_level=None)
     ) as other:
         other.execute("BEGIN IMMEDIATE")
         flag.touch()
@@ -357,7 +357,7 @@ def test_what_was_typed_for_a_user_stays(forms: Local) -> None:
 
 @pytest.mark.of_files
 def test_a_database_that_is_held_loses_nothing_typed(forms: Local, tmp_path: Path) -> None:
-    with contextlib.closing(sqlite3.connect(tmp_path / "healthchecker.db", 60, isolation_level=None)) as other:
+    with contextlib.closing(sqlite3.connect(tmp_path / "healthchecker.db", timeout=60, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         body = forms.form("/-/resources/one/maintenance", {"minutes": "240", "reason": "half a night"}).body
         other.execute("ROLLBACK")
