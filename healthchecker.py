@@ -3991,6 +3991,7 @@ class Wire:
     memory: libraries store what it announces."""
 
     deadline: Deadline
+    below: Wire | None = None   # what it goes through
     address = ""    # of the host, where it is known
     received = 0
     limit: float = 1 << 16      # bytes off the wire until the host has shown its key, then in a poll
@@ -4003,6 +4004,10 @@ class Wire:
     def pause(self) -> None:
         """From here on it serves none; what comes until the next one counts with the last."""
         self.deadline = Deadline(IDLE)
+
+    @property
+    def is_paused(self) -> bool:
+        return self.deadline.seconds >= IDLE
 
     def note(self, chunk: bytes) -> bytes:
         if len(self.first) < FIRST_BYTES:
@@ -4035,7 +4040,7 @@ class Wire:
     def give(self, settimeout: Callable[[float], object], send: Callable[[], int]) -> int:
         """Sends what the host takes; after a TimeoutError paramiko tries again. It ends where nothing is taken until
         the first of those who wait may not any longer."""
-        paused = self.deadline.seconds >= IDLE
+        paused = self.is_paused
         settimeout(SEND_TURN if paused else self.deadline.left())
         try:
             return send()
@@ -4112,9 +4117,9 @@ NOT_TRIED = "not tried: "       # begins the reason of what was no login
 
 class LateLogin(ProbeError):
     """A host had not answered to a password when its poll was over: whatever delays refusals may take longer.
-    `outcome` waits for the answer, LATE at most, and ends the connection: accepted, refused, or None, no answer."""
+    `outcome` waits for the answer so many seconds and ends the connection: accepted, refused, or None, no answer."""
 
-    def __init__(self, deadline: Deadline, outcome: Callable[[], bool | None]) -> None:
+    def __init__(self, deadline: Deadline, outcome: Callable[[float], bool | None]) -> None:
         super().__init__("timeout", f"no answer within {deadline.seconds:g} s")
         self.outcome = outcome
 
@@ -4252,6 +4257,7 @@ class LoginGuard:
                 try:
                     threading.Thread(None, self._hear_out, "late login", (name, record, late), daemon=True).start()
                 except RuntimeError:        # there is no room for it: nobody hears it, and all ends now
+                    late.outcome(0.0)
                     raise ProbeError("timeout", str(late)) from late
                 stack.pop_all()
                 raise
@@ -4269,7 +4275,7 @@ class LoginGuard:
 
     def _hear_out(self, name: str, record: LoginRecord, late: LateLogin) -> None:
         try:
-            if (accepted := late.outcome()) is not None:
+            if (accepted := late.outcome(LATE)) is not None:
                 self._note(name, record, accepted=accepted)
         finally:
             self._end(name)
@@ -4371,7 +4377,8 @@ class Guards:
 # credential nor clears a refusal. After `relogin` seconds a new one is logged in first, then the old one ends; after
 # anything unexpected it ends at once. Here are also the keys that hosts are known by, and what all connections share.
 # In the threads of the pollers; a keeper serves one at a time.
-# Gives: identity, KnownHosts, HostSession, SessionKeeper, ConnectionContext, Connection
+# Gives: identity, in_renewal, KnownHosts, HostSession, SessionKeeper, ConnectionContext, Connection
+RENEWAL = 10.0                  # seconds since a file was written, for which it may be half of what is to come
 
 
 def identity(kind: str, blob: bytes) -> str:
@@ -4392,11 +4399,18 @@ def names_host(patterns: str, name: str) -> bool:
     return bool(matched) and not any(pattern.startswith("!") for pattern in matched)
 
 
+def in_renewal(*files: Path | None) -> bool:
+    """Whether one was written so lately that the rest of it may be to come, or another one that belongs to it."""
+    with contextlib.suppress(OSError):
+        return any(abs(time.time() - file.stat().st_mtime) < RENEWAL for file in files if file)
+    return False
+
+
 class KnownHosts:
-    """OpenSSH's known_hosts, read again when it changes."""
+    """OpenSSH's known_hosts, read again when it changes; not while it is emptied to be written anew."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._stamp = path, (0, 0)
         self._keys = functools.lru_cache(1 << 14)(self._read)   # hashed names cost an HMAC for each line
 
     def lookup(self, host: str, port: int) -> tuple[set[str], set[str], set[str]]:
@@ -4404,7 +4418,9 @@ class KnownHosts:
         Raises ProbeError."""
         try:
             stat = self._path.stat()
-            return self._keys(host if port == SSH_PORT else f"[{host}]:{port}", stat.st_mtime_ns, stat.st_size)
+            if stat.st_size or not in_renewal(self._path):
+                self._stamp = stat.st_mtime_ns, stat.st_size
+            return self._keys(host if port == SSH_PORT else f"[{host}]:{port}", *self._stamp)
         except FileNotFoundError:
             return set(), set(), set()
         except OSError as error:
@@ -4723,9 +4739,10 @@ class SshTransport(paramiko.Transport):
     outlasts = False    # the deadline of a login's poll
     theirs: Mapping[str, Sequence[str]] = dict[str, Sequence[str]]()      # the algorithms that the host names, by kind
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: Wire, way: contextlib.ExitStack) -> None:
+        """`way` is what the wire goes through, and ends with it."""
         super().__init__(cast(Any, wire), disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
-        self.wire, self._questions = wire, itertools.count(1)
+        self.wire, self._way, self._questions = wire, way, itertools.count(1)
         self.channels_seen = SeenChannels()
         self.banner_timeout = self.auth_timeout = self.NEVER
         self.clear_to_send_timeout = cast(Any, Patience(wire.too_late))     # while keys are exchanged anew
@@ -4802,10 +4819,13 @@ class SshTransport(paramiko.Transport):
         return not self.ended and super().is_active()
 
     def outlast(self, deadline: Deadline) -> None:
-        """What waits for the outcome of a login gives up at the deadline, but a direct connection lasts for LATE."""
-        if isinstance(self.wire, HostSocket):
-            self.wire.deadline, self.outlasts = Deadline(deadline.left() + LATE), True
-            self.auth_timeout = cast(Any, Patience(lambda: deadline.over))
+        """What waits for the outcome of a login gives up at the deadline, but the connection lasts for LATE."""
+        wire: Wire | None = self.wire
+        while wire:
+            if not wire.is_paused:      # a bastion's that stays open is
+                wire.deadline = Deadline(deadline.left() + LATE)
+            wire = wire.below
+        self.auth_timeout, self.outlasts = cast(Any, Patience(lambda: deadline.over)), True
 
     @property
     def unanswered(self) -> bool:
@@ -4816,10 +4836,10 @@ class SshTransport(paramiko.Transport):
     def _answered(self) -> threading.Event:
         return cast(threading.Event, cast(Any, self).auth_handler.auth_event)
 
-    def answer(self) -> bool | None:
+    def answer(self, seconds: float) -> bool | None:
         """See LateLogin."""
         try:
-            if not self._answered.wait(LATE):
+            if not self._answered.wait(seconds):
                 return None
             plain = self.is_active() and self.saved_exception is None   # it wants neither another way nor a second one
             return self.is_authenticated() or (False if plain or self.dismissed else None)
@@ -4833,6 +4853,7 @@ class SshTransport(paramiko.Transport):
             self.join(1)
         self.close()
         self.sock.close()
+        self._way.close()
         self.forget()
 
     def end(self) -> None:
@@ -4866,7 +4887,7 @@ class HostChannel(Wire):
 
     def __init__(self, channel: paramiko.Channel, deadline: Deadline) -> None:
         self._channel, self.deadline = channel, deadline
-        self._below = cast(SshTransport, channel.get_transport()).wire
+        self.below: Wire = cast(SshTransport, channel.get_transport()).wire
 
     def settimeout(self, _seconds: float) -> None:
         """What counts is the deadline."""
@@ -4876,7 +4897,7 @@ class HostChannel(Wire):
         return self.note(self._channel.recv(size))
 
     def send(self, octets: bytes) -> int:
-        with self._below.awaited(self.too_late):
+        with self.below.awaited(self.too_late):
             return self.give(self._channel.settimeout, lambda: self._channel.send(octets))
 
     def shutdown(self, _how: int) -> None:
@@ -4884,7 +4905,7 @@ class HostChannel(Wire):
 
     def close(self) -> None:
         limit = Deadline(CLOSE_SECONDS)
-        with contextlib.suppress(OSError, EOFError), self._below.awaited(lambda: limit.over):   # it may be gone
+        with contextlib.suppress(OSError, EOFError), self.below.awaited(lambda: limit.over):   # it may be gone
             self._channel.close()
 
 
@@ -4942,6 +4963,7 @@ class SshLogin(Connection):
         if offered in revoked or authority in revoked:
             raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
         if authority in authorities:
+            self._learn(offered)    # else a key that nobody certified could be the first one at any login
             return True
         kind, fingerprint = offered.split()
         if any(key.rstrip("=").endswith(fingerprint) for key in accepted):
@@ -4954,9 +4976,14 @@ class SshLogin(Connection):
                              f"offered {offered}; no password was sent; if the change is right: {self._advice}")
         if settings.host_key == "strict":
             raise ProbeError("host_key", f"host key unknown: offered {offered}; to accept it: {self._advice}")
+        return self._learn(offered) == offered or self._verified(offered, transport, tried)
+
+    def _learn(self, offered: str) -> str | None:
+        """What the host is known by, from its first key on."""
         with self._learning:
-            self.host_key = self.host_key or offered
-        return self.host_key == offered or self._verified(offered, transport, tried)
+            if self._settings.host_key != "strict":
+                self.host_key = self.host_key or offered
+        return self.host_key
 
     def _login(self, transport: SshTransport, deadline: Deadline) -> None:
         settings, user = self._settings, self._settings.username or ""
@@ -4993,8 +5020,11 @@ class SshLogin(Connection):
     def _show_keys(self, transport: SshTransport, keys: Sequence[paramiko.PKey]) -> list[str]:
         """Tries the certificate first, then the plain key, as OpenSSH does."""
         for key in keys[:-1]:
-            with contextlib.suppress(paramiko.AuthenticationException):
+            try:
                 return transport.auth_publickey(self._settings.username or "", key)
+            except paramiko.AuthenticationException:
+                if not transport.is_active():
+                    raise
         return transport.auth_publickey(self._settings.username or "", keys[-1])
 
     def _give_password(self, transport: SshTransport, password: str) -> list[str]:
@@ -5003,7 +5033,8 @@ class SshLogin(Connection):
 
         def answer(title: str, instructions: str, prompts: list[tuple[str, bool]]) -> list[str]:
             texts = one_line(" ".join([title, instructions, *(text for text, _ in prompts)]))
-            if prompts and re.search("new password|expired|change", texts, re.IGNORECASE):
+            said = re.sub(r"\S*@\S*", "", texts)    # but for names of accounts and hosts
+            if prompts and re.search(r"new password|\b(expired|change)\b", said, re.IGNORECASE):
                 raise ProbeError("auth", f"the password of {user} has expired; the host says: {texts}")
             if len(prompts) > 1 or (prompts and asked):
                 raise ProbeError("auth", f"login as {user} refused; the host asks for more than a password: {texts}")
@@ -5037,7 +5068,9 @@ class SshLogin(Connection):
         except OSError as error:
             raise ProbeError("credential", f"key_file {path} cannot be read: {error.strerror}") from error
         except Exception as error:  # paramiko lets through whatever its parsers and cryptography raise
-            raise ProbeError("credential", f"key_file {path} does not open; check format and key_passphrase") from error
+            if self._keys is None or not in_renewal(path, Path(certificate)):
+                raise ProbeError("credential", f"key_file {path} or the certificate beside it does not open; check "
+                                 "format and key_passphrase") from error
         return self._keys[1]
 
     def _open_key(self, path: Path) -> paramiko.PKey:
@@ -5262,8 +5295,9 @@ class SshConnection(SshLogin):
                    ) -> Iterator[tuple[SshTransport, str]]:
         """A transport and the key that the host showed; thread and socket end with the block."""
         with contextlib.ExitStack() as stack:
-            sock = self._reach(stack, deadline, chain)
-            transport = SshTransport(sock)
+            way = stack.enter_context(contextlib.ExitStack())
+            sock = self._reach(way, deadline, chain)
+            transport = SshTransport(sock, way)
             stack.callback(transport.finish)
             try:
                 with transport.explained():
@@ -5316,7 +5350,7 @@ def certificate_identity(connection: ssl.SSLSocket) -> str:
 
 def guessed_binding(opened: object) -> str:
     """That a login was bound to its TLS connection by a guess, which a host that insists on it refuses (RFC 5929)."""
-    with contextlib.suppress(UnsupportedAlgorithm, AttributeError, OSError, ValueError):
+    with contextlib.suppress(UnsupportedAlgorithm, x509.InvalidVersion, AttributeError, OSError, ValueError):
         shown = opened.getpeercert(True) if isinstance(opened, ssl.SSLSocket) else None     # raises if closed meanwhile
         if shown and not x509.load_der_x509_certificate(shown).signature_hash_algorithm:
             return "; the channel binding was a guess, for the signature of the host's certificate names no hash"
@@ -5349,6 +5383,8 @@ class GuardedSocket(HostSocket):
     hint = ""
     in_step = True      # False: an answer is lost or still to come, so nothing more can be asked
     logged_in = False
+    asks = False        # for an answer to a secret, which none came to yet
+    waits = False       # somebody does for that, also after the poll
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -5360,9 +5396,42 @@ class GuardedSocket(HostSocket):
             raise (error if isinstance(error, ProbeError) else tls_fault(error, self.hint)) from error
 
     def end(self) -> None:
-        """At once, also while a response that is still open holds it."""
-        with contextlib.suppress(OSError):
-            socket.close(self.detach())
+        """At once, also while a response that is still open holds it; not while what the host says is waited for."""
+        if not self.waits:
+            with contextlib.suppress(OSError):
+                socket.close(self.detach())
+
+    def close(self) -> None:
+        if not self.asks:       # libraries close what is late
+            super().close()
+
+    @contextlib.contextmanager
+    def heard_out(self, is_counted: bool) -> Iterator[None]:
+        """Around a login: what the host says of a secret after the deadline is waited for where it `is_counted`.
+        Raises LateLogin."""
+        deadline, self.waits = self.deadline, is_counted
+        try:
+            yield
+        except BaseException as error:  # else nobody could end it
+            self.waits &= self.asks and isinstance(error, ProbeError) and error.cause == "timeout"
+            if self.waits:
+                raise LateLogin(deadline, self._answer) from error
+            raise
+        self.waits = False
+
+    def _answer(self, seconds: float) -> bool | None:
+        """See LateLogin. A refusal that goes on with a token is a step of the login."""
+        self.begin(Deadline(seconds))
+        try:
+            came = http.client.HTTPResponse(self)
+            came.begin()
+            is_step = re.search(r"(?im)^WWW-Authenticate: *(negotiate|ntlm|kerberos|credssp) +\S", str(came.headers))
+            return True if 200 <= came.status < 300 else False if came.status == 401 and not is_step else None
+        except (OSError, ProbeError, http.client.HTTPException):
+            return None
+        finally:
+            self.waits = False
+            self.end()
 
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
         with self.guarded():
@@ -5406,7 +5475,9 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
         return self._pool
 
     def send(self, request: Any, *args: Any, **settings: Any) -> requests.Response:
+        self._opened.asks = "Authorization" in request.headers and not self._opened.logged_in
         response = super().send(request, *args, **settings)
+        self._opened.asks = False
         if response.status_code == 401 and self._opened.logged_in:      # or it would be done unasked
             self._opened.in_step = False
             raise AuthenticationError("the host wants another login")
@@ -5551,7 +5622,9 @@ class TlsConnection(Connection):
                 secret = phrase.get_secret_value() if phrase else ""
                 context.load_cert_chain(settings.certificate_file, settings.key_file, secret)
         except (OSError, ValueError) as error:
-            raise ProbeError("credential", f"ca_file, certificate_file or key_file cannot be used: {error}") from error
+            files = settings.ca_file, settings.certificate_file, settings.key_file
+            raise ProbeError("protocol" if in_renewal(*files) else "credential",
+                             f"ca_file, certificate_file or key_file cannot be used: {error}") from error
         return context
 
 
@@ -5744,7 +5817,8 @@ class PowerShellConnection(TlsConnection):
         with contextlib.ExitStack() as stack:
             stack.callback(opened.end)
             wsman = copy.copy(before.pool.connection if before else self.WSMAN)
-            with self._guard.attempt(self._target.name, deadline, self.record), explained(self._settings, opened):
+            with (self._guard.attempt(self._target.name, deadline, self.record),
+                  opened.heard_out(not self._settings.locks_nothing), explained(self._settings, opened)):
                 wsman.transport = self._transport(opened)
                 yield opened, wsman
             stack.pop_all()
@@ -7441,7 +7515,7 @@ class ProtocolConnection(TlsConnection):
         opened = self._verified(deadline)
         try:
             if isinstance(opened, ssl.SSLSocket):
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, x509.InvalidVersion):
                     shown = x509.load_der_x509_certificate(opened.getpeercert(True) or b"")
                     left = shown.not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)
                     metrics["certificate_days"] = left.total_seconds() / 86_400
@@ -7531,22 +7605,25 @@ class HttpConnection(ProtocolConnection):
         connection = urllib3.connection.HTTPConnection(url.host, url.port)
         connection.sock, connection.auto_open, connection.response_class = opened, 0, FinalResponse
         headers = self._headers(url)
-        try:
-            connection.request(method, url.target, headers=headers, preload_content=False, decode_content=False)
-            answer, body = connection.getresponse(), b""
-            while len(body) < BODY_BYTES and (chunk := answer.read(READ_BYTES)):
-                body += chunk
-            location, encoding = (answer.headers.get(name, "") for name in ("Location", "Content-Encoding"))
-            location = re.sub(r"[ \x80-\xff]", lambda raw: f"%{ord(raw[0]):02X}", location)     # as browsers send it
-            return HttpAnswer(answer.status, location, encoding.lower(), body)
-        except ProbeError:
-            raise
-        except ConnectionError as error:
-            raise ProbeError("unreachable", "the host closed the connection before it answered") from error
-        except Exception as error:      # whatever a host's bytes make urllib3 and http.client raise
-            is_clear = type(error) in (http.client.HTTPException, http.client.LineTooLong)  # no word of the host's
-            raise AnswerError("protocol", f"the answer cannot be read: {error}" if is_clear else
-                              f"the answer is not whole, or not HTTP ({type(error).__name__})") from error
+        with opened.heard_out(not self._settings.locks_nothing):
+            opened.asks = "Authorization" in headers
+            try:
+                connection.request(method, url.target, headers=headers, preload_content=False, decode_content=False)
+                answer, body = connection.getresponse(), b""
+                opened.asks = False
+                while len(body) < BODY_BYTES and (chunk := answer.read(READ_BYTES)):
+                    body += chunk
+            except ProbeError:
+                raise
+            except ConnectionError as error:
+                raise ProbeError("unreachable", "the host closed the connection before it answered") from error
+            except Exception as error:      # whatever a host's bytes make urllib3 and http.client raise
+                is_clear = type(error) in (http.client.HTTPException, http.client.LineTooLong)  # no word of the host's
+                raise AnswerError("protocol", f"the answer cannot be read: {error}" if is_clear else
+                                  f"the answer is not whole, or not HTTP ({type(error).__name__})") from error
+        location, encoding = (answer.headers.get(name, "") for name in ("Location", "Content-Encoding"))
+        location = re.sub(r"[ \x80-\xff]", lambda raw: f"%{ord(raw[0]):02X}", location)     # as browsers send it
+        return HttpAnswer(answer.status, location, encoding.lower(), body)
 
     def _headers(self, url: Url) -> dict[str, str]:
         """Raises ProbeError."""

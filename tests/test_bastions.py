@@ -23,8 +23,10 @@ from test_transport import (
     AMPLE,
     DEADLINE,
     Answer,
+    TardySshd,
     good_login,
     healthy,
+    late_logins,
     no_attempt,
     poll,
     resource_of,
@@ -681,3 +683,26 @@ def test_ssh_config_cannot_be_set_through_the_api(tmp_path: Path) -> None:
         given = {"name": "a", "hostname": "a", "username": "u", "password": "p", "ssh_config": "inventory.yaml"}
         answer = local.log_in().api("POST", "resources", given)
         assert (answer.status, answer.fields) == (422, {"ssh_config": "can be set in the inventory alone"})
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_is_said_of_a_password_after_the_poll(
+    servers: tuple[Sshd, Sshd, Sshd], tmp_path: Path, keep: bool
+) -> None:
+    """By a host behind a bastion: that stays open as long."""
+    with no_leaks(), TardySshd() as host:
+        bastion = servers[0]
+        net = Net(tmp_path / "known", host, bastion)
+        gate = net.add(target(bastion, name="gate", keep=keep, timeout=AMPLE, **good_login(bastion)))
+        watched = target(host, password="wrong", timeout=3, proxy_jump="gate")
+        connection = net.add(watched)
+        assert poll(watched, connection).cause == "timeout"
+        assert len(host.asked) == 1
+        assert poll(watched, connection).reason.startswith("not tried: the host has not answered to the login before")
+        host.may_answer.set()
+        wait_for(lambda: not late_logins())
+        assert len(host.asked) == 1 and connection.record.outcomes == {"refused": 1}
+        assert poll(watched, connection).cause == "auth"
+        assert len(host.asked) == 1
+        gate.close()
+        connection.close()

@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import os
 import re
 import socket
 import ssl
@@ -22,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -262,6 +263,68 @@ def test_polls_in_many_threads() -> None:
         with ThreadPoolExecutor(12) as pool:
             assert list(pool.map(lambda script: send(server, script, 20.0), scripts)) == scripts
         assert server.shells == {}
+
+
+# === Answers after the poll ==================================================
+
+
+class TardyServer(WSManServer):
+    """Waits before it answers to a password, by NTLM after the step before it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.may_answer, self.asked = threading.Event(), 0
+        self.users = SlowUsers(self)
+
+    def wait(self) -> None:
+        self.asked += 1
+        self.may_answer.wait(60)
+
+    def new_context(self, bindings: Any) -> Any:
+        context = super().new_context(bindings)
+        step, tokens = context.step, list[bytes]()
+
+        def late(token: bytes) -> Any:
+            tokens.append(token)
+            if len(tokens) == 2:
+                self.wait()
+            return step(token)
+
+        context.step = late
+        return context
+
+
+class SlowUsers(dict[str, str]):
+    def __init__(self, server: TardyServer) -> None:
+        super().__init__(server.users)
+        self._server = server
+
+    def get(self, user: str, other: Any = None) -> Any:
+        self._server.wait()
+        return super().get(user, other)
+
+
+def late_logins() -> int:
+    return sum(thread.name == "late login" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
+@pytest.mark.parametrize(("scheme", "auth"), [("http", "ntlm"), ("https", "negotiate"), ("https", "basic")])
+def test_what_is_said_of_a_password_after_the_poll(scheme: str, auth: str, right: bool) -> None:
+    """A refusal counts, or each poll would send the wrong password again, until the account is locked."""
+    with no_leaks(), TardyServer(scheme, auth, answer=RECORDED) as server:
+        guard, password = LoginGuard(), PASSWORD + "x" * (not right)
+        resource = target(server, password=password, timeout=3)
+        connection = PowerShellConnection(resource, guard, replace(ACCESS, records={}))
+        for reason in ("no answer within 3 s", "not tried: the host has not answered to the login before"):
+            verdict, _ = poll_once(resource, connection, None)
+            assert (verdict.cause, verdict.reason) == ("timeout", reason)
+        server.may_answer.set()
+        wait_for(lambda: not late_logins())
+        assert server.asked == 1
+        assert connection.record.outcomes == {"accepted" if right else "refused": 1}
+        assert guard.refusals == (not right)
+        connection.close()
 
 
 # === Misbehaviour ============================================================
@@ -686,6 +749,10 @@ def test_client_certificates() -> None:
         assert poll(target(server, key_file=key, passphrase="open sesame")).cause == ""
         pinned = target(server, ca_file=None, certificate_fingerprint=server.fingerprint)
         assert poll(pinned).cause == ""
+        renewed = poll(target(server, key_file=other.client.key_file))
+        assert renewed.cause == "protocol", "the other one of the two may be on its way: it does not count at once"
+        for file in (key, server.certificate.certificate_file, server.client.certificate_file, other.client.key_file):
+            os.utime(file, (0, 0))
         for unusable in (
             target(server, key_file=key, passphrase="wrong sesame"),
             target(server, key_file=key, passphrase=400 * "sesame"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import gzip
+import hashlib
 import json
 import re
 import socket
@@ -20,6 +21,8 @@ from urllib.parse import urlsplit
 import pytest
 from conftest import no_leaks, wait_for
 from console import Local, local_console
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic_core import from_json
@@ -276,6 +279,20 @@ def test_an_answer_in_another_way_of_writing(answered: bytes, folder: Path) -> N
         assert outcome(asker) == ("healthy", "", "")
 
 
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_certificate_of_no_version(folder: Path, version: int) -> None:
+    """Devices write 3 where 2 stands for the third one; what is pinned is valid all the same, and its days are not
+    known."""
+    made = make_certificate(folder, f"odd{version}", days=20)
+    der = x509.load_pem_x509_certificate(made.certificate_file.read_bytes()).public_bytes(serialization.Encoding.DER)
+    odd = der.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01" + bytes([version]), 1)
+    made.certificate_file.write_text(ssl.DER_cert_to_PEM_cert(odd), encoding="ascii")
+    with Server(answers(GOOD), made) as server:
+        pinned = {"platform": "http", "url": server.origin, "certificate_fingerprint": hashlib.sha256(odd).hexdigest()}
+        assert outcome(Asker(folder, **pinned)) == ("healthy", "", "")
+        assert outcome(Asker(folder, **pinned, expect={"certificate_days": 5}))[0] == "degraded"
+
+
 def test_an_answer_that_is_late(folder: Path) -> None:
     def slow(_request: str) -> bytes:
         time.sleep(0.3)
@@ -285,6 +302,52 @@ def test_an_answer_that_is_late(folder: Path) -> None:
         state, cause, reason = outcome(Asker(folder, platform="http", url=server.origin, expect={"within": 0.2}))
     assert (state, cause) == ("unhealthy", "check")
     assert reason.startswith("check within: expected 0.2 s, came 0.")
+
+
+def late_logins() -> int:
+    return sum(thread.name == "late login" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("hops", [0, 1])
+@pytest.mark.parametrize(("status", "counted"), [
+    ("401 No", {"refused": 1}), ("200 OK", {"accepted": 1}), ("503 Busy", {}),
+])  # fmt: skip
+def test_what_is_said_of_a_password_after_the_poll(
+    folder: Path, status: str, counted: dict[str, int], hops: int
+) -> None:
+    """A refusal counts, or each poll would send the wrong password again, until the account is locked."""
+    may_answer = threading.Event()
+
+    def tardy(_request: str) -> bytes:
+        may_answer.wait(30)
+        return answer(b"", "WWW-Authenticate: Basic realm=x", status=status)
+
+    access = ConnectionContext(KnownHosts(Path("no such file")), Resolver())
+    with no_leaks(), Server(answers(*[leads("/there")] * hops, tardy)) as server:
+        asker = Asker(folder, access, platform="http", url=server.origin, username="m", password=SECRET, timeout=1,
+                      redirects=hops)
+        assert outcome(asker)[1:] == ("timeout", "no answer within 1 s")
+        assert "has not answered to the login before" in outcome(asker)[2]
+        may_answer.set()
+        wait_for(lambda: not late_logins())
+        assert len(server.requests) == 1 + hops and asker.connection.record.outcomes == counted
+
+
+def test_a_token_that_nothing_is_said_of_is_shown_again(folder: Path) -> None:
+    """Nobody counts it: the next poll is not kept waiting for what comes of the last."""
+    ended = threading.Event()
+
+    def tardy(_request: str) -> bytes:
+        ended.wait(30)
+        return GOOD
+
+    with no_leaks(), Server(answers(tardy)) as server:
+        asker = Asker(folder, platform="http", url=server.origin, password=SECRET, timeout=1)
+        for _ in range(2):
+            assert outcome(asker)[1:] == ("timeout", "no answer in time")
+            assert not late_logins()
+        assert len(server.requests) == 2
+        ended.set()
 
 
 PACKED = answer(gzip.compress(b"\0" * (8 << 20)), "Content-Encoding: gzip")

@@ -330,7 +330,9 @@ def test_key_file_changed_on_disk(sshd: Server, tmp_path: Path) -> None:
     assert healthy(after(sshd.user_key().read_bytes()))
     assert after(other.read_bytes()).cause == "auth"
     assert healthy(after(sshd.user_key("rsa").read_bytes()))
-    assert after(b"garbage").cause == "credential"
+    assert healthy(after(b"garbage")), "it may be half of a key that is being written"
+    os.utime(key, (0, 0))
+    assert poll(watched, connection).cause == "credential"
     assert healthy(after(sshd.user_key().read_bytes()))
     key.unlink()
     assert poll(watched, connection).cause == "credential"
@@ -1389,6 +1391,10 @@ DIALOGUES = {
     "one question": ([["Password: "]], "", ("", "")),
     "a wrong password": ([["Password: "]], "x", ("auth", "check username and password")),
     "a notice after it": ([["Password: "], []], "", ("", "")),
+    # pam_unix's and pam_krb5's prompt of FreeBSD and Heimdal: the account and its host or realm
+    "a name in it": ([["Password for monitor@exchange1.example.com:"]], "", ("", "")),
+    "a realm in it": ([["monitor@CHANGE.EXAMPLE.COM's Password:"]], "", ("", "")),
+    "a change in it": ([["You are required to change your password. Current password: "]], "", ("auth", "has expired")),
     "expired": ([["Password: "], ["New password: "]], "", ("auth", "has expired")),
     "a second factor": ([["Password: "], ["Verification code: "]], "", ("auth", "Verification code")),
     "both at once": ([["Password: ", "Token: "]], "", ("auth", "Token")),
@@ -1545,15 +1551,56 @@ CERTIFICATES = {
 }
 
 
+def certify(own: Sshd, folder: Path, how: str) -> str:
+    """Signs the host's key with that of a new authority, which is given."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-N", "", "-f", folder / "authority"], check=True)
+    (own.folder / "host.pub").write_text(public_line(own.host_keys["ed25519"]) + "\n", encoding="ascii")
+    sign = ["ssh-keygen", "-q", "-s", folder / "authority", "-I", "x", *how.split(), own.folder / "host.pub"]
+    subprocess.run(sign, check=True)
+    return " ".join((folder / "authority.pub").read_text(encoding="ascii").split()[:2])
+
+
+@OPENSSH
+@pytest.mark.parametrize("mode", ["strict", "learn"])
+def test_known_hosts_that_is_being_written(own: Sshd, tmp_path: Path, mode: str) -> None:
+    """`ssh-keyscan … > known_hosts` empties it first: neither is the host unknown, nor is any key learned."""
+    known = tmp_path / "known_hosts"
+    known.write_text(own.known_hosts(), encoding="ascii")
+    watched = target(own, host_key=mode if mode == "strict" else None, **good_login(own))
+    connection = connect(watched, known)
+    for is_old in (False, True):
+        known.write_bytes(b"")
+        os.utime(known, (0, 0) if is_old else None)
+        if not is_old:
+            known.write_text(own.known_hosts(), encoding="ascii")
+            assert poll(watched, connection).cause == ""
+            known.write_bytes(b"")
+        answer = poll(watched, connection)
+        assert (answer.cause, answer.host_key) == (
+            ("", None) if not is_old else ("host_key", None) if mode == "strict" else ("", identities(own)["ed25519"]))
+
+
+@OPENSSH
+def test_a_host_that_was_certified_once_is_known_by_its_key(own: Sshd, tmp_path: Path) -> None:
+    """Else whoever shows a key that nobody certified would be the first, and be given the password."""
+    known = tmp_path / "known_hosts"
+    known.write_text(f"@cert-authority [127.0.0.*]:* {certify(own, tmp_path, '-h -n 127.0.0.1 -V -1h:+1h')}\n",
+                     encoding="ascii")
+    with settings_digest(own, f"HostCertificate {own.folder}/host-cert.pub"):
+        watched = target(own, **good_login(own))
+        first = poll(watched, connect(watched, known))
+    assert first.cause == "" and first.host_key == identities(own)["ed25519"]
+    with ParamikoSshd() as other:
+        login = target(other, password=other.password, trusted=first.host_key)
+        answer = poll(login, connect(login, known))
+        assert answer.cause == "host_key", answer
+        assert " for " not in other.log(), "nobody tried to log in"
+
+
 @OPENSSH
 @pytest.mark.parametrize(("how", "more", "cause"), CERTIFICATES.values(), ids=CERTIFICATES)
 def test_certified_host_keys(own: Sshd, tmp_path: Path, how: str, more: str, cause: str) -> None:
-    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-N", "", "-f", tmp_path / "authority"], check=True)
-    key = public_line(own.host_keys["ed25519"])
-    (own.folder / "host.pub").write_text(key + "\n", encoding="ascii")
-    sign = ["ssh-keygen", "-q", "-s", tmp_path / "authority", "-I", "x", *how.split(), own.folder / "host.pub"]
-    subprocess.run(sign, check=True)
-    authority = " ".join((tmp_path / "authority.pub").read_text(encoding="ascii").split()[:2])
+    key, authority = public_line(own.host_keys["ed25519"]), certify(own, tmp_path, how)
     known = tmp_path / "known_hosts"
     trusted = public_line(make_key("ecdsa")) if more == "another" else authority
     rest = more.replace("another", "").format(authority=authority, key=key, plain=own.known_hosts())
