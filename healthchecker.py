@@ -6143,7 +6143,7 @@ DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count", 
 NO_DISK = re.compile(
     r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|rootfs|mfs|efivarfs|overlay(fs)?|fuse(?!blk$).*"
     r"|(au|union|null|ecrypt|auto|lo|name|mnt|ct|obj|share|kern|pty|dev|fdesc|lin?sys)fs|map|dev|fd|none|(lin)?procfs?"
-    r"|9p|virtiofs|vboxsf|drvfs|nfs[0-9]*|cifs|smb3|smbfs|afpfs|ceph|lustre|gpfs"
+    r"|hugetlbfs|9p|virtiofs|vboxsf|drvfs|nfs[0-9]*|cifs|smb3|smbfs|afpfs|ceph|lustre|gpfs"
 )
 # A row of df: device, used, available, used and free inodes, mount point. Word by word, or a long line would take
 # a second.
@@ -6426,7 +6426,7 @@ def _mounts(text: str) -> list[Mount]:
     print `device on /mount type ffs (local)` or `device on /mount (ufs, local)`."""
     found = []
     for line in text.splitlines():
-        words = line.split()
+        words = [*line.split(), "defaults"]     # which fstab may leave out
         left, _, right = line.rstrip(" )").rpartition(" (")
         if " on " in left and line.endswith(")"):
             point, _, kind = left.partition(" on ")[2].partition(" type ")
@@ -6435,7 +6435,8 @@ def _mounts(text: str) -> list[Mount]:
         elif len(words) > 3:
             point, kind, *rest = words[2:] if words[2].startswith("/") else words[1:]   # AIX names a server first
             flags = ",".join(rest).split(",")
-            found.append(Mount(point.replace("\\040", " "), kind, frozenset(flags), words[0]))
+            point = re.sub(r"\\(040|043|134)", lambda code: chr(int(code[1], 8)), point).rstrip("/") or "/"
+            found.append(Mount(point, kind, frozenset(flags), words[0]))
     return found
 
 
@@ -6470,21 +6471,23 @@ def _pools(volumes: Iterable[Volume]) -> list[list[Volume]]:
 
 
 def _told(shares: dict[str, float | str], mounts: Iterable[Mount], broken: Collection[str],
-          text: str) -> dict[str, float | str]:
+          parts: Mapping[str, str]) -> dict[str, float | str]:
     """The shares, what is not among them, and what is wrong."""
     kinds = collections.Counter(mount.kind for mount in mounts if NO_DISK.fullmatch(mount.kind))
     skipped = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in sorted(kinds.items()))
     hidden = ", ".join(sorted(
         mount.point for mount in mounts
-        if mount.hidden and mount.point not in broken and not NO_DISK.fullmatch(mount.kind)))
+        if mount.hidden and mount.point not in broken and f"disk_percent {mount.point}" not in shares
+        and not NO_DISK.fullmatch(mount.kind)))
     # An account without rights to somebody's private mount is no fault; a disk that answers with an error is.
-    private = re.compile("[Pp]ermission denied|not permitted")
-    errors = [line for line in text.splitlines() if line.startswith("df: ") and not private.search(line)]
+    error = r"(?m)^df: (?!.*(?:[Pp]ermission denied|not permitted)).*"
+    errors, uncounted = (re.findall(error, parts.get(name, "")) for name in ("space", "inodes"))
     if not shares:
-        raise ValueError(" ".join(["no local filesystem", f"(skipped: {skipped or 'nothing'})", *errors]))
+        errors = [" ".join(["no local filesystem", f"(skipped: {skipped or 'nothing'})", *errors])]
     if broken:
         errors.insert(0, f"became read-only: {', '.join(sorted(broken))}")
-    told = {"disk_percent": "".join(errors[:1]), "skipped_filesystems": skipped, "hidden_filesystems": hidden}
+    told = {"disk_percent": "".join(errors[:1]), "inode_percent": "".join(uncounted[:1]),
+            "skipped_filesystems": skipped, "hidden_filesystems": hidden}
     return shares | {name: what for name, what in told.items() if what}
 
 
@@ -6498,7 +6501,8 @@ def _disk_percent(text: str) -> dict[str, float | str]:
     fstab = re.sub(r"(?m)^\s*#.*$", "", parts.get("fstab", ""))
     meant = {mount.point for mount in _mounts(fstab) if not mount.flags & {"ro", "noauto"}}
     broken = {point for point, mount in mounts.items()
-              if "emergency_ro" in mount.flags or ("ro" in mount.flags and point in meant)}
+              if ("emergency_ro" in mount.flags or ("ro" in mount.flags and point in meant))
+              and not NO_DISK.fullmatch(mount.kind)}
     # What is written to at another place is no less full where it is read-only, and df may name that place alone.
     written = {mount.device for mount in listed if mount.device.startswith("/") and not mount.hidden}
     mounts |= {point: mount._replace(flags=frozenset()) for point, mount in mounts.items()
@@ -6517,14 +6521,14 @@ def _disk_percent(text: str) -> dict[str, float | str]:
                     shares[f"inode_percent {volume.mount.point}"] = percent(volume.inodes[0], sum(volume.inodes))
             if full:
                 shares[f"disk_percent {volume.mount.point}"] = max(full)
-    told = _told(shares, listed, broken, parts.get("space", ""))
+    told = _told(shares, listed, broken, parts)
     return told if "inodes" in parts else {"inode_percent": NOT_KNOWN, **told}
 
 
 # A service that has ended, in the words of Upstart, Red Hat's and Debian's scripts, OpenRC, runit and procd: their
 # exit status is 0 all the same. Not the bare word "stopped", which may be in a name or of something else.
 NOT_RUNNING = re.compile(
-    r"\b(start|stop)/(?!running)\S+|\b(is|are) (stopped|dead)|\bnot running|\bdead but"
+    r"(?<!/)\b(start|stop)/(?!running)\S+|\b(is|are) (stopped|dead)|\bnot running|\bdead but"
     r"|\bstatus: (stopped|crashed|inactive)|^(down:|inactive)|\bfailed!", re.IGNORECASE | re.MULTILINE)
 
 
@@ -6567,13 +6571,13 @@ _CPUS = "{ getconf NPROCESSORS_ONLN 2>/dev/null || getconf _NPROCESSORS_ONLN; }"
 _LINUX_CPUS = "{ getconf _NPROCESSORS_ONLN 2>/dev/null || grep -c '^cpu[0-9]' /proc/stat; }"
 # Lines whose device is called as its type (thousands of overlays and tmpfs on a node of Kubernetes) are sent as the
 # type alone. Without -l a dead NFS server holds df up for ever; BusyBox has no -l, its oldest no -P. A name with a
-# colon is a server's for GNU's -l, so what else has one is asked for by its mount point.
+# colon is a server's for GNU's -l, so what else has one is asked for by its mount point. An echo may see escapes.
 LINUX_DISKS = r"""
-M=$(sed 's,^\([^ ]*\) [^ ]* \1 .*,\1 - \1 -,' /proc/mounts); echo "$M"; echo @fstab; cat /etc/fstab 2>/dev/null
+M=$(sed 's,^\([^ ]*\) [^ ]* \1 .*,\1 - \1 -,' /proc/mounts); printf '%s\n' "$M" @fstab; cat /etc/fstab 2>/dev/null
 echo @space; h=$(df --help 2>&1); l=; [ "${h#*--local}" = "$h" ] || l=l
 r=$(d -Pk$l); s=$?
 [ "${r#*%}" != "$r" ] || [ $s -ge 124 ] || r=$(d -k)
-echo "$r"; [ $s -lt 124 ] || exit 0
+printf '%s\n' "$r"; [ $s -lt 124 ] || exit 0
 set -f; a= b= m=
 for c in $M; do
   case "$a $c" in (/dev/*:*' '*|*:*' 'ubifs|*:*' 'zfs) m="$m $b";; esac
@@ -7713,7 +7717,7 @@ def complete(sample: Sample, settings: ResourceSettings) -> Sample:
     checks = {check.name: sample.checks.get(check.name, silent) for check in settings.checks
               if f"check {check.name}" not in sample.problems}
     problems = {name: why for name, why in sample.problems.items()
-                if why != NOT_KNOWN or name in settings.limits.by_metric()}
+                if name in settings.limits.by_metric() or (why != NOT_KNOWN and name != "inode_percent")}
     read = [name.partition(" ")[2] for name, _ in sample.readings("disk_percent")]
     if lost := [path for path in settings.limited_mounts
                 if WINDOWS_PATH.fullmatch(path) and not any(matching_key([path], mount) for mount in read)]:

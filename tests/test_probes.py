@@ -37,9 +37,11 @@ from healthchecker import (
     ResourceSettings,
     Sample,
     build_script,
+    complete,
     end_mark,
     last_section,
     parse_output,
+    since,
 )
 
 NONCE = "5eed5eed5eed5eed"
@@ -83,6 +85,7 @@ EXPECTED: dict[str, object] = {
     "linux/disk_percent.zfs-quota": disks(root=100 * 50.95 / 90.95, home__anna=95.0),
     "linux/disk_percent.one-disk-fails": disks(root=25.0)
     | {"disk_percent": "df: /srv/old: Input/output error"},
+    "linux/disk_percent.container": {"disk_percent": "no local filesystem (skipped: overlay, tmpfs)"},
     "macos/hostname.macos-14": "build1.example.com",
     "macos/kernel.macos-14": "Darwin 23.5.0",
     "macos/os.macos-14": "macOS 14.5",
@@ -123,7 +126,6 @@ EXPECTED: dict[str, object] = {
 }
 # A figure that another locale wrote, or that is not there, is a problem and never a wrong number.
 PROBLEMS = {
-    "linux/disk_percent.container": "no local filesystem",
     "linux/load_per_cpu.decimal-comma": "'0,81' is not a number",
     "linux/uptime_seconds.decimal-comma": "'858,19' is not a number",
     "macos/swap_percent.decimal-comma": "'2048,00' is not a number",
@@ -304,6 +306,18 @@ TABLES: dict[str, tuple[str, str, list[str], dict[str, float]]] = {
     "a quota of the dataset with the shortest name": (
         "tank/a /a zfs rw,xattr 0 0\ntank/bulk /bulk zfs rw,xattr 0 0\n", "",
         ["tank/a 1000 990 10 99% /a", "tank/bulk 1000000 1000 999000 1% /bulk"], {"/a": 99.0}),
+    "an image that fstab does not call read-only": (
+        ROOT + "/dev/loop0 /srv/centos iso9660 ro,relatime,nojoliet,check=s,map=n,blocksize=2048 0 0\n",
+        "/root/centos.iso /srv/centos iso9660 loop 0 0\n",
+        ["/dev/sda1 100 10 90 10% /", "/dev/loop0 100 100 0 100% /srv/centos"], {"/": 10.0}),
+    "images with a backslash and a # in their places": (
+        ROOT + r"/dev/loop3 /mnt/a\134b iso9660 ro,relatime 0 0" "\n" r"/dev/loop4 /mnt/x\043y squashfs ro 0 0" "\n",
+        "",
+        ["/dev/sda1 100 10 90 10% /", r"/dev/loop3 100 100 0 100% /mnt/a\b", "/dev/loop4 100 100 0 100% /mnt/x#y"],
+        {"/": 10.0}),
+    "huge pages with a size": (
+        ROOT + "nodev /mnt/huge hugetlbfs rw,relatime,pagesize=1024M,size=4G 0 0\n", "",
+        ["/dev/sda1 100 10 90 10% /", "nodev 4194304 4194304 0 100% /mnt/huge"], {"/": 10.0}),
 }
 
 
@@ -314,6 +328,35 @@ def test_tables_of_disks(case: tuple[str, str, list[str], dict[str, float]]) -> 
     sample = parsed(Platform.LINUX, {"disk_percent": f"{mounted}@fstab\n{fstab}@space\n{space}\n@inodes\n"})
     assert sample.metrics == {f"disk_percent {point}": share for point, share in readings.items()}
     assert "disk_percent" not in sample.problems
+    assert "disk_percent" not in since(sample, since(sample, None)).problems, "nothing turned"
+
+
+# fstab(5): the fields after the third may be left out
+@pytest.mark.parametrize("line", ["/dev/sdb1 /data/ ext4 defaults 0 2", "/dev/sdb1 /data ext4"])
+def test_a_disk_turned_read_only_however_fstab_writes_it(line: str) -> None:
+    sample = parsed(Platform.LINUX, {"disk_percent": (
+        f"{ROOT}/dev/sdb1 /data ext4 ro,relatime 0 0\n@fstab\n/dev/sda2 none swap\nproc /proc\n{line}\n@space\n"
+        "/dev/sda1 100 10 90 10% /\n/dev/sdb1 100 99 1 99% /data\n@inodes\n")})
+    assert sample.problems["disk_percent"] == "became read-only: /data"
+    assert sample.metrics["disk_percent /data"] == 99.0
+
+
+def test_the_only_disk_turned_read_only() -> None:
+    before, after = (parsed(Platform.FREEBSD, {"disk_percent": (
+        f"/dev/ada0p2 on / (ufs, local, {flag})\n@space\n/dev/ada0p2 100 10 90 10% 1 9 10% /\n@inodes\n")})
+        for flag in ("journaled soft-updates", "read-only"))
+    assert after.problems["disk_percent"] == "no local filesystem (skipped: nothing)"
+    assert since(after, since(before, None)).problems["disk_percent"] == "became read-only: /"
+
+
+@pytest.mark.parametrize("said", [  # of BusyBox without FEATURE_DF_FANCY, and of our own
+    "df: invalid option -- 'i'\nBusyBox v1.30.1 (2019-02-14) multi-call binary.", "df: no end in 5 s"])
+def test_inodes_that_cannot_be_read_are_a_problem_for_whoever_limits_them(said: str) -> None:
+    sample = parsed(Platform.LINUX, {"disk_percent": (
+        f"{ROOT}@fstab\n@space\n/dev/sda1 100 10 90 10% /\n@inodes\n{said}")})
+    limits = Limits.model_validate({"inode_percent": "95"})
+    assert said.partition("\n")[0] in complete(sample, wanting(Platform.LINUX, limits=limits)).problems["inode_percent"]
+    assert "inode_percent" not in complete(sample, wanting(Platform.LINUX, limits=Limits())).problems
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import ipaddress
 import re
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -234,13 +235,13 @@ def test_a_node_with_a_thousand_pods_stays_below_what_is_read() -> None:
     assert readings(parse_output(text, NONCE, None), "disk_percent").keys() == DISKS["debian/12-inodes"].keys()
 
 
-def changed(name: str, files: dict[str, str], row: str = "", *, local: bool = True) -> Sample:
+def changed(name: str, files: dict[str, str], row: str = "", *, local: bool = True, shell: str = "dash") -> Sample:
     """What is read of a machine with other files, and with one more row of df; not `local`: df -l leaves it out."""
     host = hosts.host(name)
     table = host.answers["df -PkT"]
     answers = {**host.answers, "df -PkT": table._replace(text=table.text + row)}
     played = host._replace(files={**host.files, **files}, answers=answers if local else {**answers, "df -PklT": table})
-    text = hosts.play(played, build_script(wanting(Platform.UNIX), NONCE))
+    text = hosts.play(played, build_script(wanting(Platform.UNIX), NONCE), shell)
     return parse_output(text.removesuffix(end_mark(NONCE)), NONCE, None)
 
 
@@ -260,6 +261,20 @@ def test_a_dataset_with_a_colon_in_its_name_is_no_server_s() -> None:
     row = "tank/old:2024                zfs        100000000  90000000   10000000      90% /srv/old\n"
     found = readings(changed("proxmox/8", {"proc/mounts": mounts}, row, local=False), "disk_percent")
     assert found == {**readings(sample_of("proxmox/8"), "disk_percent"), "/srv/old": 90}
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash", "ksh", "mksh", "yash"])
+def test_a_backslash_in_a_place_is_no_escape_of_echo(shell: str) -> None:
+    r"""The kernel writes a space as \040 in its table, and a backslash as \134; df writes both as they are."""
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed (apt-get install {shell})")
+    mounts = hosts.host("debian/12-inodes").files["proc/mounts"]
+    mounts += r"/dev/sr0 /media/My\040Disk iso9660 ro,relatime 0 0" "\n" r"/dev/sdx1 /srv/a\134cb ext4 rw 0 0" "\n"
+    rows_ = "/dev/sr0 iso9660 100 100 0 100% /media/My Disk\n/dev/sdx1 ext4 100 90 10 90% /srv/a\\cb\n"
+    sample = changed("debian/12-inodes", {"proc/mounts": mounts}, rows_, shell=shell)
+    before = sample_of("debian/12-inodes")
+    assert readings(sample, "disk_percent") == {**readings(before, "disk_percent"), "/srv/a\\cb": 90}
+    assert readings(sample, "inode_percent") == readings(before, "inode_percent")
 
 
 # --- Read-only filesystems ---------------------------------------------------
@@ -487,6 +502,7 @@ SAID = {  # what `service NAME status` prints, its exit status, and whether that
     "SysV dead": ("mysqld dead but subsys locked", 0, False),
     "a name that sounds like it": ("stopped-clock is running...", 0, True),
     "a service that runs and speaks of what stopped": ("app (pid 7) is running; 3 workers stopped", 0, True),
+    "a path that sounds like Upstart": ("java (pid 7) is running: /opt/start/app.jar", 0, True),
     "OpenRC": (" * status: started", 0, True),
     "OpenRC stopped": (" * status: stopped", 0, False),
     "OpenRC crashed": (" * status: crashed", 0, False),
