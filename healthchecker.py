@@ -6542,6 +6542,8 @@ def _systemd(status: int, text: str) -> Outcome:
     active = fields.get("ActiveState", "")
     if not active:  # another init, or a systemd that does not answer
         return _service(status, text)
+    if "\n\n" in text:      # of a pattern, such as postgresql@*: all its units have to be well
+        return min((_systemd(status, unit) for unit in text.split("\n\n")), key=lambda unit: unit.good)
     if fields.get("LoadState") == "not-found":
         return Outcome(False, "no such unit")
     return Outcome(active in ("active", "reloading", "refreshing"), f"{active} ({fields.get('SubState', '')})")
@@ -6605,7 +6607,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("swap_percent", "grep ^Swap /proc/meminfo", _linux_swap),
         Probe("load_per_cpu", f"{_LINUX_CPUS} && cat /proc/loadavg", _load_per_cpu),
         Probe("disk_percent", LINUX_DISKS, _disk_percent),
-    ), "if [ -d /run/systemd/system ]; then systemctl show -p LoadState -p ActiveState -p SubState -- {};"
+    ), "if [ -d /run/systemd/system ]; then systemctl show -p LoadState -p ActiveState -p SubState -- {} | grep ^;"
        " else service {} status; fi", _systemd),
     Platform.MACOS: CommandSet("Darwin", (
         *_ANY, *_BSD,

@@ -1,9 +1,9 @@
 """Machines that we do not have, played from what they print: tests/recorded/<system>/<host>.transcript.
 
 A transcript is what a terminal would show: lines `$ command`, what it prints (on standard error where a line begins
-with its name and a colon), and `[3]` where its exit status is not 0. Lines that begin with `##` are comments; the first
-ones say which system and version it is and where the shape was found. Names and numbers are our own, made so that
-shares are round. Besides,
+with its name and a colon, or with "Failed to"), and `[3]` where its exit status is not 0. Lines that begin with `##`
+are comments; the first ones say which system and version it is and where the shape was found. Names and numbers are our
+own, made so that shares are round. Besides,
 
     $ cat /proc/mounts      makes that file; `$ ls -d /run/systemd/system` that folder
     $ sysctl -a             answers any `sysctl` of these variables
@@ -177,8 +177,9 @@ def stub(name: str, answers: dict[str, Answer], folder: Path) -> str:
     for number, (key, answer) in enumerate(keys.items()):
         stored, complaints = folder / f"{name}.{number}", folder / f"{name}.{number}.stderr"
         lines = answer.text.splitlines(keepends=True)
-        complaints.write_text("".join(line for line in lines if line.startswith(f"{name}: ")), encoding="utf-8")
-        stored.write_text("".join(line for line in lines if not line.startswith(f"{name}: ")), encoding="utf-8")
+        begins = (f"{name}: ", "Failed to ")
+        complaints.write_text("".join(line for line in lines if line.startswith(begins)), encoding="utf-8")
+        stored.write_text("".join(line for line in lines if not line.startswith(begins)), encoding="utf-8")
         show = ROWS if name == "df" else "cat"
         said = f"cat {shlex.quote(str(complaints))} >&2; {show} {shlex.quote(str(stored))}"
         choices += f"{shlex.quote(key)}) {said}; exit {answer.status};;\n"
