@@ -6643,7 +6643,7 @@ PROBES: dict[Platform, CommandSet] = {
 # hold off for ever; what is beyond KEPT_BYTES is read and dropped, so that nothing dies of SIGPIPE. yash drops what is
 # behind a byte that is no character, its status line too, and is given none. Nothing ends a df
 # that waits for a dead disk: it says who it is past what gathers its output, and where `hangs` still finds it, the
-# poll starts no other.
+# poll starts no other. BusyBox' timeout leaves a check its own status, which may be 0, so `limit` counts there itself.
 SCRIPT = r"""{
 LC_ALL=C; export LC_ALL; unset LANGUAGE N; N=NONCE
 PATH=$PATH:/usr/sbin:/sbin:/usr/local/sbin:/usr/local/bin; export PATH
@@ -6658,12 +6658,12 @@ limit() {
   n=$1; shift
   if [ "$T" ]; then timeout -k 1 $n "$@" 2>&1; return; fi
   command set -m || :
-  "$@" 2>&1 & p=$!
-  { while [ $n -gt 0 ] && kill -0 $p; do sleep 1; n=$((n - 1)); done
-    if kill -0 $p; then kill -TERM -$p || kill -TERM $p; sleep 1; kill -KILL -$p || kill -KILL $p; fi
+  exec "$@" 2>&1 & p=$!
+  { while [ $n -gt 0 ] && kill -0 $p; do sleep 1; n=$((n - 1)); done; kill -0 $p || exit 0
+    trap '' TERM; kill -TERM -$p || kill -TERM $p; sleep 1; kill -KILL -$p || kill -KILL $p; exit 124
   } >/dev/null 2>&1 & w=$!
   wait $p; s=$?
-  kill -TERM -$w || kill -TERM $w
+  { kill -TERM -$w || kill -TERM $w; wait $w; } 2>/dev/null; [ $? != 124 ] || s=124
   return $s
 }
 d() {
@@ -6697,7 +6697,7 @@ keep() {
   done 2>/dev/null
   printf '%.4096s\n@%s end %s\n' "${kept%%$m*}" $N "$s"
 }
-T=; timeout -k 1 1 true >/dev/null 2>&1 && T=y
+T=; case $(timeout --help 2>&1) in (*BusyBox*) ;; (*) timeout -k 1 1 true >/dev/null 2>&1 && T=y;; esac
 case $(uname -s) in
 BRANCHESesac
 CHECKScase $(uname -s) in

@@ -474,6 +474,22 @@ def test_a_check_leaves_nothing_behind_without_timeout_1(shell: str, tmp_path: P
     wait_for(lambda: not left_over(mark), 30)  # a watcher may sleep a second more
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("timeout", ["", 'exec busybox timeout "$@"', "exit 127"], ids=["GNU", "BusyBox", "none"])
+def test_a_check_that_ends_well_when_it_is_ended_is_bad(timeout: str, shell: str, tmp_path: Path, mark: str) -> None:
+    """As tcpdump -c 1 and mosquitto_sub -C 1 do, which never got what they wait for."""
+    path = in_folder(tmp_path, **({"timeout": timeout} if timeout else {}))
+    checks = [Check(name="waits", command="trap 'exit 0' TERM; while :; do sleep 0.1; done", timeout=1),
+              Check(name="good", command="echo 1", timeout=9)]
+    script = build_script(wanting(Platform.POSIX, [], checks), NONCE)
+    text, _ = run_script(command_of(shell), script, PATH=path, **{MARK: mark})
+    outcomes = parse_output(text, NONCE, None).checks
+    assert not outcomes["waits"].good and outcomes["waits"].text.startswith("no end in 1 s")
+    assert (outcomes["good"].good, outcomes["good"].text) == (True, "1")
+    wait_for(lambda: not left_over(mark), 30)
+
+
 # --- Checks with the exit codes of Nagios ------------------------------------
 class Shell:
     """This machine's sh as a connection, with a PATH of its own."""
