@@ -890,6 +890,12 @@ class Limits(Settings):
     def by_metric(self) -> dict[str, Limit]:
         return {name: limit for name, limit in self if limit is not None}
 
+    @property
+    def patterns(self) -> list[str]:
+        """What may match several mount points: the first one does, so their order is a setting, too."""
+        return [f"{name} {mount}" for name, limit in self if isinstance(limit, MountLimit)
+                for mount in limit.mounts or () if {*mount} & {*"*?["}]
+
 
 class Check(Settings):
     """A command of the user's own: exit status 0 is good."""
@@ -2528,12 +2534,13 @@ class Resource(Base):
         """Takes the settings over; says whether anything changed: a version with a setting more changes no row."""
         wanted = settings.model_copy(update={"port": settings.connect_port, **dict.fromkeys(("was", *SECRETS))})
         with contextlib.suppress(StorageError):     # what cannot be read is written anew
-            if self.parsed_settings == wanted:
+            known = self.parsed_settings
+            if known == wanted and known.limits.patterns == wanted.limits.patterns:     # to == they have no order
                 return False
         values = wanted.model_dump(mode="json", exclude=set(SECRETS))
         for name in self.COLUMNS:
             setattr(self, name, values.pop(name))
-        self.settings = json.dumps(values, sort_keys=True)
+        self.settings = json.dumps(values)
         return True
 
     @property
@@ -3564,25 +3571,32 @@ def store_secret(row: Resource, kind: str, plain: str, vault: Vault) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def same_status(session: Session, row: Resource) -> Iterator[None]:
+    """Around a change after which a row means what it meant: its stored status stays that of its settings."""
+    status, before = session.get(Status, row.id), (row.settings_digest, row.credential_digest)
+    yield
+    if status and (status.settings_digest, status.credential_digest) == before:
+        status.settings_digest, status.credential_digest = row.settings_digest, row.credential_digest
+
+
 def reseal(session: Session, rows: Iterable[Resource], vault: Vault, name: str | None = None) -> None:
     """Seals the secrets of rows anew, for what they are bound to today, a new `name` if there is one; the stored status
     of a row stays that of its settings. Raises SecretError."""
     for row in rows:
-        status, before = session.get(Status, row.id), (row.settings_digest, row.credential_digest)
         plain = {}
-        for kind in SECRETS:
-            try:
-                if token := getattr(row, kind):
-                    plain[kind] = vault.open(token, *binding(kind, row))
-            except SecretError as error:
-                if name is None:
-                    raise SecretError(f"{row.name}: {error}, or remove it") from error
-                setattr(row, kind, None)    # the inventory states it again, or says that it is missing
-        row.name = name or row.name
-        for kind, secret in plain.items():
-            setattr(row, kind, vault.seal(secret, *binding(kind, row)))
-        if status and (status.settings_digest, status.credential_digest) == before:
-            status.settings_digest, status.credential_digest = row.settings_digest, row.credential_digest
+        with same_status(session, row):
+            for kind in SECRETS:
+                try:
+                    if token := getattr(row, kind):
+                        plain[kind] = vault.open(token, *binding(kind, row))
+                except SecretError as error:
+                    if name is None:
+                        raise SecretError(f"{row.name}: {error}, or remove it") from error
+                    setattr(row, kind, None)    # the inventory states it again, or says that it is missing
+            row.name = name or row.name
+            for kind, secret in plain.items():
+                setattr(row, kind, vault.seal(secret, *binding(kind, row)))
 
 
 def bind_ports(session: Session, rows: Iterable[Resource], vault: Vault) -> None:
@@ -3644,7 +3658,8 @@ def named_by(session: Session, name: str) -> str:
     for row in session.scalars(sqlalchemy.select(Resource)):
         with contextlib.suppress(StorageError):     # what cannot be read names nothing
             settings = row.parsed_settings
-            names |= {row.name} if name in (*settings.depends_on, *settings.hops) else set()
+            hops = () if hop_address(name) else settings.hops       # there it is no resource
+            names |= {row.name} if name in (*settings.depends_on, *hops) else set()
     return f"stays while it is named by {', '.join(sorted(names))}" if names else ""
 
 
@@ -3663,8 +3678,23 @@ def forget_behind(session: Session, name: str) -> Iterator[str]:
             yield row.name
 
 
-def rename_row(session: Session, row: Resource, vault: Vault, name: str) -> None:
-    """Gives a row another name: its secrets are sealed for that, its events and what is planned for it follow."""
+def follow_name(session: Session, old: str, name: str) -> None:
+    """What was added through the API, and is behind a resource or depends on it, calls it by its new name; but for a
+    `name` that means something else in a way: who added it has to say what is meant."""
+    is_plain = name != "none" and "," not in name and not (hop_address(old) or hop_address(name))
+    spelled = Resource.settings.contains(json.dumps(old)[1:-1], autoescape=True)    # or each rename reads all rows
+    for row in session.scalars(sqlalchemy.select(Resource).where(Resource.origin == "api", spelled)).all():
+        with contextlib.suppress(StorageError), same_status(session, row):
+            settings = row.parsed_settings
+            hops = ",".join(name if hop == old and is_plain else hop for hop in settings.hops)
+            row.take_settings(settings.model_copy(update={
+                "proxy_jump": hops or settings.proxy_jump,
+                "depends_on": tuple(name if each == old else each for each in settings.depends_on)}))
+
+
+def rename_row(session: Session, row: Resource, vault: Vault, name: str, *, moved: bool = False) -> None:
+    """Gives a row another name: its secrets are sealed for that; its events, what is planned for it and what the API
+    put behind it follow, without their passwords where it has `moved` to another host or account."""
     # plans of the inventory say it themselves
     for work in session.scalars(sqlalchemy.select(Maintenance).where(Maintenance.plan == "")):
         if row.name in (scope := work.chosen).resources:
@@ -3677,7 +3707,10 @@ def rename_row(session: Session, row: Resource, vault: Vault, name: str) -> None
             session.delete(before)
             session.flush()
         notice.name = name
+    follow_name(session, row.name, name)
     reseal(session, [row], vault, name)
+    for _ in forget_behind(session, name) if moved else ():
+        pass
 
 
 def claim_row(session: Session, rows: dict[str, Resource], settings: ResourceSettings) -> Resource:
@@ -3775,7 +3808,9 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
             row = claim_row(session, rows, settings)
             is_new, old = row.origin == REMOVED, row.name
             if old != name:
-                rename_row(session, row, vault, name)
+                moved = (row.hostname, row.port, row.username) != (
+                    settings.hostname, settings.connect_port, settings.username)
+                rename_row(session, row, vault, name, moved=moved)
             row.origin, row.place = "inventory", inventory.places[name]
             with keeping_word(session, row):
                 changed = update_row(row, settings, vault) or old != name

@@ -676,6 +676,22 @@ def test_trusted_host_key_is_kept_until_the_address_changes(bench: Bench) -> Non
         bench.execute("UPDATE resource SET host_key = 'ssh-ed25519 SHA256:x'")
 
 
+def test_mounts_keep_their_order(bench: Bench) -> None:
+    """The first pattern that matches decides, in the database as in the file; no other order is a setting."""
+    text = """\
+  - {name: a, platform: local, limits: {disk_percent: {warn: 9, mounts: {"/srv/db*": 80, "/srv/*": off, /a: 9}}}}
+  - {platform: http, url: "http://b/", headers: {X-B: b, X-A: a}}
+"""
+    bench.load(text)
+    with closing(Store(bench.place)) as store, store.reading() as session:
+        limit = healthchecker.load_targets(session, bench.vault)["a"].settings.limits.disk_percent
+    assert limit and (limit.at("/srv/db1"), limit.at("/srv/x")) == (healthchecker.Limit(fail=80), None)
+    assert bench.load(text.replace("X-B: b, X-A: a", "X-A: a, X-B: b")).changed == []
+    assert bench.load(text.replace('"/srv/*": off, /a: 9', '/a: 9, "/srv/*": off')).changed == []
+    text = text.replace('"/srv/db*": 80, "/srv/*": off', '"/srv/*": off, "/srv/db*": 80')
+    assert bench.load(text).changed == ["a"] and bench.load(text).changed == []
+
+
 # --- what is removed, and what has another name ---------------------------------------------------------------
 POLLED = 1_800_000_000  # when each resource was polled once
 DAY = 86_400
@@ -789,6 +805,43 @@ def test_renamed(source: str, removed_before: bool, bench: Bench) -> None:
     assert found["new"] == before._replace(is_current=not removed_before)
     assert bench.load(text)[:3] == ([], [], []), "it can stay in the file"
     assert bench.load(text.replace(", was: a.example.com", "").replace(token, "pa"))[:3] == ([], [], [])
+
+
+def add_behind(bench: Bench, **more: Any) -> None:
+    """What the console adds."""
+    given = {"name": "x", "hostname": "x.example.com", "username": "u", "password": "px", **more}
+    with closing(Store(bench.place)) as store, store.writing() as session:
+        row = Resource(origin="api")
+        healthchecker.update_row(row, healthchecker.ResourceSettings.model_validate(given), bench.vault)
+        session.add(row)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_renamed_with_something_behind_it(bench: Bench, moved: bool) -> None:
+    """What the console added follows, its state counts on; its password goes to no other host under a new name."""
+    bench.load(FIRST)
+    add_behind(bench, proxy_jump="me@a.example.com,a.example.com", depends_on=("a.example.com", "c"))
+    polled(bench)
+    before = past(bench)["x"]
+    new = renamed(A, "new", "a.example.com")
+    bench.load((new.replace("hostname: a.", "hostname: other.") if moved else new) + B + C)
+    with closing(Store(bench.place)) as store, store.reading() as session:
+        found = healthchecker.load_targets(session, bench.vault)["x"]
+        named = [healthchecker.named_by(session, name) for name in ("me@a.example.com", "new")]
+    assert named == ["", "stays while it is named by x"], "an address names no resource"
+    assert (found.settings.hops, found.settings.depends_on) == (["me@a.example.com", "new"], ("new", "c"))
+    assert past(bench)["x"] == before._replace(is_current=not moved)
+    assert (found.settings.secrets, bool(found.fault)) == (({}, True) if moved else ({"password": "px"}, False))
+
+
+@pytest.mark.parametrize("name", ["none", "ops@gw", "a,b"])
+def test_renamed_to_what_means_something_else_in_a_way(bench: Bench, name: str) -> None:
+    """What was behind is behind nothing that there is, until who added it says what is meant."""
+    bench.load(FIRST)
+    add_behind(bench, proxy_jump="a.example.com")
+    bench.load(renamed(A, f"'{name}'", "a.example.com") + B + C)
+    with closing(Store(bench.place)) as store, store.reading() as session:
+        assert healthchecker.load_targets(session, bench.vault)["x"].settings.hops == ["a.example.com"]
 
 
 def test_renamed_to_what_was_removed(bench: Bench) -> None:
