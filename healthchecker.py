@@ -355,9 +355,14 @@ def one_line(text: str) -> str:
     return line if len(line) <= REASON_CHARS else line[: REASON_CHARS - 1] + "…"
 
 
+@functools.lru_cache(maxsize=8)     # thousands may have one slip in common
+def near_names(name: str, known: tuple[str, ...]) -> list[str]:
+    return difflib.get_close_matches(name, known, 1)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a text about a name that is not among the `known`: the nearest of them; empty where none is near."""
-    near = difflib.get_close_matches(name, list(known), 1)
+    near = near_names(name, tuple(known))
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -455,12 +460,12 @@ class SshConfig(paramiko.SSHConfig):
     SAID: ClassVar = {"hostname": "hostname", "port": "port", "username": "user", "proxy_jump": "proxyjump",
                       "host_key_alias": "hostkeyalias"}
 
-    def __init__(self, path: Path, user: object = None) -> None:
+    def __init__(self, path: Path, user: str = "") -> None:
         """Reads the file, whose User gives way to `user`. Raises ValueError."""
         super().__init__()
         try:
             text = path.read_text(encoding="utf-8-sig")
-            seed = f"User {user}\n" if re.fullmatch(r"[^\s\"]+", str(user or "")) else ""
+            seed = f"User {user}\n" if re.fullmatch(r"[^\s\"]+", user) else ""
             self.parse(io.StringIO(seed + text))
         except OSError as error:
             raise ValueError(f"this file cannot be read: {error.strerror}") from None
@@ -468,6 +473,10 @@ class SshConfig(paramiko.SSHConfig):
             raise ValueError("this is no configuration of OpenSSH's client") from None
         if re.search(r"^\s*include\b", text, re.IGNORECASE | re.MULTILINE):
             raise ValueError("Include is not followed; name the file that it includes, or write its lines there")
+
+    def _does_match(self, match_list: list[Any], *rest: Any) -> Any:
+        """Without a look into the list of accounts for each Host that is another."""
+        return bool(match_list) and super()._does_match(match_list, *rest)  # type: ignore[misc]  # the stubs lack it
 
     def _get_matches(self, match: str) -> Any:
         found = super()._get_matches(match)     # type: ignore[misc]  # the stubs lack it
@@ -499,15 +508,16 @@ class SshConfig(paramiko.SSHConfig):
         return f"{found[1] or said.get('username', user)}@{host}:{found[4] or said.get('port', SSH_PORT)}"
 
 
-def with_ssh_config(raw: dict[str, Any], path: Path, names: Collection[str], *, keyless: bool) -> dict[str, Any]:
-    """A resource with what the file says and `raw` does not; `keyless`: a key, too. Raises ValueError."""
-    said, key, command = SshConfig(path, raw.get("username")).of(raw["hostname"])
+def with_ssh_config(raw: dict[str, Any], config_of: Callable[[str], SshConfig], names: Collection[str], *, keyless: bool
+                    ) -> dict[str, Any]:
+    """A resource with what the file says to its user and `raw` does not; `keyless`: a key, too. Raises ValueError."""
+    said, key, command = config_of(str(raw.get("username") or "")).of(raw["hostname"])
     if command and "proxy_jump" not in raw:
         raise ValueError("ProxyCommand is not run; write ProxyJump, or proxy_jump here")
     found = {"key_file": key} if key and keyless else {}
     stated = {**found, **said, **raw, "hostname": said.get("hostname", raw["hostname"])}
     if hops := stated.get("proxy_jump"):
-        user, config = str(stated.get("username", "")), SshConfig(path)
+        user, config = str(stated.get("username", "")), config_of("")
         key = os.path.expanduser(str(stated["key_file"])) if "key_file" in stated else None     # the model says of what
         stated["proxy_jump"] = ",".join(hop if hop == "none" or hop in names else config.hop(hop, user, key)
                                         for hop in map(str.strip, str(hops).split(",")))
@@ -1927,6 +1937,7 @@ class InventoryLoader:
         self.faults = dict.fromkeys(document.faults)    # a dict keeps the order and drops repetitions
         self.places: dict[str, str] = {}                # of the resources so far, by name
         self.names: set[str] = set()                    # of all resources
+        self._ssh_config = functools.cache(SshConfig)   # many have one; the next load reads it again
 
     def load(self) -> Inventory:
         top = {} if self.document.value is None else self.document.value
@@ -1939,7 +1950,8 @@ class InventoryLoader:
             self.fault(("defaults", "depends_on"), "must stand at each resource, for none depends on itself")
         if file and "resources" not in file.model_fields_set:
             self.fault((), "resources is missing; write `resources: []` to watch nothing")
-        missing = dict.fromkeys(("name", "hostname", "username"), "any")     # to look at the defaults alone
+        files = FILES if (defaults.get("platform"), defaults.get("auth")) == ("windows", "certificate") else ()
+        missing = dict.fromkeys(("name", "hostname", "username", *files), "any")     # to look at the defaults alone
         usual = self._validate(ResourceSettings, missing | defaults | of_url(defaults), lambda loc: ("defaults", *loc))
         entries = [(index, one) for index, own in enumerate(items) if isinstance(own, dict)
                    for one in self._hosts(index, own)]
@@ -2096,7 +2108,8 @@ class InventoryLoader:
         foreign = foreign_fields(platform)
         for key in foreign & own.keys() if platform in SELECTABLE else ():
             self.fault((*here, key), f"{key} has no meaning with platform {platform}", key=True)
-        skipped = foreign.union(*(group for group in (CREDENTIALS, PASSPHRASES) if own.keys() & group))
+        skipped = foreign.union(*(group for group in (CREDENTIALS, PASSPHRASES) if own.keys() & group),
+                                PASSPHRASES if own.keys() & {*CREDENTIALS[:3]} else ())     # of a key that is not used
         raw = USUAL.get(platform, {}) | {key: value for key, value in defaults.items() if key not in skipped} | own
         if isinstance(own.get("limits"), dict) and isinstance(defaults.get("limits"), dict):
             raw["limits"] = defaults["limits"] | own["limits"]
@@ -2108,7 +2121,8 @@ class InventoryLoader:
         if usable and isinstance(path, str):
             keyless = not raw.keys() & {*CREDENTIALS}
             try:
-                raw = with_ssh_config(raw, absolute(path, self.folder), self.names, keyless=keyless)
+                config_of = functools.partial(self._ssh_config, absolute(path, self.folder))
+                raw = with_ssh_config(raw, config_of, self.names, keyless=keyless)
             except ValueError as error:
                 self.fault((*here, "ssh_config"), str(error))
         for message in conflicts(raw):
@@ -5114,7 +5128,10 @@ class SshLogin(Connection):
         secret = phrase.get_secret_value().encode() if phrase else None
         load = (serialization.load_ssh_private_key if b"BEGIN OPENSSH PRIVATE KEY" in raw
                 else serialization.load_pem_private_key)
-        key: Any = load(raw, secret)
+        try:
+            key: Any = load(raw, secret)
+        except TypeError:       # it has none; that of the defaults may be for other keys
+            key = load(raw, None)
         kind = (paramiko.RSAKey if isinstance(key, rsa.RSAPrivateKey) else
                 paramiko.ECDSAKey if isinstance(key, ec.EllipticCurvePrivateKey) else paramiko.Ed25519Key)
         text = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,

@@ -653,6 +653,20 @@ def test_ssh_config_gives_way_to_the_inventory(tmp_path: Path) -> None:
             "proxy_jump jump@gate.example.com:2022,monitor@far:2200, host_key_alias db.example.com") in said
 
 
+def test_ssh_config_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is read once for each user, whatever the number of hosts, and once more by the next load."""
+    parsed: list[object] = []
+    parse = SshConfig.parse
+    monkeypatch.setattr(SshConfig, "parse", lambda self, file: [parsed.append(file), parse(self, file)])
+    (tmp_path / "config").write_text("Host h*\n  ProxyJump gate\nHost gate\n  User g\n", encoding="utf-8")
+    rows = "  - {hostname: 'h[1:50]', username: u, password: p, ssh_config: config}\n"
+    rows += "  - {hostname: other, username: o, password: p, ssh_config: config}\n"
+    for number in (1, 2):
+        found = load_inventory(write_inventory(tmp_path, rows)).resources
+        assert [one.hops for one in found] == [["g@gate:22"]] * 50 + [[]]
+        assert len(parsed) == 3 * number    # users u and o, and nobody for the bastions
+
+
 def test_ssh_config_of_the_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))

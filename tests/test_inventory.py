@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -540,6 +541,21 @@ MERGES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "simulated settings elsewhere": ("mean_healthy: 9", HOST, {"mean_healthy": 300}),
     "platform": ("platform: freebsd", HOST, {"platform": "freebsd"}),
     "key file replaces a password": ("password: d", "hostname: a, username: u, key_file: key", {"password": None}),
+    "a password replaces a key and its passphrase": (
+        "key_file: key, key_passphrase: d",
+        "hostname: a, username: u, password: p",
+        {"password": "**********", "key_file": None, "key_passphrase": None},
+    ),
+    "a passphrase of several keys": (
+        "key_passphrase: d",
+        "hostname: a, username: u, key_file: key",
+        {"key_passphrase": "**********"},
+    ),
+    "auth certificate without its files": (
+        "platform: windows, auth: certificate",
+        "hostname: a, certificate_file: key, key_file: key",
+        {"auth": "certificate"},
+    ),
 }
 
 
@@ -621,6 +637,17 @@ def test_bomb(content: str, folder: Path) -> None:
     begin = time.process_time()
     assert faults(folder, content)
     assert time.process_time() - begin < 8
+
+
+@pytest.mark.parametrize("stated", ["proxy_jump: bastoin", "depends_on: [bastian]"])
+def test_a_slip_of_many(stated: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is near is looked for once."""
+    looked: list[str] = []
+    near = difflib.get_close_matches
+    monkeypatch.setattr("difflib.get_close_matches", lambda *given: [looked.append(given[0]), near(*given)][1])
+    entries = f"{{hostname: 'h[1:50]', username: u, password: p, {stated}}}, {{name: bastion, platform: local}}"
+    assert "did you mean bastion?" in faults(folder, f"resources: [{entries}]")[0]
+    assert len(looked) == 1
 
 
 @pytest.mark.long

@@ -217,6 +217,8 @@ def test_password(sshd: Server, password: str) -> None:
 def test_key_file(sshd: Server, kind: str, passphrase: str) -> None:
     key = sshd.user_key(kind, passphrase)
     assert healthy(poll(target(sshd, key_file=key, passphrase=passphrase)))
+    if not passphrase:  # that of the defaults may be for other keys
+        assert healthy(poll(target(sshd, key_file=key, passphrase="of other keys")))
     assert f"Accepted publickey for {sshd.username}" in sshd.log()
 
 
@@ -231,6 +233,8 @@ def test_older_key_format(sshd: Server, tmp_path: Path, passphrase: str) -> None
     key = tmp_path / "key.pem"
     key.write_bytes(kept.private_bytes(serialization.Encoding.PEM, form, seal))
     assert healthy(poll(target(sshd, key_file=key, passphrase=passphrase)))
+    if not passphrase:
+        assert healthy(poll(target(sshd, key_file=key, passphrase="of other keys")))
 
 
 @POSIX
