@@ -433,7 +433,13 @@ def stated_hops(text: str) -> str | None:
 
 def jump_fault(name: str, ways: Mapping[str, Sequence[str] | None]) -> str | None:
     """What is wrong with the bastions of a resource; `ways` has those of all, None for what is no SSH host."""
+    known = set[object]()
     for hop in ways[name] or ():
+        if (place := hop_address(hop) or hop) in known:
+            return f"{hop} stands there twice"
+        known.add(place)
+        if hop in ways and place != hop:    # it would be taken for either, and each shown what the other may see
+            return f"{hop} is an address, and the name of a resource; call that otherwise"
         if hop in ways and ways[hop] is None:
             return f"{hop} is no SSH host"
         if hop not in ways and not hop_address(hop):
@@ -5293,6 +5299,10 @@ class SshConnection(SshLogin):
                     raise ProbeError("unreachable", f"bastion {hop}: there is no such resource; correct proxy_jump")
                 raise ProbeError("credential", f"bastion {hop}: the way to it leads through itself; correct proxy_jump")
             chain += [bastion] if chain else [*bastion._chain((*behind, hop)), bastion]
+        for bastion in chain:
+            if chain.count(bastion) > 1:    # its login for all would wait for itself
+                name = bastion._settings.name
+                raise ProbeError("credential", f"bastion {name}: the way leads through it twice; correct proxy_jump")
         return chain
 
     def _reach(self, stack: contextlib.ExitStack, deadline: Deadline, chain: Sequence[SshConnection],

@@ -348,6 +348,11 @@ def test_ways_that_cannot_be_gone(tmp_path: Path) -> None:
     net.add(resource_of({"name": "b", "proxy_jump": "a", **given}))
     answer = net.poll(resource_of({"name": "c", "proxy_jump": "b", **given}))
     assert answer.cause == "credential" and "leads through itself" in answer.reason
+    net.add(resource_of({"name": "g", **given}))
+    net.add(resource_of({"name": "h", "proxy_jump": "g", **given}))
+    for hops in ("g,g", "h,g"):     # a login within its own would wait for itself
+        answer = net.poll(resource_of({"name": "c", "proxy_jump": hops, **given}))
+        assert answer.reason == "bastion g: the way leads through it twice; correct proxy_jump"
     answer = net.poll(resource_of({"name": "d", "proxy_jump": "gone", **given}))
     assert answer.reason == "bastion gone: there is no such resource; correct proxy_jump"
     damaged = replace(resource_of({"name": "e", **given}), fault=("credential", "e: does not open"))
@@ -523,6 +528,10 @@ FAULTS = {
     "a loop": ("{name: a, HOST, proxy_jump: ¦b}, {name: b, HOST, proxy_jump: a}", "leads through a twice"),
     "a loop behind": ("{name: c, HOST, proxy_jump: ¦a}, {name: a, HOST, proxy_jump: b}, {name: b, HOST, proxy_jump: a}",
                       "leads through a twice"),
+    "twice": ("{name: a, HOST, proxy_jump: ¦'b,c,b'}, {name: b, HOST}, {name: c, HOST}", "b stands there twice"),
+    "an address twice": ("{name: a, HOST, proxy_jump: ¦'u@h,u@h:22'}", "u@h:22 stands there twice"),
+    "a name like an address": ("{name: a, HOST, proxy_jump: ¦'gw:2222'}, {name: 'gw:2222', HOST}",
+                               "gw:2222 is an address, and the name of a resource; call that otherwise"),
     "no host": ("{name: a, HOST, proxy_jump: ¦s}, {name: s, platform: simulated}", "s is no SSH host"),
     "no port": ("{name: a, HOST, proxy_jump: ¦u@h:65536}", "must be a resource's name or"),
     "port 0": ("{name: a, HOST, proxy_jump: ¦h:0}", "must be a resource's name or"),
