@@ -349,10 +349,10 @@ Cause = Literal["", "limit", "check", "unreachable", "timeout", "auth", "host_ke
                 "parent", "cut_off"]
 
 
-def one_line(text: str) -> str:
-    """`text` without line breaks and control characters, cut to REASON_CHARS: fit for a log line."""
+def one_line(text: str, most: int = REASON_CHARS) -> str:
+    """`text` without line breaks and control characters, cut to `most`: fit for a log line."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * REASON_CHARS]).split())
-    return line if len(line) <= REASON_CHARS else line[: REASON_CHARS - 1] + "…"
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 @functools.lru_cache(maxsize=8)     # thousands may have one slip in common
@@ -1653,6 +1653,7 @@ def gate_lines(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[
 # Gives: choice_faults, Plan, Scope
 A_MONDAY = datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc)     # from which schedules are tried out
 PUT_BACK = 3 * 3600.0           # seconds by which a clock is put back or forward at most
+SCOPE_CHARS = 120               # characters of a scope, where there is more to be said
 TURNS = 2000                    # of a schedule without a pause, after which there is none
 
 
@@ -1715,6 +1716,15 @@ class Scope(Settings):
     def __str__(self) -> str:
         return "everything" if self.all else ", ".join([
             *(f"tag {tag}" for tag in self.tags), *(f"group {group}" for group in self.groups), *self.resources])
+
+    @property
+    def brief(self) -> str:
+        """The same, of bounded length, and another one for each: what is said of it has room behind it."""
+        if len(text := str(self)) <= SCOPE_CHARS:
+            return text
+        first = text[:SCOPE_CHARS].rpartition(", ")[0] or text[:SCOPE_CHARS]
+        more = len(self.tags + self.groups + self.resources) - first.count(", ") - 1
+        return f"{first} and {more} more ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
     @property
     def scope_json(self) -> str:
@@ -2568,7 +2578,9 @@ class Resource(Base):
         """What decides which machine is shown the password, besides the address; None where nothing is known of it."""
         with contextlib.suppress(StorageError):
             settings = self.parsed_settings
-            return settings.proxy_jump, settings.host_key_alias, settings.host_key, settings.scheme
+            pin = (settings.certificate_fingerprint or "").replace(":", "").lower()
+            return (settings.proxy_jump, settings.host_key_alias, settings.host_key, pin, str(settings.tls),
+                    settings.scheme)
         return None
 
     @property
@@ -4981,7 +4993,7 @@ class SshLogin(Connection):
 
     def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
         super().__init__(target, guard, context)
-        self._advice = f"trust {target.name}"
+        self._advice = "correct host_key" if "SHA256:" in (target.settings.host_key or "") else f"trust {target.name}"
         self._learning = threading.Lock()   # guards host_key: those behind a bastion may be the first that see it
 
     def _known(self) -> tuple[set[str], set[str], set[str]]:
@@ -5661,8 +5673,9 @@ class TlsConnection(Connection):
         opened.deadline = deadline
         if self._settings.tls and pin and (shown := certificate_identity(opened)) != f"certificate SHA256:{pin}":
             opened.close()
+            advice = "correct certificate_fingerprint" if self._settings.certificate_fingerprint else f"trust {name}"
             raise ProbeError("host_key", f"certificate changed: expected SHA256:{pin}, offered {shown}; "
-                             f"no password was sent; if the change is right: trust {name}")
+                             f"no password was sent; if the change is right: {advice}")
         return cast(GuardedSocket, opened)
 
     def _tls_context(self, pinned: bool) -> ssl.SSLContext:
@@ -9383,7 +9396,7 @@ def tell_work(session: Session, row: Maintenance, text: str, at: float, **who: s
     about = {"group": scope.groups, "resource": scope.resources}
     alone = {field: names[0] for field, names in about.items() if names} if len(
         scope.tags + scope.groups + scope.resources) == 1 else {}
-    text = text if "resource" in alone else f"{scope}: {text}"
+    text = text if "resource" in alone else f"{scope.brief}: {text}"
     record_event(session, "maintenance", text, at=at, state=row.state, **alone, **who)
     log.info("%s%s", f"{alone['resource']}: " if "resource" in alone else "", text)
 
@@ -13207,7 +13220,8 @@ class LoginThrottle:
         self._clock = clock
         self._hashing = threading.Lock()    # one password hash at a time, for it takes a CPU 0.15 s
         self._lock = threading.Lock()       # guards the next two
-        self._waiting: set[str] = set()     # addresses with a login that waits for its turn
+        self._waiting: set[object] = set()      # places, each with a login that waits for its turn
+        self._proven: set[object] = set()       # places of accounts that logged in at this machine's own addresses
         self._failures: dict[tuple[str | None, str], collections.deque[float]] = {}     # of an account, of all (None)
 
     def wait(self, name: str, address: str) -> float:
@@ -13221,18 +13235,21 @@ class LoginThrottle:
     @contextlib.contextmanager
     def turn(self, name: str, address: str) -> Iterator[None]:
         """Holds the one hash at a time. An address has one login at most that waits for it, and none while others wait
-        if logins from there failed: a flood does not stand before who comes rarely. Raises ApiError: 429."""
+        if logins from there failed: a flood does not stand before who comes rarely, nor made-up names at this machine's
+        own address before who has logged in there. Raises ApiError: 429."""
         where = throttled_address(address)
+        own = (name, where) in self._proven
+        place = (name, where) if own else where
         with self._lock:
             if wait := self.wait(name, address):
                 raise ApiError("too many failed logins; wait before the next", 429, retry=wait)
-            if where in self._waiting or (self._waiting and (None, where) in self._failures):
+            if place in self._waiting or (self._waiting and not own and (None, where) in self._failures):
                 raise ApiError("another login waits; try again in a second", 429, retry=1)
-            self._waiting.add(where)
+            self._waiting.add(place)
         try:
             mine = self._hashing.acquire(timeout=HASH_WAIT)
         finally:
-            self._waiting.discard(where)
+            self._waiting.discard(place)
         if not mine:
             raise ApiError("other passwords are being checked; try again in a second", 429, retry=1)
         try:
@@ -13252,9 +13269,11 @@ class LoginThrottle:
             return sum(now - at < LOGIN_WINDOW for at in self._failures[name, where])
 
     def clear(self, name: str, address: str) -> None:
-        """Forgives an account at an address; what the address tried with others stays."""
+        """Forgives an account at an address where it logged in; what the address tried with others stays."""
         with self._lock:
             self._failures.pop((name, throttled_address(address)), None)
+            if ipaddress.ip_address(address).is_loopback:
+                self._proven.add((name, throttled_address(address)))
 
 
 # === Principals ==============================================================
@@ -13272,7 +13291,8 @@ def offered_key(target: Target, access: ConnectionContext) -> str:
     if not isinstance(connection, (SshConnection, TlsConnection)):
         raise UsageError(f"{target.name} has no host key")
     if target.settings.host_key not in (None, "strict") or target.settings.certificate_fingerprint:
-        raise UsageError(f"the inventory pins the key of {target.name}; change it there")
+        where = "change it there" if target.is_added else "change it in the inventory"
+        raise UsageError(f"the settings of {target.name} pin its key; {where}")
     return connection.offered_key(Deadline(min(target.settings.timeout, TRIAL_TIMEOUT)))
 
 
@@ -14139,7 +14159,8 @@ def test_changes(who: Principal, name: str, body: Mapping[str, Any], form: Docum
     """Polls a resource once with changed settings that are not stored."""
     with who.context.store.reading() as session:
         row = changeable(who, session, name)
-    return test_settings(who, body, form, row)      # which changes no more than this copy of it
+    # which changes no more than this copy of it; under its name, for which its secrets are sealed
+    return test_settings(who, {**body, "name": name}, form, row)
 
 
 def poll_now(who: Principal, name: str) -> CheckView:
@@ -14198,10 +14219,11 @@ def end_maintenance(who: Principal, name: str) -> None:
     """Lets a resource count again, and cancels what is planned for it by its name."""
     with who.context.store.writing() as session:
         find_resource(session, name)
-        ended = end_works(who, session, Scope(resources=(name,)), "begun", "planned")
+        ended = end_works(who, session, scope := Scope(resources=(name,)), "begun")
         other = None if ended else remarks(session, who.context.clock()).maintenance.get(name)
         if other:
             raise ApiError(f"{name} is in maintenance with others ({other.chosen}); end that, number {other.id}", 409)
+        end_works(who, session, scope, "planned")
 
 
 def acknowledge_resource(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
@@ -16091,10 +16113,12 @@ class ResourceRow:
     @property
     def bars(self) -> Markup:
         """The cells of the overview's readings, in one piece: three for 1,000 rows each would be escaped once more."""
-        cells, found, old = "", self.found, ' class="old"' if self.read_at else ""
+        cells, old = "", ' class="old"' if self.read_at else ""
+        metrics = (self.sample or NO_SAMPLE)["metrics"]
         for metric in ("cpu_percent", "memory_percent", "disk_percent"):
-            value = found.get(metric)
-            bar = "" if value is None else f"{bar_svg(value, self.limit(metric))}{value:.0f} %"
+            found = [(value, name.partition(" ")[2]) for name, value in metrics.items() if name.startswith(metric)]
+            value, mount = max(found, default=(0.0, ""))
+            bar = f"{bar_svg(value, self.limit(metric, mount))}{value:.0f} %" if found else ""
             cells += f'<td{old} data-label="{LABELS[metric]}">{bar}</td>'
         return Markup(cells)    # noqa: S704  # numbers and our own words
 
@@ -16850,6 +16874,7 @@ class ConsoleServer(threading.Thread):
 # holds what its receiver heard, and decides by rows and clock alone; touches nothing else. In the Notifier's thread.
 # Gives: Announcer, as_mapping, Delivery, Message, Picture, RETRY_FIRST, Unhealthy, Work
 NOTIFY_LINES = 10               # lines of a kind in a message
+TOLD_CHARS = 300                # characters of a reason in one: since when, how long and how often stand behind it
 RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds until the second try, and between two at most
 RETRY_TIME = 3600.0             # seconds after which a message is given up
 # What a host says is to mention nobody (@everyone), to hide no link behind words, to be no tag.
@@ -16934,12 +16959,12 @@ def line_of(notice: Notice) -> str:
     what, _, ended = words_of(notice)
     often = f", {notice.times} times" if notice.times > 1 else ""
     if not notice.over_at:
-        return f"{what}: {notice.text}; since {written(notice.since_at)}{often}"
+        return f"{what}: {one_line(notice.text, TOLD_CHARS)}; since {written(notice.since_at)}{often}"
     lasted = duration_text(notice.over_at - notice.since_at)
     if notice.told_at:
         return f"{what}: {ended}, {written(notice.over_at)}, after {lasted}"
-    return (f"{what}: {notice.text}; from {written(notice.since_at)} to {written(notice.over_at)}, {lasted}{often}"
-            f"{notice.ending and '; '}{notice.ending}")
+    return (f"{what}: {one_line(notice.text, TOLD_CHARS)}; from {written(notice.since_at)} to "
+            f"{written(notice.over_at)}, {lasted}{often}{notice.ending and '; '}{notice.ending}")
 
 
 def first_lines(lines: Sequence[str]) -> list[str]:
@@ -16963,7 +16988,8 @@ def write_message(chosen: Sequence[Notice], picture: Picture, is_mine: Callable[
     sick = sick if any(each.kind in ("gate", "group") for each in lasting) else []
     lines = [*first_lines([line_of(each) for each in chosen if each.kind != "state"]),
              *first_lines([line_of(each) for each in chosen if each.kind == "state"]),
-             *first_lines([f"{name}: {why}; since {written(at)}" for at, name, why in sick if name not in named])]
+             *first_lines([f"{name}: {one_line(why, TOLD_CHARS)}; since {written(at)}"
+                           for at, name, why in sick if name not in named])]
     title = (f"HealthChecker: {headline(chosen[0])}{f', {len(sick)} unhealthy' if sick else ''}"
              f"{f', and {len(chosen) - 1} more' if len(chosen) > 1 else ''}")
     bad = {not each.over_at for each in chosen if each.kind != "maintenance" and not each.ending}   # no recovery
@@ -17305,7 +17331,7 @@ def running_works(session: Session, now: float) -> dict[str, Work]:
     known, found = choices(session) if rows else Choices({}, {}, {}), {}
     for row in rows:
         names = known.of(row.chosen)
-        found[str(row.chosen)] = Work(f"in maintenance until {written(row.until_at)}: {row.reason}", row.start_at,
+        found[row.chosen.brief] = Work(f"in maintenance until {written(row.until_at)}: {row.reason}", row.start_at,
                                       frozenset(tag for tag, tagged in known.tags.items() if tagged & names))
     return found
 

@@ -756,6 +756,30 @@ def test_turn_that_does_not_come(local: Local, monkeypatch: pytest.MonkeyPatch) 
     assert attempt(local, password=PASSWORD).status == 200
 
 
+def test_made_up_names_from_here_keep_nobody_out_who_logged_in_from_here() -> None:
+    """Everybody who comes by `ssh -L` has this address, and any account of this machine."""
+    throttle = LoginThrottle()
+    for number in range(3):
+        throttle.fail(f"made up {number}", "127.0.0.1")
+    throttle.clear(NAME, "127.0.0.1")
+    began, ended = threading.Event(), threading.Event()
+
+    def login(name: str, done: threading.Event) -> None:
+        with throttle.turn(name, "127.0.0.1"):
+            done.set()
+
+    threads = [threading.Thread(target=login, args=args) for args in (("made up", began), (NAME, ended))]
+    with throttle.turn("another", "127.0.0.1"):
+        for count, thread in enumerate(threads, 1):
+            thread.start()
+            wait_for(lambda count=count: len(throttle._waiting) == count, 10)
+        with pytest.raises(healthchecker.ApiError, match="another login waits"), throttle.turn("new", "127.0.0.1"):
+            pass
+    for thread in threads:
+        thread.join(10)
+    assert began.is_set() and ended.is_set()
+
+
 def test_flood_does_not_stand_before_others() -> None:
     """While a login waits, those of an address where some failed do not; one of another address does."""
     throttle, passed = LoginThrottle(), []

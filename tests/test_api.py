@@ -268,6 +268,37 @@ def test_secret_stays_with_hostname_and_username(service: Service, client: Clien
     assert stored(service) == []
 
 
+@pytest.mark.parametrize("change", [
+    {"certificate_fingerprint": "AB" * 32}, {"certificate_fingerprint": None}, {"tls": False},
+])  # fmt: skip
+def test_a_secret_stays_with_what_the_host_is_known_by(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Or whoever may change a pin would be shown a password that he was never told; a test alone would do."""
+    with local_console(tmp_path) as local:
+        local.log_in()
+        body = {"name": "one", "platform": "windows", "hostname": "127.0.0.1", "port": 1, "username": "u",
+                "password": "p", "critical": False, "certificate_fingerprint": "CD" * 32}  # fmt: skip
+        assert local.api("POST", "resources", body).status == 201
+        message = {"password": "the way to the host, or its key, changed: write the password again"}
+        if "tls" in change:
+            change |= {"certificate_fingerprint": None}
+        for method, path in (("PATCH", "resources/one"), ("POST", "resources/one/test")):
+            reply = local.api(method, path, change)
+            assert (reply.status, reply.fields) == (422, message), reply.body
+        again = {"certificate_fingerprint": "cd:" * 31 + "cd"}     # the same
+        assert local.api("PATCH", "resources/one", again).status == 200
+        assert local.api("PATCH", "resources/one", {**change, "password": "q"}).status == 200
+
+
+def test_a_test_under_another_name(tmp_path: Path) -> None:
+    """The secret is sealed for the name as it is; a save seals it anew."""
+    with local_console(tmp_path) as local:
+        local.log_in()
+        body = {"name": "one", "hostname": "127.0.0.1", "port": 1, "username": "u", "password": "p", "critical": False}
+        local.api("POST", "resources", body)
+        reply = local.api("POST", "resources/one/test", {"name": "two"})
+        assert (reply.status, reply.json["cause"]) == (200, "unreachable")
+
+
 DEFAULTS = """
 defaults: {interval: 7, rise: 3, tags: [all], limits: {cpu_percent: 80}, username: u, password: of the inventory}
 """

@@ -666,7 +666,7 @@ def test_a_lost_key(
         ("ded", 2, "did you mean dead?"),
         ("zzz", 2, "no such resource"),
         ("calm", 2, "calm has no host key"),
-        ("pinned", 2, "the inventory pins the key of pinned"),
+        ("pinned", 2, "the settings of pinned pin its key; change it in the inventory"),
     ],
 )
 def test_trust(

@@ -531,6 +531,14 @@ def test_a_later_start(console: Local) -> None:
     assert covered(console) == []
 
 
+def test_the_end_of_what_others_have_cancels_nothing_that_is_planned(console: Local) -> None:
+    """It ended nothing, and later work was lost."""
+    console.api("POST", "maintenance", {"tags": ["db"], "for": "2h", "reason": "disks"})
+    console.api("POST", "resources/b/maintenance", {"start": clock_at(DAY), "for": "1h", "reason": "kernel"})
+    assert console.api("DELETE", "resources/b/maintenance").status == 409
+    assert {work["reason"] for work in console.api("GET", "maintenance").json} == {"disks", "kernel"}
+
+
 def test_maintenance_again_is_in_place_of_the_first(console: Local) -> None:
     for reason in ("x", "y"):
         reply = console.api("POST", "resources/b/maintenance", {"for": "1h", "reason": reason})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import email
 import email.policy
+import hashlib
 import itertools
 import json
 import logging
@@ -56,6 +57,7 @@ from healthchecker import (
     Recorder,
     Resolver,
     Resource,
+    Scope,
     ServingMetrics,
     Setting,
     Status,
@@ -1487,3 +1489,46 @@ def test_a_service_beats(tmp_path: Path, hook: Hook) -> None:
     prepared_database(tmp_path)
     with Service(write_inventory(tmp_path, service=f"  heartbeat: 'http://{hook.place}/ping'\n")):
         wait_for(lambda: bool(hook.requests), 60)
+
+
+def test_work_of_many_by_name(tmp_path: Path) -> None:
+    """Its begin, reason and end are told apart, and what was told can be kept (PostgreSQL indexes 2,704 bytes)."""
+    names = [f"{hashlib.sha256(b'%d' % number).hexdigest()}.example.com" for number in range(300)]
+    with contextlib.closing(store_in(tmp_path)) as store:
+        begun, now = Scope(resources=tuple(names)), store.wall()
+        with store.writing() as session:
+            session.add(Receiver(name="ops", url="x", joined_at=0.0, cursor=0,
+                                 settings=json.dumps({"name": "ops", "on": ["maintenance"], "wait": 0})))
+            row = Maintenance(scope=begun.scope_json, reason="disks", state="planned", start_at=now,
+                              until_at=now + 3600, actor="a")
+            session.add(row)
+            healthchecker.begin_work(session, row, now)
+        notifier, told = Notifier(store, cast(Any, None), dict, "http://127.0.0.1/", ALONE), []
+        notifier._dispatch = lambda now: None  # type: ignore[method-assign]  # nothing is sent
+        for _ in range(2):
+            notifier._looked_at = 0.0
+            notifier.look(store.wall())
+            assert not notifier._unkept.why
+            [announcer] = notifier._announcers.values()
+            told.append(json.loads(announcer.row.message)[:2])
+            announcer.take_result(Delivery(True), store.wall())
+            with store.writing() as session:
+                for row in session.scalars(sqlalchemy.select(Maintenance)):
+                    healthchecker.finish_work(session, row, "maintenance is over", store.wall())
+        with store.reading() as session:
+            texts = [event.text for event in healthchecker.events(session)]
+    assert told[0][0] != told[1][0] and ": disks" in told[0][1] and "no longer in maintenance" in told[1][1]
+    assert len({*texts}) == 2 and all("299 more" in text for text in texts)
+    assert begun.brief != Scope(resources=(*names, "one")).brief != Scope(resources=(*names, "two")).brief
+
+
+def test_a_long_reason_leaves_room_for_when_and_how_often() -> None:
+    desk = Desk(on=["state"])
+    for _ in range(2):
+        desk.happens("state", "unhealthy", "check replication: " + "the lag is too high; " * 20, "db1")
+        desk.now += 3
+        desk.happens("state", "healthy", "it is well", "db1")
+        desk.now += 3
+    desk.until(60)
+    [(_, _, body)] = desk.said
+    assert " to " in body and "2 times" in body, body

@@ -25,7 +25,7 @@ from console import Local, local_console, make_user, prepared_database, served
 from service import Service, few_rounds, prepared_keys, write_inventory
 from sshd import ParamikoSshd, Sshd
 
-from healthchecker import DAMAGED, Resource, SqliteFile, Status
+from healthchecker import DAMAGED, Resource, ResourceRow, Sample, SqliteFile, Status
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -508,6 +508,18 @@ def test_each_filesystem_stands_beside_its_own_limits(console: Local) -> None:
     text = shown_with(console, {"metrics": read}, "97.0 %", limits=limits)
     rows = "Disk / 40.0 % 80 95 Disk /boot 99.0 % Disk /srv/a 97.0 % 98 Disk /srv/b 65.0 % 70 "
     assert rows in text and "Inodes / 5.0 % 60 Inodes /boot 6.0 % Inodes /srv/b 7.0 % 70 " in text
+
+
+@pytest.mark.parametrize(("full", "limit", "colour"), [
+    (97.0, "off", "healthy"), (97.0, {"fail": 99}, "healthy"), (75.0, {"fail": 70}, "unhealthy"),
+])  # fmt: skip
+def test_the_fullest_disk_stands_beside_its_own_limit(full: float, limit: object, colour: str) -> None:
+    """In the overview, too: not beside that of all others."""
+    row = ResourceRow.__new__(ResourceRow)
+    row.settings = {"limits": {"disk_percent": {"fail": 90, "mounts": {"/srv": limit}}}}
+    row._sample = Sample({}, {"disk_percent /srv": full, "disk_percent /": 20.0}, None, {}, {}, {}).to_json()
+    row.read_at = 0.0
+    assert f'class="{colour}" d="M0 4h{full}"' in row.bars
 
 
 def test_after_a_refused_login_the_page_says_when_the_next_one_is(console: Local) -> None:
