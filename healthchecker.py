@@ -17717,6 +17717,8 @@ def restore(arguments: argparse.Namespace) -> int:
     try:
         with tarfile.open(arguments.file, "r:gz") as archive, contextlib.ExitStack() as undo:
             members = {member.name: member for member in archive if member.isfile()}
+            while cast(IO[bytes], archive.fileobj).read(1 << 20):   # to the checksum, which stands last
+                pass
             content = cast(IO[bytes], archive.extractfile(members[INVENTORY.name])).read(INVENTORY_BYTES + 1)
             service = stated_service(path, Document(path.name, content))
             database = file_of(service)
@@ -17728,7 +17730,7 @@ def restore(arguments: argparse.Namespace) -> int:
                 raise UsageError(f"{left[0]} is there already; restore into a folder without one")
             make_folder(service.keys)
             for name, place in places.items():      # the inventory last: without it nothing starts
-                if name in members:
+                if name in members or name == DATABASE:     # keys may have been lost
                     with private_file(place) as file:
                         shutil.copyfileobj(cast(IO[bytes], archive.extractfile(members[name])), file)
                     undo.callback(place.unlink, missing_ok=True)
@@ -17966,6 +17968,8 @@ def take_over_again(installation: Installation, store: Store, actor: str = "") -
             raise fault
         yield str(fault)
     with store.writing(long=True) as session:
+        if installation.open_vault(session).key_id != vault.key_id:
+            raise UsageError("the keys were changed meanwhile; nothing was taken over: try again")
         if owner := installation.rows_owner(session, again=True):
             raise UsageError(f"the inventory of {owner} is watched; `reload` there")
         changes = installation.take_over(session, vault, actor)
@@ -18239,13 +18243,13 @@ def secret_nodes(inventory: Inventory, document: Document, *, sealed: bool) -> l
 def seal(arguments: argparse.Namespace) -> int:
     """Replaces the plain secrets in the file by sealed ones."""
     installation = Installation(arguments.inventory)
-    document = read_document(installation.path)
-    with installation.store(scratch=True) as store, store.reading() as session:
+    with installation.store(scratch=True) as store, store.writing() as session:     # `keys rotate` waits
+        document = read_document(installation.path)
         vault = installation.open_vault(session)
-    tokens = {where: vault.seal(opened(vault), *bound)
-              for where, bound, opened in secret_nodes(installation.inventory, document, sealed=False)}
-    if tokens:
-        rewrite(installation.path, document, tokens)
+        tokens = {where: vault.seal(opened(vault), *bound)
+                  for where, bound, opened in secret_nodes(installation.inventory, document, sealed=False)}
+        if tokens:
+            rewrite(installation.path, document, tokens)
     print(f"{installation.path.name}: {len(tokens)} secrets sealed")
     left = [where for where, text in scalars(read_document(installation.path)).items()
             if where and where[-1] in SECRETS and not text.startswith(TOKEN_PREFIXES)
@@ -18267,6 +18271,8 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
     installation.database.inspect()
     with installation.database.lock(), installation.store(locked=True) as store:
         with store.writing(long=True) as session:
+            if scalars(read_document(installation.path)) != scalars(document):
+                raise UsageError(f"{installation.path.name} was changed meanwhile; nothing was changed: try again")
             vault = installation.open_vault(session)
             if not (vault.folder / "next.pem").exists():
                 vault.create("next.pem")
@@ -18277,8 +18283,8 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
             session.merge(Setting(name="key", text=vault.key_id))
             record_event(session, "change", f"secrets are sealed with key {vault.key_id} now", actor="command line")
             revise(session)
-        if tokens:
-            rewrite(installation.path, document, tokens)
+            if tokens:      # before `seal` has its turn
+                rewrite(installation.path, document, tokens)
         store.checkpoint()
         vault.retire()
     print(f"secrets are sealed with key {vault.key_id} now")

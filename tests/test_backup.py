@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import os
 import shutil
 import sqlite3
@@ -136,13 +137,17 @@ def test_nothing_is_played_into_what_is_restored(
     assert main(arguments) == 0
 
 
-@pytest.mark.parametrize("part", ["", "cut", "no archive", "other", "gone"])
+@pytest.mark.parametrize("part", ["", "cut", "one bit", "no archive", "other", "no database", "gone"])
 def test_a_damaged_backup(part: str, served: Path, tmp_path: Path) -> None:
     """Half of one brings nothing back."""
-    del served
     saved, folder = tmp_path / "saved.tgz", tmp_path / "new"
     content = saved.read_bytes()
-    if part == "other":
+    if part == "one bit":  # of 'interval: 1', where it stands as it is
+        saved.write_bytes(gzip.compress(gzip.decompress(content), 0).replace(b"interval: 1", b"interval: 3", 1))
+    elif part == "no database":
+        with tarfile.open(saved, "w:gz") as archive:
+            archive.add(served / "inventory.yaml", "inventory.yaml")
+    elif part == "other":
         saved.unlink()
         with tarfile.open(saved, "w:gz") as archive:
             archive.add(__file__, "../evil")
