@@ -2941,16 +2941,18 @@ def read_schema(path: Path, *, whole: bool, mode: str = "ro") -> tuple[set[tuple
                                              "pragma_table_info(tables.name) AS columns WHERE tables.type = 'table'"))
             [ours] = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version")
             return columns, *ours, not whole or connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
-    except sqlite3.OperationalError:
-        if mode == "rw":
+    except sqlite3.OperationalError as error:
+        if mode == "rw" or "locked" in str(error):
             raise
         return read_schema(path, mode="rw", whole=whole)    # which rolls back what a crash cut short
 
 
 def reason_of(error: Exception, path: Path) -> str:
     """Why a file cannot be used, and what to do."""
-    no_room = isinstance(error, sqlite3.OperationalError) and shutil.disk_usage(path.parent).free < MIN_ROOM
-    if no_room or getattr(error, "errno", 0) == errno.ENOSPC:
+    refused = isinstance(error, sqlite3.OperationalError)
+    if refused and "locked" in str(error):
+        return "another program has it for itself; try again"
+    if (refused and shutil.disk_usage(path.parent).free < MIN_ROOM) or getattr(error, "errno", 0) == errno.ENOSPC:
         return "the disk is full; make room on it"
     remedy = ("restore it from a backup or " if path.exists() else "") + "set service.database"
     return f"{getattr(error, 'strerror', None) or error}; {remedy}"
@@ -18184,7 +18186,11 @@ def add_status_command(commands: Any) -> None:
 def parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     """The arguments. Raises SystemExit; a `status` that is wrong is no closed gate, which has the usual code."""
     try:
-        return parser.parse_args(words)
+        arguments = parser.parse_args(words)
+        for name, value in vars(arguments).items():     # a path may be of any bytes
+            if isinstance(value, str | list) and re.search(r"[\ud800-\udfff]", "".join(value)):
+                parser.error(f"{name}: is not in UTF-8")
+        return arguments
     except SystemExit as end:
         command = next((word for before, word in zip(["", *words], words, strict=False)     # no value of an option
                         if word[:1] != "-" and not re.fullmatch("--[il][^=]*", before)), "")
@@ -18598,11 +18604,15 @@ def copy_database(arguments: argparse.Namespace) -> int:
 
 def typed_password() -> str:
     """A password from the terminal, without an echo and twice, or the first line of what is piped in."""
-    if not sys.stdin.isatty():
-        return sys.stdin.buffer.readline().decode("utf-8-sig", "replace").rstrip("\r\n")
-    password = getpass.getpass("Password: ")
-    if getpass.getpass("Once more: ") != password:
-        raise UsageError("the two are not the same")
+    try:
+        if not sys.stdin.isatty():
+            return sys.stdin.buffer.readline().decode("utf-8-sig").rstrip("\r\n")
+        password = getpass.getpass("Password: ")
+        if getpass.getpass("Once more: ") != password:
+            raise UsageError("the two are not the same")
+    except UnicodeDecodeError:      # it holds the password
+        raise UsageError("the password is not in UTF-8 (of cmd.exe it is after `chcp 65001`); nothing was "
+                         "changed") from None
     return password
 
 

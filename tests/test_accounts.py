@@ -929,10 +929,10 @@ def test_banner_in_the_log_until_the_password_is_changed(tmp_path: Path, running
     assert not (running[0].inventory.parent / "keys" / "session.key").exists()
 
 
-def user(inventory: Path, *arguments: str, password: str = "") -> tuple[int, str, str]:
+def user(inventory: Path, *arguments: str, password: str = "", encoding: str = "utf-8") -> tuple[int, str, str]:
     """Exit code and both outputs of a `user` command, with the password piped in."""
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{password}\n".encode()), encoding="utf-8"))
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{password}\n".encode(encoding)), encoding="utf-8"))
         output = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         error = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         code = healthchecker.main(["--inventory", str(inventory), "user", *arguments])
@@ -1027,6 +1027,13 @@ def test_faults_on_the_command_line(tmp_path: Path, arguments: list[str], passwo
         assert user(inventory, *arguments, password=password) == (2, "", f"{message}\n")
         code, output, _ = user(inventory, "list")
     assert (code, output.split("\n")[1].split()) == (0, [NAME, "admin", "the", "documented", "one"])
+
+
+def test_a_password_in_another_encoding(tmp_path: Path) -> None:
+    """It would be another password: the browser sends UTF-8."""
+    with few_rounds():
+        done = user(write_inventory(tmp_path), "passwd", NAME, password="Grüße aus Köln", encoding="cp850")
+    assert done[0] == 2 and done[2].startswith("the password is not in UTF-8"), done
 
 
 @pytest.mark.long

@@ -76,6 +76,9 @@ def test_help_of_the_program() -> None:
         (["trust"], 2),
         (["--inventory"], 2),
         (["check", "--pprobe", "x"], 2),
+        (["user", "remove", "not UTF-8: \udcff"], 2),
+        (["maintenance", "end", "--tag", "a", "--tag", "\udcff"], 2),
+        (["status", "\udcff"], 3),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

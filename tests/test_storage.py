@@ -298,6 +298,28 @@ def test_a_database_is_read_through_once(bench: Bench, monkeypatch: pytest.Monke
         assert sum("quick_check" in statement for statement in seen) == times, command
 
 
+@pytest.mark.of_files
+def test_a_database_that_another_program_holds(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is asked for once, and is not at fault: nothing is to be restored."""
+    bench.load(FIRST)
+    asked: list[str] = []
+
+    def connect(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        asked.append(str(arguments[0]))
+        return genuine(*arguments, **{**options, "timeout": 0})
+
+    genuine = sqlite3.connect
+    with contextlib.closing(genuine(bench.database, isolation_level=None)) as holder:
+        for statement in "PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "DELETE FROM notice", "COMMIT":
+            holder.execute(statement)
+        monkeypatch.setattr(sqlite3, "connect", connect)
+        assert healthchecker.main(["--inventory", str(write_inventory(bench.folder, FIRST)), "user", "list"]) == 4
+    assert capsys.readouterr().err == f"database {bench.database}: another program has it for itself; try again\n"
+    assert len(asked) == 1
+
+
 TRACE = """
 import os, sqlite3
 def connect(*given, genuine=sqlite3.connect, **options):
