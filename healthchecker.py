@@ -5473,7 +5473,7 @@ class GuardedSocket(HostSocket):
 
     def end(self) -> None:
         """At once, also while a response that is still open holds it; not while what the host says is waited for."""
-        if not self.waits:
+        if not (self.waits and self.asks):
             with contextlib.suppress(OSError):
                 socket.close(self.detach())
 

@@ -486,7 +486,7 @@ class Login(paramiko.ServerInterface):
         return True
 
     def _answer(self, channel: paramiko.Channel, command: str) -> None:
-        with contextlib.suppress(OSError, EOFError), channel:
+        with contextlib.suppress(OSError, EOFError, paramiko.SSHException), channel:
             status = self.server.answer(channel, command)
             if status is not None:
                 channel.send_exit_status(status)

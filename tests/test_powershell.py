@@ -935,7 +935,7 @@ def test_certificates_and_passwords_in_the_service(tmp_path: Path, capsys: pytes
             wait_for(lambda: server.polls >= 4)
             assert odd.requests == {}
             assert odd.logins == 3  # one login: a request without a token and two with one
-            for name, why in {"pinned": "the inventory pins", "odd": "no certificate", "wim": "mean win?"}.items():
+            for name, why in {"pinned": "in the inventory", "odd": "no certificate", "wim": "mean win?"}.items():
                 assert main(["--inventory", str(inventory), "trust", name]) == 2
                 assert why in capsys.readouterr().err
         assert [secret for secret in (PASSWORD, wrong) if secret in service.output + said + again] == []
