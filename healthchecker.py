@@ -7688,7 +7688,7 @@ class HttpConnection(ProtocolConnection):
         connection = urllib3.connection.HTTPConnection(url.host, url.port)
         connection.sock, connection.auto_open, connection.response_class = opened, 0, FinalResponse
         headers = self._headers(url)
-        with opened.heard_out(not self._settings.locks_nothing):
+        with opened.heard_out(bool(self._settings.password and not self._settings.locks_nothing)):
             opened.asks = "Authorization" in headers
             try:
                 connection.request(method, url.target, headers=headers, preload_content=False, decode_content=False)
