@@ -308,7 +308,7 @@ TABLES: dict[str, tuple[str, str, list[str], dict[str, float]]] = {
         ["tank/a 1000 990 10 99% /a", "tank/bulk 1000000 1000 999000 1% /bulk"], {"/a": 99.0}),
     "an image that fstab does not call read-only": (
         ROOT + "/dev/loop0 /srv/centos iso9660 ro,relatime,nojoliet,check=s,map=n,blocksize=2048 0 0\n",
-        "/root/centos.iso /srv/centos iso9660 loop 0 0\n",
+        "/var/lib/images/centos.iso /srv/centos iso9660 loop 0 0\n",
         ["/dev/sda1 100 10 90 10% /", "/dev/loop0 100 100 0 100% /srv/centos"], {"/": 10.0}),
     "images with a backslash and a # in their places": (
         ROOT + r"/dev/loop3 /mnt/a\134b iso9660 ro,relatime 0 0" "\n" r"/dev/loop4 /mnt/x\043y squashfs ro 0 0" "\n",
