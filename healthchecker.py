@@ -433,11 +433,11 @@ def stated_hops(text: str) -> str | None:
 
 def jump_fault(name: str, ways: Mapping[str, Sequence[str] | None]) -> str | None:
     """What is wrong with the bastions of a resource; `ways` has those of all, None for what is no SSH host."""
-    known = set[object]()
+    places = set[object]()
     for hop in ways[name] or ():
-        if (place := hop_address(hop) or hop) in known:
+        if (place := hop_address(hop) or hop) in places:
             return f"{hop} stands there twice"
-        known.add(place)
+        places.add(place)
         if hop in ways and place != hop:    # it would be taken for either, and each shown what the other may see
             return f"{hop} is an address, and the name of a resource; call that otherwise"
         if hop in ways and ways[hop] is None:
@@ -2125,7 +2125,7 @@ class InventoryLoader:
         for key in foreign & own.keys() if platform in SELECTABLE else ():
             self.fault((*here, key), f"{key} has no meaning with platform {platform}", key=True)
         skipped = foreign.union(*(group for group in (CREDENTIALS, PASSPHRASES) if own.keys() & group),
-                                PASSPHRASES if own.keys() & {*CREDENTIALS[:3]} else ())     # of a key that is not used
+                                PASSPHRASES if own.keys() & {*CREDENTIALS} - {"key_file"} else ())   # of no key
         raw = USUAL.get(platform, {}) | {key: value for key, value in defaults.items() if key not in skipped} | own
         if isinstance(own.get("limits"), dict) and isinstance(defaults.get("limits"), dict):
             raw["limits"] = defaults["limits"] | own["limits"]
@@ -3743,8 +3743,8 @@ def rename_row(session: Session, row: Resource, vault: Vault, name: str, *, move
         notice.name = name
     follow_name(session, row.name, name)
     reseal(session, [row], vault, name)
-    for _ in forget_behind(session, name) if moved else ():
-        pass
+    if moved:
+        list(forget_behind(session, name))
 
 
 def claim_row(session: Session, rows: dict[str, Resource], settings: ResourceSettings) -> Resource:
@@ -4605,9 +4605,11 @@ class ConnectionContext:
     keeps: bool = False         # sessions stay open between polls
     drain: float = 0.0          # seconds for polls of Windows at the end: a host keeps for long what nobody deletes
 
+    def record_of(self, target: Target) -> LoginRecord:
+        return self.records.setdefault(target.name, LoginRecord())
+
     def guard_of(self, target: Target) -> LoginGuard:
-        record = self.records.setdefault(target.name, LoginRecord())
-        return self.guards.trial(target, record) if self.is_trial else self.guards.of(target)
+        return self.guards.trial(target, self.record_of(target)) if self.is_trial else self.guards.of(target)
 
 
 class Connection:
@@ -4621,7 +4623,7 @@ class Connection:
         self._settings = target.settings
         self.host_key = target.host_key     # what the host is known by; SSH learns it at the first contact
         self.keeper = SessionKeeper(target.settings.relogin)
-        self.record = context.records.setdefault(target.name, LoginRecord())
+        self.record = context.record_of(target)
         self.second_try = ""                # why the last poll needed one
         self._failure = ""                  # what is tried once more
         self._deaths = 0                    # kept sessions in a row

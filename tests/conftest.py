@@ -216,6 +216,11 @@ def open_descriptors() -> int:
     return found
 
 
+def late_logins() -> int:
+    """How many logins wait for what the host says after the poll."""
+    return sum(thread.name == "late login" for thread in threading.enumerate())
+
+
 @contextlib.contextmanager
 def no_leaks(deadline: float = 60.0, slack: int = 20 if sys.platform == "win32" else 0) -> Iterator[None]:
     """Fail if there are more threads or descriptors `deadline` seconds after the block than before it."""

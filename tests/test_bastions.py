@@ -13,7 +13,7 @@ from typing import Any
 
 import paramiko
 import pytest
-from conftest import no_leaks, wait_for
+from conftest import late_logins, no_leaks, wait_for
 from console import local_console
 from hostile import ClosedPort, swallow
 from paramiko import common
@@ -26,7 +26,6 @@ from test_transport import (
     TardySshd,
     good_login,
     healthy,
-    late_logins,
     no_attempt,
     poll,
     resource_of,

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import pytest
-from conftest import no_leaks, wait_for
+from conftest import late_logins, no_leaks, wait_for
 from cryptography.hazmat.primitives import serialization
 from pydantic import SecretStr
 from service import Service, run_cheaply, write_inventory
@@ -302,10 +302,6 @@ class SlowUsers(dict[str, str]):
     def get(self, user: str, other: Any = None) -> Any:
         self._server.wait()
         return super().get(user, other)
-
-
-def late_logins() -> int:
-    return sum(thread.name == "late login" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])

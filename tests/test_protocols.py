@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import no_leaks, wait_for
+from conftest import late_logins, no_leaks, wait_for
 from console import Local, local_console
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -302,10 +302,6 @@ def test_an_answer_that_is_late(folder: Path) -> None:
         state, cause, reason = outcome(Asker(folder, platform="http", url=server.origin, expect={"within": 0.2}))
     assert (state, cause) == ("unhealthy", "check")
     assert reason.startswith("check within: expected 0.2 s, came 0.")
-
-
-def late_logins() -> int:
-    return sum(thread.name == "late login" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("hops", [0, 1])

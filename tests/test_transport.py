@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, cast
 import hostile
 import paramiko
 import pytest
-from conftest import no_leaks, open_descriptors, wait_for
+from conftest import late_logins, no_leaks, open_descriptors, wait_for
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from hostile import RawServer
@@ -1270,10 +1270,6 @@ class TardySshd(ParamikoSshd):
     def stop(self) -> None:
         self.may_answer.set()
         super().stop()
-
-
-def late_logins() -> int:
-    return sum(thread.name == "late login" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
