@@ -3818,6 +3818,7 @@ def import_receivers(session: Session, inventory: Inventory, vault: Vault, *, se
         if row.url and holds(row.url, plain, row.bound, vault) and row.settings == settings.get(name, "{}"):
             continue
         row.url, row.settings, changed = vault.seal(plain, *row.bound), settings.get(name, "{}"), True
+        row.next_at = 0.0       # what was to be waited for may be what was corrected
         session.add(row)
     for row in rows.values():
         session.delete(row)
@@ -6612,8 +6613,7 @@ NOT_RUNNING = re.compile(
 
 
 def _service(status: int, text: str) -> Outcome:
-    ended = status == 0 and NOT_RUNNING.search(text)
-    return Outcome(False, text) if ended else by_status(status, text)
+    return Outcome(False, text) if status == 0 and NOT_RUNNING.search(text) else by_status(status, text)
 
 
 def _systemd(status: int, text: str) -> Outcome:
@@ -6622,7 +6622,8 @@ def _systemd(status: int, text: str) -> Outcome:
     if not active:  # another init, or a systemd that does not answer
         return _service(status, text)
     if "\n\n" in text:      # of a pattern, such as postgresql@*: all its units have to be well
-        return min((_systemd(status, unit) for unit in text.split("\n\n")), key=lambda unit: unit.good)
+        units = [(unit.partition("\n")[0].removeprefix("Id="), _systemd(status, unit)) for unit in text.split("\n\n")]
+        return next((Outcome(False, f"{name} is {told.text}") for name, told in units if not told.good), units[0][1])
     if fields.get("LoadState") == "not-found":
         return Outcome(False, "no such unit")
     return Outcome(active in ("active", "reloading", "refreshing"), f"{active} ({fields.get('SubState', '')})")
@@ -6686,8 +6687,8 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("swap_percent", "grep ^Swap /proc/meminfo", _linux_swap),
         Probe("load_per_cpu", f"{_LINUX_CPUS} && cat /proc/loadavg", _load_per_cpu),
         Probe("disk_percent", LINUX_DISKS, _disk_percent),
-    ), "if [ -d /run/systemd/system ]; then systemctl show -p LoadState -p ActiveState -p SubState -- {} | grep ^;"
-       " else service {} status; fi", _systemd),
+    ), "if [ -d /run/systemd/system ]; then systemctl show -p Id -p LoadState -p ActiveState -p SubState -- {} |"
+       " grep ^; else service {} status; fi", _systemd),
     Platform.MACOS: CommandSet("Darwin", (
         *_ANY, *_BSD,
         Probe("os", 'echo "$(sw_vers -productName) $(sw_vers -productVersion)"', _line),
@@ -13444,9 +13445,13 @@ class Seen(Settings):
 
 
 def chosen_moment(text: str) -> str:
-    """A time as one types it, the server's where it names no zone, in ISO 8601 with one. Raises ApiError."""
+    """A time as one types it, the server's where it names no zone, in ISO 8601 with one; what clocks skip is right
+    after that. Raises ApiError."""
     try:
-        return datetime.datetime.fromisoformat(text.strip()).astimezone().isoformat()
+        moment = datetime.datetime.fromisoformat(text.strip())
+        while moment.tzinfo is None and moment.astimezone().replace(tzinfo=None) != moment:
+            moment = moment.replace(second=0, microsecond=0) + datetime.timedelta(minutes=1)
+        return moment.astimezone().isoformat()
     except (ValueError, OverflowError, OSError):
         raise field_errors({"start": "must be such as 2026-11-28 02:00"}) from None
 

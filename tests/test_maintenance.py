@@ -729,6 +729,22 @@ def test_commands(tmp_path: Path) -> None:
     assert run(path, "maintenance", "end", number).returncode == 2
 
 
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="Windows takes no time zone from the environment")
+def test_a_time_that_clocks_skip_is_right_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a schedule's is; of those that come twice, the first."""
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+    time.tzset()
+    try:
+        chosen = [healthchecker.chosen_moment(text) for text in (
+            "2026-03-29 01:59:30", "2026-03-29 02:30:10", "2026-03-29 03:00", "2026-10-25 02:30",
+            "2026-03-29T02:30+00:00")]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert chosen == ["2026-03-29T01:59:30+01:00", "2026-03-29T03:00:00+02:00", "2026-03-29T03:00:00+02:00",
+                      "2026-10-25T02:30:00+02:00", "2026-03-29T04:30:00+02:00"]
+
+
 def test_what_cannot_be_written_is_tried_every_ten_seconds(tmp_path: Path) -> None:
     """On a full disk, say: the monitor would try with each look, and wait for a locked database each time."""
     store, now = store_in(tmp_path), 1_700_000_000.0

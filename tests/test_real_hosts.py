@@ -527,16 +527,17 @@ def test_what_a_service_says_counts_where_the_status_does_not(title: str, said: 
     assert sample.services["x"].good is good, title
 
 
-# `systemctl show -p LoadState -p ActiveState -p SubState -- 'w@*'` of systemd 252 prints a block for each unit that is
-# loaded, and none is no failure.
+# `systemctl show -p Id -p LoadState -p ActiveState -p SubState -- 'w@*'` of systemd 252 prints a block for each unit
+# that is loaded, with Id first however they are asked for, and none is no failure.
 @pytest.mark.parametrize(("states", "good", "text"), [
     (["active running", "active running"], True, "active (running)"),
-    (["active running", "failed failed", "active running"], False, "failed (failed)"),
+    (["active running", "failed failed", "active running"], False, "w@1.service is failed (failed)"),
     ([], False, "exit status 1"),
 ])  # fmt: skip
 def test_a_pattern_is_good_where_all_its_units_are(states: list[str], good: bool, text: str) -> None:
     host = hosts.host("rhel/9")
-    said = "\n".join("LoadState=loaded\nActiveState={}\nSubState={}\n".format(*state.split()) for state in states)
+    said = "\n".join("Id=w@{}.service\nLoadState=loaded\nActiveState={}\nSubState={}\n".format(number, *state.split())
+                     for number, state in enumerate(states))
     played = host._replace(answers={**host.answers, "systemctl show w@*": hosts.Answer(said)})
     sample = parse_output(hosts.play(played, build_script(wanting(Platform.UNIX, ["w@*"]), NONCE)), NONCE, None)
     assert (sample.services["w@*"].good, sample.services["w@*"].text) == (good, text)
