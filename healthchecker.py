@@ -3009,9 +3009,10 @@ class SqliteFile:
             connection = sqlite3.connect(lock, timeout=LOOKED_AT, check_same_thread=False, isolation_level=None)
             connection.execute("BEGIN EXCLUSIVE")
         except (OSError, sqlite3.Error) as error:
+            if connection:
+                connection.close()
             if connection is None or "locked" not in str(error):
                 raise StorageError(f"database {path} cannot be used: {reason_of(error, path)}") from error
-            connection.close()
             raise StorageError(f"another HealthChecker is using database {path}; stop that one first") from error
         return contextlib.closing(connection)
 

@@ -25,6 +25,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 import sqlalchemy
 from conftest import wait_for
@@ -1302,6 +1303,14 @@ def test_start_after_kill(bench: Bench) -> None:
 @pytest.mark.long
 @pytest.mark.windows
 @pytest.mark.of_files
+def test_a_lock_that_is_no_file_of_ours_is_left_closed(tmp_path: Path) -> None:
+    lock = tmp_path / "x.db.lock"
+    lock.write_text("no database, but as long as one" * 100, encoding="utf-8")
+    with pytest.raises(StorageError, match="cannot be used: file is not a database") as refused:
+        healthchecker.SqliteFile(tmp_path / "x.db").lock()
+    assert str(lock) not in {file.path for file in psutil.Process().open_files()}, refused
+
+
 def test_locked_by_a_dead_process(bench: Bench) -> None:
     """The lock ends with its process, whatever the way."""
     code = (
