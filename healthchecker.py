@@ -2580,7 +2580,7 @@ class Resource(Base):
             settings = self.parsed_settings
             pin = (settings.certificate_fingerprint or "").replace(":", "").lower()
             return (settings.proxy_jump, settings.host_key_alias, settings.host_key, pin, str(settings.tls),
-                    settings.scheme)
+                    str(settings.platform in SSH_PLATFORMS), settings.scheme)
         return None
 
     @property
@@ -3701,6 +3701,8 @@ def named_by(session: Session, name: str) -> str:
 def forget_behind(session: Session, name: str) -> Iterator[str]:
     """Drops the passwords of what was added through the API and leads through a resource that became another one, for
     they were not meant for where that leads; gives their names. Those of the inventory lead through its own alone."""
+    if hop_address(name):       # in a way that is no resource
+        return
     rows = list(session.scalars(sqlalchemy.select(Resource).where(Resource.origin == "api")))
     ways = {row.name: ((row.way or ("",))[0] or "").split(",") for row in rows}
     behind, before = {name}, set[str]()
@@ -17829,6 +17831,12 @@ class Installation:
             raise UsageError(f"service.console {console} is the address of {self.listen_name}; write another port, or "
                              "off")
 
+    def read_again(self) -> Document:
+        """The file as it is by now, and the inventory of just that. Raises InventoryError."""
+        document = read_document(self.path)
+        self.inventory = InventoryLoader(self.path, document).load()
+        return document
+
     @contextlib.contextmanager
     def store(self, *, scratch: bool = False, locked: bool = False, whole: bool = True) -> Iterator[Store]:
         """The database, made when there is none, an older one migrated; `scratch`: that only for this once, in a file
@@ -18258,7 +18266,7 @@ def seal(arguments: argparse.Namespace) -> int:
     """Replaces the plain secrets in the file by sealed ones."""
     installation = Installation(arguments.inventory)
     with installation.store(scratch=True) as store, store.writing() as session:     # `keys rotate` waits
-        document = read_document(installation.path)
+        document = installation.read_again()
         vault = installation.open_vault(session)
         tokens = {where: vault.seal(opened(vault), *bound)
                   for where, bound, opened in secret_nodes(installation.inventory, document, sealed=False)}
@@ -18277,7 +18285,7 @@ def seal(arguments: argparse.Namespace) -> int:
 def rotate_keys(arguments: argparse.Namespace) -> int:
     """Seals every secret with a new key. Interrupted, it leaves both keys; it is run again then."""
     installation = Installation(arguments.inventory)
-    document = read_document(installation.path)
+    document = installation.read_again()
     nodes = secret_nodes(installation.inventory, document, sealed=True)
     if len(list(sealed_tokens(None, installation.inventory))) > len(nodes):
         raise UsageError("a sealed secret stands in defaults, a password_file or a variable; "

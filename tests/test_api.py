@@ -289,6 +289,21 @@ def test_a_secret_stays_with_what_the_host_is_known_by(tmp_path: Path, change: d
         assert local.api("PATCH", "resources/one", {**change, "password": "q"}).status == 200
 
 
+def test_a_secret_stays_with_how_the_host_proves_itself(tmp_path: Path) -> None:
+    """A certificate is verified, while the first key that is shown over SSH is taken for the host's."""
+    with local_console(tmp_path) as local:
+        local.log_in()
+        body = {"name": "one", "platform": "windows", "hostname": "127.0.0.1", "port": 1, "username": "u",
+                "password": "p", "critical": False}  # fmt: skip
+        assert local.api("POST", "resources", body).status == 201
+        change: dict[str, Any] = {"platform": "linux", "port": 1}
+        for method, path in (("PATCH", "resources/one"), ("POST", "resources/one/test")):
+            reply = local.api(method, path, change)
+            assert (reply.status, list(reply.fields)) == (422, ["password"]), reply.body
+        assert local.api("PATCH", "resources/one", {**change, "password": "q"}).status == 200
+        assert local.api("PATCH", "resources/one", {"platform": "freebsd", "port": 1}).status == 200
+
+
 def test_a_test_under_another_name(tmp_path: Path) -> None:
     """The secret is sealed for the name as it is; a save seals it anew."""
     with local_console(tmp_path) as local:

@@ -493,6 +493,18 @@ def test_no_password_goes_through_a_bastion_that_became_another(tmp_path: Path, 
         assert said[0] == f"its password has to be written again: the way leads through {first}, which is another now"
 
 
+def test_a_resource_that_is_called_like_an_address_on_the_way(tmp_path: Path) -> None:
+    """Nothing leads through it, so nobody's password is lost by it."""
+    with local_console(tmp_path) as local:
+        local.log_in()
+        way = "ops@gw.example.com"
+        row = {"hostname": "db.example.com", "username": "u", "password": "p", "platform": "linux"}
+        assert local.api("POST", "resources", {"name": "db", **row, "proxy_jump": way}).status == 201
+        assert local.api("POST", "resources", {"name": way, **row}).status == 201
+        assert local.api("PATCH", f"resources/{way}", {"port": 23, "password": "q"}).status == 200
+        assert local.api("GET", "resources/db").json["has_secret"]
+
+
 @OPENSSH
 def test_an_address_on_the_way_is_no_resource(servers: tuple[Sshd, Sshd, Sshd], tmp_path: Path) -> None:
     """Or whoever gives a resource that name takes over the way of others."""

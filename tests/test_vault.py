@@ -713,6 +713,34 @@ def test_nothing_is_sealed_with_a_key_that_is_gone(
     assert all_open(path) == {public_id(tmp_path / "keys")}
 
 
+@pytest.mark.parametrize("command", [["seal"], ["keys", "rotate"]], ids=" ".join)
+def test_a_file_that_is_edited_once_it_was_read(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its secrets is that of its own resource, not of what stood in its place."""
+    path = installation(tmp_path)
+    host = "  - {{hostname: {0}.example.com, username: u, password: {1}}}\n"
+    vault, rows = Vault(tmp_path / "keys"), dict[str, str]()
+    for name in "cab":
+        bound = "password", f"{name}.example.com", f"{name}.example.com", "u", "22"
+        secret = f"secret {name}"
+        rows[name] = host.format(name, secret if command == ["seal"] else vault.seal(secret, *bound))
+    write_inventory(tmp_path, rows["a"] + rows["b"])
+    genuine = healthchecker.load_inventory
+
+    def edited(path: Path) -> Any:
+        found = genuine(path)
+        write_inventory(tmp_path, "".join(rows.values()))
+        return found
+
+    monkeypatch.setattr(healthchecker, "load_inventory", edited)
+    assert healthchecker.main(["--inventory", str(path), *command]) == 0
+    for row in genuine(path).resources:
+        token = row.secrets["password"]
+        opened = Vault(tmp_path / "keys").open(token, "password", row.name, row.hostname, "u", "22")
+        assert opened == f"secret {row.name[0]}"
+
+
 # --- passwords of users --------------------------------------------------------------------------------------
 def test_password_hash_is_the_published_function() -> None:
     """PBKDF2-HMAC-SHA512, reckoned with cryptography's own implementation."""
