@@ -4480,20 +4480,23 @@ def in_renewal(*files: Path | None) -> bool:
 
 
 class KnownHosts:
-    """OpenSSH's known_hosts, read again when it changes; not while it is emptied to be written anew."""
+    """OpenSSH's known_hosts, read again when it changes; while it is written anew, what is not in it yet is as before.
+    Of a host that was not asked for before only what is there counts, for any change may be whole already."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._stamp = path, (0, 0)
+        self._path, self._before = path, dict[str, tuple[set[str], set[str], set[str]]]()   # by host
         self._keys = functools.lru_cache(1 << 14)(self._read)   # hashed names cost an HMAC for each line
 
     def lookup(self, host: str, port: int) -> tuple[set[str], set[str], set[str]]:
         """The keys of a host that are accepted, those that are revoked, and those of authorities that may certify it.
         Raises ProbeError."""
         try:
-            stat = self._path.stat()
-            if stat.st_size or not in_renewal(self._path):
-                self._stamp = stat.st_mtime_ns, stat.st_size
-            return self._keys(host if port == SSH_PORT else f"[{host}]:{port}", *self._stamp)
+            name, stat = host if port == SSH_PORT else f"[{host}]:{port}", self._path.stat()
+            found = self._keys(name, stat.st_mtime_ns, stat.st_size)
+            if in_renewal(self._path) and (before := self._before.get(name)):
+                found = found[0] or before[0], found[1] or before[1], found[2] or before[2]
+            self._before[name] = found
+            return found
         except FileNotFoundError:
             return set(), set(), set()
         except OSError as error:

@@ -575,6 +575,23 @@ def test_known_hosts_at_the_registered_port(tmp_path: Path) -> None:
     assert hosts.lookup("db1.example.com", 2222) == hosts.lookup("db2.example.com", 22) == (set(), set(), set())
 
 
+def test_known_hosts_that_is_written_in_place(tmp_path: Path) -> None:
+    """As `rsync -t --inplace` does: it has its old time again in the end. What is revoked meanwhile stays so."""
+    known, stray, key = tmp_path / "known_hosts", public_line(make_key("ed25519")), public_line(make_key("ed25519"))
+    hosts = KnownHosts(known)
+    for text in ("", f"a.example.com {key}\n@revoked a.example.com {stray}\nb.example.com {key}\n"):
+        known.write_text(text, encoding="ascii")
+        if text:
+            os.utime(known, (0, 0))
+        found = [hosts.lookup(f"{name}.example.com", 22) for name in "ab"]
+        assert [bool(keys) for keys, _, _ in found] == [bool(text)] * 2
+    known.write_text(f"a.example.com {key}\n", encoding="ascii")
+    assert [hosts.lookup(f"{name}.example.com", 22) for name in "ab"] == found
+    known.write_text("", encoding="ascii")
+    os.utime(known, (0, 0))
+    assert not any(hosts.lookup("a.example.com", 22))
+
+
 @POSIX
 def test_known_hosts_is_read_again(three_keys: Server, tmp_path: Path) -> None:
     known = tmp_path / "known_hosts"
@@ -1562,19 +1579,23 @@ def certify(own: Sshd, folder: Path, how: str) -> str:
 
 @OPENSSH
 @pytest.mark.parametrize("mode", ["strict", "learn"])
-def test_known_hosts_that_is_being_written(own: Sshd, tmp_path: Path, mode: str) -> None:
-    """`ssh-keyscan … > known_hosts` empties it first: neither is the host unknown, nor is any key learned."""
-    known = tmp_path / "known_hosts"
+@pytest.mark.parametrize("part", ["nothing", "another host"])
+def test_known_hosts_that_is_being_written(own: Sshd, tmp_path: Path, mode: str, part: str) -> None:
+    """`ssh-keyscan … > known_hosts` empties it, then writes host after host: neither is the host unknown, nor is any
+    key learned."""
+    known, begun = tmp_path / "known_hosts", b""
+    if part == "another host":
+        begun = f"a.example.com {public_line(make_key('ed25519'))}\n".encode()
     known.write_text(own.known_hosts(), encoding="ascii")
     watched = target(own, host_key=mode if mode == "strict" else None, **good_login(own))
     connection = connect(watched, known)
     for is_old in (False, True):
-        known.write_bytes(b"")
+        known.write_bytes(begun)
         os.utime(known, (0, 0) if is_old else None)
         if not is_old:
             known.write_text(own.known_hosts(), encoding="ascii")
             assert poll(watched, connection).cause == ""
-            known.write_bytes(b"")
+            known.write_bytes(begun)
         answer = poll(watched, connection)
         assert (answer.cause, answer.host_key) == (
             ("", None) if not is_old else ("host_key", None) if mode == "strict" else ("", identities(own)["ed25519"]))
