@@ -4919,8 +4919,10 @@ class SshTransport(paramiko.Transport):
         try:
             if not self._answered.wait(seconds):
                 return None
-            plain = self.is_active() and self.saved_exception is None   # it wants neither another way nor a second one
-            return self.is_authenticated() or (False if plain or self.dismissed else None)
+            said = self.saved_exception     # None: it wants neither another way nor a second one
+            asked = isinstance(said, ProbeError) and said.cause == "auth"   # for more than the password
+            refused = asked or self.dismissed or (self.is_active() and said is None)
+            return self.is_authenticated() or (False if refused else None)
         finally:
             self.finish()
 
@@ -5406,6 +5408,8 @@ SHELL_END = 5.0                 # seconds for a shell to be deleted; a tenth of 
 CLEANUP_TIME = 5.0              # seconds for a script that has answered to say what it leaves
 GATHER_TIME = 0.02              # seconds; rows that come faster are asked for together, for each request costs CPU
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
+# of a 401 that is a step of a login, not a refusal: it goes on with a token
+STEP = re.compile(r"(?i)(?:^|,)\s*(?:negotiate|ntlm|kerberos|credssp)\s+[^\s,]")
 UNMAPPED = "the host refuses the client certificate, or wants one; for WinRM, map it to an account there"
 EXTRAS = {"credssp": ["requests_credssp"], "kerberos": [] if sys.platform == "win32" else ["gssapi", "krb5"]}
 TOO_MANY_SHELLS = 2150859173
@@ -5505,14 +5509,14 @@ class GuardedSocket(HostSocket):
         self.waits = False
 
     def _answer(self, seconds: float) -> bool | None:
-        """See LateLogin. A refusal that goes on with a token is a step of the login."""
+        """See LateLogin."""
         self.begin(Deadline(seconds))
         try:
-            came = http.client.HTTPResponse(self)
-            came.begin()
-            is_step = re.search(r"(?im)^WWW-Authenticate: *(negotiate|ntlm|kerberos|credssp) +\S", str(came.headers))
-            return True if 200 <= came.status < 300 else False if came.status == 401 and not is_step else None
-        except (OSError, ProbeError, http.client.HTTPException):
+            with contextlib.suppress(Exception):    # whatever a host's bytes make http.client raise
+                came = http.client.HTTPResponse(self)
+                came.begin()
+                is_step = STEP.search(came.getheader("WWW-Authenticate", ""))
+                return True if 200 <= came.status < 300 else False if came.status == 401 and not is_step else None
             return None
         finally:
             self.waits = False
@@ -5560,10 +5564,12 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
         return self._pool
 
     def send(self, request: Any, *args: Any, **settings: Any) -> requests.Response:
-        self._opened.asks = "Authorization" in request.headers and not self._opened.logged_in
+        logged_in = self._opened.logged_in
+        self._opened.asks = asks = "Authorization" in request.headers and not logged_in
         response = super().send(request, *args, **settings)
         self._opened.asks = False
-        if response.status_code == 401 and self._opened.logged_in:      # or it would be done unasked
+        refused = asks and not STEP.search(response.headers.get("WWW-Authenticate", ""))    # whatever its page is
+        if response.status_code == 401 and (refused or logged_in):      # or it would be done unasked
             self._opened.in_step = False
             raise AuthenticationError("the host wants another login")
         if response.status_code not in (200, 400, 401, 500):    # 400 and 500 carry faults
@@ -7660,7 +7666,7 @@ class HttpConnection(ProtocolConnection):
 
     def _answer(self, opened: GuardedSocket, deadline: Deadline) -> HttpAnswer:
         """The last one, of an expected status. Raises ProbeError."""
-        here, method, wanted = self, self._settings.method, self._settings.expect.status or ["200-299"]
+        here, method = self, self._settings.method
         answer = self._ask(opened, method)
         for _ in range(self._settings.redirects):
             if answer.status not in REDIRECTS or not answer.location:
@@ -7669,13 +7675,19 @@ class HttpConnection(ProtocolConnection):
             method = method if answer.status in (307, 308) or method == "HEAD" else "GET"
             with here._opened(deadline, {}) as opened:
                 answer = here._ask(opened, method)
-        if any(first <= str(answer.status) <= (last or first) for first, _, last in (
-                span.partition("-") for span in wanted)):
+        if not (wanted := self._wanted_instead(answer.status)):
             return answer
         if answer.status == 401 and here._settings.password:
             raise ProbeError("auth", "status 401: the secret is refused; check username and password")
         led = f", which leads to {quoted(answer.location)}" if answer.location else ""
-        raise ProbeError("check", f"expected status {', '.join(wanted)}, came {answer.status}{led}")
+        raise ProbeError("check", f"expected status {wanted}, came {answer.status}{led}")
+
+    def _wanted_instead(self, status: int) -> str:
+        """What is expected in place of a status; empty: it is."""
+        wanted = self._settings.expect.status or ["200-299"]
+        spans = (span.partition("-") for span in wanted)
+        is_met = any(first <= str(status) <= (last or first) for first, _, last in spans)
+        return "" if is_met else ", ".join(wanted)
 
     def _redirected(self, location: str) -> HttpConnection:
         """The connection for where an answer leads; at another origin it has nothing to lose. Raises ProbeError."""
@@ -7703,7 +7715,8 @@ class HttpConnection(ProtocolConnection):
                 connection.request(method, url.target, headers=headers, preload_content=False, decode_content=False)
                 answer, body = connection.getresponse(), b""
                 opened.asks = False
-                while len(body) < BODY_BYTES and (chunk := answer.read(READ_BYTES)):
+                is_read = not self._wanted_instead(answer.status)   # else its page is nothing to what it says
+                while is_read and len(body) < BODY_BYTES and (chunk := answer.read(READ_BYTES)):
                     body += chunk
             except ProbeError:
                 raise

@@ -323,6 +323,25 @@ def test_what_is_said_of_a_password_after_the_poll(scheme: str, auth: str, right
         connection.close()
 
 
+@pytest.mark.parametrize(("scheme", "auth"), [("http", "ntlm"), ("https", "negotiate"), ("https", "basic")])
+@pytest.mark.parametrize("more", [b"Content-Length: 9", b"Content-Encoding: gzip\r\nContent-Length: 0"])
+def test_a_refusal_counts_whatever_its_page_is(scheme: str, auth: str, more: bytes) -> None:
+    """Cut off, or packed: what was heard of the password is that it is wrong."""
+    refusals = list[bytes]()    # without a token; but for basic, the first one is none to a password
+
+    def spoil(octets: bytes) -> bytes:
+        if not re.match(rb"HTTP/1.1 401 (?s:.*)\r\nWWW-Authenticate: \w+\r\n", octets):
+            return octets
+        refusals.append(octets)
+        is_first = auth != "basic" and len(refusals) == 1
+        return octets if is_first else octets.replace(b"Content-Length: 0", more)
+
+    with WSManServer(scheme, auth, spoil=spoil) as server:
+        guard = LoginGuard()
+        assert poll(target(server, password="wrong"), guard).cause == "auth"
+        assert guard.refusals == 1
+
+
 # === Misbehaviour ============================================================
 
 BEFORE_HTTP: dict[Misbehaviour, str] = {

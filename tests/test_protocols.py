@@ -329,6 +329,55 @@ def test_what_is_said_of_a_password_after_the_poll(
         assert len(server.requests) == 1 + hops and asker.connection.record.outcomes == counted
 
 
+UNAUTHORIZED = b"HTTP/1.1 401 No\r\nWWW-Authenticate: Basic realm=x\r\n"
+
+
+@pytest.mark.parametrize("rest", [b"Content-Length: 9\r\n\r\nab", b"Transfer-Encoding: chunked\r\n\r\nx\r\n"])
+@pytest.mark.parametrize("stalls", [True, False])
+def test_a_refusal_whose_page_is_not_whole(folder: Path, rest: bytes, stalls: bool) -> None:
+    """It counts all the same: what was heard of the password is that it is wrong."""
+    def play(connection: tuple[Server, socket.socket]) -> None:
+        server, sock = connection
+        if request := read_request(sock):
+            server.requests.append(request)
+            sock.sendall(UNAUTHORIZED + rest)
+            if stalls:
+                server.ending.wait(30)
+
+    access = ConnectionContext(KnownHosts(Path("no such file")), Resolver())
+    with no_leaks(), Server(play) as server:
+        asker = Asker(folder, access, platform="http", url=server.origin, username="m", password=SECRET, timeout=2)
+        assert outcome(asker)[1:] == ("auth", "status 401: the secret is refused; check username and password")
+        assert asker.connection.record.outcomes == {"refused": 1}
+
+
+HEADS: dict[str, tuple[bytes, dict[str, int]]] = {
+    "many words": (b"X: " + b"a " * 32_000 + b"\r\n" + b"Y: " + b"b " * 32_000 + b"\r\n", {"refused": 1}),
+    "form feed": (b"X: a\x0cB: c\r\n", {"refused": 1}),
+    "long number": (b"Content-Type: multipart/mixed; boundary*" + b"1" * 5000 + b"=x\r\n", {}),
+    "step": (b"WWW-Authenticate: Negotiate oRQw\xe9\r\n", {}),
+    "step among ways": (b"WWW-Authenticate: Basic realm=y, NTLM TlRM\r\n", {}),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_what_a_host_writes_over_an_answer_after_the_poll(folder: Path, case: str) -> None:
+    """No header keeps it from being heard, or this process busy."""
+    may_answer, (more, counted) = threading.Event(), HEADS[case]
+
+    def tardy(_request: str) -> bytes:
+        may_answer.wait(30)
+        return UNAUTHORIZED + more + b"Content-Length: 0\r\n\r\n"
+
+    access = ConnectionContext(KnownHosts(Path("no such file")), Resolver())
+    with no_leaks(), Server(answers(tardy)) as server:
+        asker = Asker(folder, access, platform="http", url=server.origin, username="m", password=SECRET, timeout=1)
+        assert outcome(asker)[1] == "timeout"
+        may_answer.set()
+        wait_for(lambda: not late_logins(), 20)
+        assert asker.connection.record.outcomes == counted
+
+
 def test_a_token_that_nothing_is_said_of_is_shown_again(folder: Path) -> None:
     """Nobody counts it: the next poll is not kept waiting for what comes of the last."""
     ended = threading.Event()

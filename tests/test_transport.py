@@ -1433,6 +1433,17 @@ def test_a_dialogue_slower_than_the_deadline() -> None:
         assert poll(target(server, password=server.password, timeout=1)).cause == "timeout"
 
 
+def test_a_dialogue_that_goes_on_after_the_poll() -> None:
+    """That more is asked for, as pam_unix and then pam_ldap do, is a refusal, as it is one within the poll."""
+    with no_leaks(), DialogueSshd([["Password: "], ["LDAP Password: "]], 3.0) as server:
+        own, guard = target(server, password=server.password, timeout=2), LoginGuard()
+        connection = connect(own, guard=guard)
+        assert poll(own, connection).cause == "timeout"
+        wait_for(lambda: not late_logins())
+        assert (guard.refusals, connection.record.outcomes) == (1, {"refused": 1})
+        connection.close()
+
+
 # --- what a host says first ---
 @pytest.mark.parametrize("lines", [1, 500])
 def test_what_a_host_says_before_its_banner_is_part_of_the_reason(lines: int) -> None:
