@@ -5638,7 +5638,7 @@ class Pipeline(PowerShell):
 
     def _process_pipeline_host_call(self, message: Any) -> Any:
         if str(message.data.mi) == "SetShouldExit":
-            self.exit_code = message.data.mp[0]
+            self.exit_code = code if type(code := message.data.mp[0]) is int else None      # it may be anything
         return super()._process_pipeline_host_call(message)
 
 
@@ -11673,7 +11673,7 @@ class LeaseFile:
 # programs could understand in two ways is refused, and what is too large. The loop's thread feeds the parser what has
 # come. And who asks, behind a proxy: a WSGI middleware, for the application's door and for the console's.
 # Gives: Address, BadRequest, ForwardedHeaders, GateParser, is_within, plain_address
-HEADER_BYTES = 16 << 10         # bytes of a request's line and headers, or of what surrounds the chunks of its body
+HEADER_BYTES = 16 << 10         # bytes of a request's line and headers, or of what is between two chunks of its body
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Z-]{1,32}) ([!\"$-~\x80-\xff]+) HTTP/(1\.[01])")
 FIELD_NAME = re.compile(TOKEN + rb"{1,128}")
@@ -11808,7 +11808,7 @@ class ChunkedBody(ChunkedReceiver):    # type: ignore[misc]  # waitress carries 
         """A line, or a part of one, that is not the body's own."""
         self._between += part
         self._framing += len(part)
-        if self._framing > HEADER_BYTES + len(self):
+        if len(self._between) > HEADER_BYTES or self._framing > HEADER_BYTES + len(self):
             raise BadRequest
         if not part.endswith(b"\n"):
             return
@@ -15447,8 +15447,8 @@ else state("healthy", "good") }}</td>
 <h2>Machine{% if shown.read_at %} <small>as of {{ shown.read_at|time_tag }}</small>{% endif %}</h2>
 <dl>
 {% for name, label in machine.items() if details.get(name) is not none %}
-<dt>{{ label }}</dt><dd>{{ details[name]|duration_text if name == "uptime_seconds"
-else "%g"|format(details[name]) if details[name] is number else details[name] }}</dd>
+<dt>{{ label }}</dt><dd>{{ details[name] if details[name] is not number
+else details[name]|duration_text if name == "uptime_seconds" else "%g"|format(details[name]) }}</dd>
 {% else %}
 <dt>Nothing is known yet.</dt><dd></dd>
 {% endfor %}

@@ -279,6 +279,8 @@ REFUSED: dict[str, tuple[bytes, int]] = {
     "trailer": (CHUNKED + b"5\r\nhello\r\n0\r\nX: a\r\n\r\n", 400),
     "trailer with a length": (CHUNKED + b"0\r\nContent-Length: 50\r\n\r\n" + INNER, 400),
     "endless chunk line": (CHUNKED + b"5;a=" + b"x" * 20_000, 400),
+    "chunk line longer than a header, not than the body": (
+        CHUNKED + b"3e0\r\n" + b"x" * 992 + b"\r\n1" + b";a" * 8250 + b"\r\nx\r\n0\r\n\r\n", 400),
     "chunks of one byte": (CHUNKED + b"1\r\nx\r\n" * 20_000, 413),
     "chunk lines longer than their chunks": (CHUNKED + b"1;a=%b\r\nx\r\n" % (b"x" * 100) * 500, 400),
     # how much?

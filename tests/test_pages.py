@@ -499,6 +499,11 @@ def shown_with(console: Local, sample: dict[str, object], word: str, **settings:
     return wait_for(shows)
 
 
+def test_a_word_of_the_host_where_a_number_belongs(console: Local) -> None:
+    details = {"uptime_seconds": "for long", "cpu_count": "many"}
+    assert "many" in shown_with(console, {"details": details}, "for long")
+
+
 def test_each_filesystem_stands_beside_its_own_limits(console: Local) -> None:
     mounts = {"/boot": "off", "/srv/*": {"fail": 98}, "/srv/b": 70}
     limits = {"disk_percent": {"warn": 80, "fail": 95, "mounts": mounts},

@@ -565,6 +565,16 @@ def test_an_answer_is_capped_as_over_ssh() -> None:
         assert caught.value.cause == "protocol"
 
 
+@pytest.mark.parametrize(("code", "says"), [(3, "exit code 3"), (b"x", "whose code cannot be had"),
+                                            ("three", "whose code cannot be had")])
+def test_an_exit_code_that_is_no_number_is_none(code: object, says: str) -> None:
+    row = {"number": 1, "name": "c", "good": True, "text": "", "code": None, "then": "exit"}
+    answer = Answer(output=[*RECORDED.splitlines()[:1], json.dumps(row)], exit_code=code)
+    with WSManServer("http", "ntlm", answer=answer) as server:
+        polled = poll(target(server, checks=[{"name": "c", "command": "exit 3"}]))
+    assert polled.cause == "check" and says in polled.reason
+
+
 @pytest.mark.long
 @pytest.mark.windows
 def test_failed_polls_leave_nothing_behind(often: Callable[[int, int], int]) -> None:

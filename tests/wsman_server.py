@@ -41,7 +41,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from psrpcore import CreatePipelineEvent, PSRPPayload, ServerPipeline, ServerRunspacePool, StreamType
-from psrpcore.types import ErrorCategoryInfo, ErrorRecord, NETException, PipelineState, PSInvocationState
+from psrpcore.types import (
+    ErrorCategoryInfo,
+    ErrorRecord,
+    HostMethodIdentifier,
+    NETException,
+    PipelineState,
+    PSInvocationState,
+)
 from spnego.channel_bindings import GssChannelBindings
 from typing_extensions import Self  # typing has it from Python 3.11 on
 from urllib3.util.wait import wait_for_read
@@ -109,7 +116,8 @@ class Answer:
     """What came of a script.
 
     `output` are the output objects (an endless iterator makes an endless script), `errors` the texts of its
-    error records. With `failed` the last of them is the terminating error. All comes after `delay` seconds.
+    error records. With `failed` the last of them is the terminating error. `exit_code` is what `exit` tells the
+    client. All comes after `delay` seconds.
     """
 
     output: Iterable[str] = ()
@@ -117,6 +125,7 @@ class Answer:
     failed: bool = False
     delay: float = 0.0
     error_id: str = "RuntimeException"
+    exit_code: object = None
 
 
 class Fault(Exception):
@@ -208,6 +217,8 @@ class Pipeline:
         for text in answer.output:
             self.server_side.write_output(text)
             yield from self._drain()
+        if answer.exit_code is not None:
+            self.server_side.host_call(HostMethodIdentifier.SetShouldExit, [answer.exit_code])
         errors = [error_record(text, answer.error_id) for text in answer.errors]
         if answer.failed:
             state, last_error = PSInvocationState.Failed, errors.pop()
