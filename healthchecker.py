@@ -4714,6 +4714,7 @@ class Connection:
 # transport. TCP, key exchange, the host's key against pin and known_hosts, only then the login. In the poller's thread,
 # with paramiko's own beside it, which ends at the socket's deadline and wakes whoever waits.
 # Gives: SshConnection
+UNREAD = 4 << 20                # bytes from a bastion that are for nobody behind it; then it is ended
 CLOSE_SECONDS = 1.0             # for a bastion to hear that nobody needs a connection any more
 
 
@@ -4736,13 +4737,15 @@ def certifier(blob: bytes, host: str) -> str | None:
 
 
 class BoundedPacketizer(paramiko.packet.Packetizer):
-    """Refuses packets with more items than anybody sends: paramiko would go through all of them."""
+    """Refuses packets with more items than anybody sends, for paramiko would go through all of them, and more packets
+    beside data: each takes its time, an exchange of keys 0.1 s."""
 
     COUNTED: ClassVar = {7: 0, 60: 3}       # EXT_INFO and INFO_REQUEST: texts before the number of items
     # Between polls: what says nothing, key exchange, `are you there`, and how the last command ends.
     ROUTINE: ClassVar = {2, 3, 4, 20, 21, *range(30, 50), 80, 81, 82, *range(93, 101)}
     resting = uninvited = False     # no poll runs; something else came then
     replies = 0             # to questions, which are answered in their order
+    paid_mono = 0.0         # until when its share of our time is used up
 
     def start_handshake(self, timeout: float) -> None:
         """No thread with a timer, for the socket knows the deadline."""
@@ -4751,6 +4754,11 @@ class BoundedPacketizer(paramiko.packet.Packetizer):
         kind, message = super().read_message()
         self.uninvited |= self.resting and kind not in self.ROUTINE
         self.replies += kind in (81, 82)    # SSH_MSG_REQUEST_SUCCESS, SSH_MSG_REQUEST_FAILURE
+        if kind not in (94, 95):            # SSH_MSG_CHANNEL_DATA, which has a cap
+            now_mono = time.monotonic()
+            self.paid_mono = max(self.paid_mono, now_mono) + (10 if kind == 20 else 0.004)  # SSH_MSG_KEXINIT
+            if self.paid_mono > now_mono + 100:
+                raise paramiko.SSHException("too many packets that say nothing")
         if kind in self.COUNTED:
             look = paramiko.Message(message.asbytes())
             for _ in range(self.COUNTED[kind]):
@@ -4968,13 +4976,16 @@ class HostChannel(Wire):
     def __init__(self, channel: paramiko.Channel, deadline: Deadline) -> None:
         self._channel, self.deadline = channel, deadline
         self.below: Wire = cast(SshTransport, channel.get_transport()).wire
+        channel.set_combine_stderr(True)    # which no bastion sends: it would lie in the memory
 
     def settimeout(self, _seconds: float) -> None:
         """What counts is the deadline."""
 
     def recv(self, size: int) -> bytes:
         self._channel.settimeout(self.deadline.left())
-        return self.note(self._channel.recv(size))
+        chunk = self._channel.recv(size)
+        self.below.limit = min(self.below.limit + 3 * len(chunk), self.below.received + UNREAD)  # and wrapping
+        return self.note(chunk)
 
     def send(self, octets: bytes) -> int:
         with self.below.awaited(self.too_late):
@@ -5223,7 +5234,7 @@ class Relay(SshSession):
     def __init__(self, *made: Any) -> None:
         super().__init__(*made)
         self._users, self._counting = 0, threading.Lock()   # guards _users: -1 once it has ended
-        self._transport.wire.limit = math.inf       # each of them has a cap of its own
+        self._transport.wire.limit = UNREAD     # what they read adds to it, and each has a cap of its own
 
     @property
     def alive(self) -> bool:
@@ -7843,7 +7854,8 @@ def ask(settings: ResourceSettings, connection: Connection, previous: Sample | N
     running = last_section(text, nonce)
     if done or (deadline.over and running == "disk_percent"):
         sample = parse_windows(text, ticks) if in_powershell else parse_output(text, nonce, ticks)
-        sample = since(sample, previous)
+        checks = {check.name: sample.checks[check.name] for check in settings.checks if check.name in sample.checks}
+        sample = since(replace(sample, checks=checks), previous)    # without what nobody asked for
         return complete(judge_endpoint(sample, settings) if settings.endpoint else sample, settings)
     during = f" while {running} ran" if running else ""
     if deadline.over:

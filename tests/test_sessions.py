@@ -19,11 +19,13 @@ import paramiko
 import pytest
 from conftest import NO_PASSWORD_LOGIN, no_leaks, wait_for
 from console import NAME, local_console
+from paramiko import common
 from prometheus_client import generate_latest
 from sshd import (
     OPENSSH,
     POSIX,
     Listener,
+    Login,
     ParamikoSshd,
     Sshd,
     certified_key,
@@ -330,6 +332,27 @@ def test_what_nobody_asked_for_between_polls() -> None:
             assert session(connection).stale
             assert healthy(poll(watched, connection))
             assert connection.second_try == ""
+            assert logins(server) == 2
+
+
+@pytest.mark.parametrize("what", ["keys", "nothing"])
+def test_a_host_that_keeps_us_busy_between_polls(what: str) -> None:
+    """With keys that are exchanged again and again, or with packets that say nothing."""
+    transports: list[paramiko.Transport] = []
+
+    class Forward(ParamikoSshd):
+        def prepare(self, transport: paramiko.Transport) -> None:
+            transports.append(transport)
+
+    with Forward() as server:
+        watched = on(server)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection))
+            with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
+                for _ in range(20 if what == "keys" else 30_000):
+                    transports[0].renegotiate_keys() if what == "keys" else transports[0].send_ignore(8)
+            wait_for(lambda: not session(connection).alive, 20)
+            assert healthy(poll(watched, connection))
             assert logins(server) == 2
 
 
@@ -760,6 +783,58 @@ def test_those_behind_a_bastion_share_its_login(tmp_path: Path) -> None:
             thread.join()
         assert all(map(healthy, answers)) and len(answers) == 3
         assert logins(bastion) == 3
+
+
+class Forwarder(Login):
+    """Opens every way."""
+
+    def check_channel_direct_tcpip_request(self, chanid: int, origin: Any, destination: Any) -> int:
+        cast(Any, self.server).hosts[chanid] = socket.create_connection(destination)
+        return common.OPEN_SUCCEEDED
+
+
+class Bastion(ParamikoSshd):
+    login = Forwarder
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hosts, self.channels = dict[int, socket.socket](), list[Any]()
+
+    def prepare(self, transport: paramiko.Transport) -> None:
+        threading.Thread(target=self._forward, args=(transport,), daemon=True).start()
+
+    def _forward(self, transport: paramiko.Transport) -> None:
+        wait_for(transport.is_alive)
+        while transport.is_alive():
+            if channel := transport.accept(0.1):
+                self.channels.append(channel)
+                host = self.hosts.pop(channel.chanid)
+                threading.Thread(target=self._pump, args=(host, channel.recv, host.sendall), daemon=True).start()
+                threading.Thread(target=self._pump, args=(host, host.recv, channel.sendall), daemon=True).start()
+
+    def _pump(self, host: socket.socket, read: Any, write: Any) -> None:
+        with host, contextlib.suppress(OSError):
+            while chunk := read(32768):
+                write(chunk)
+            host.shutdown(socket.SHUT_RDWR)     # wakes the other one
+
+
+def test_what_nobody_reads_of_a_bastion_ends_it(server: Sshd, tmp_path: Path) -> None:
+    """It would lie in the memory: what stands beside a connection's bytes, also once that is closed."""
+    aside = paramiko.Message()
+    with Bastion() as bastion, behind(cast(Any, bastion), server, known=tmp_path / "known") as hosts:
+        assert healthy(poll(*hosts[1]))
+        transport = bastion.channels[0].get_transport()
+        aside.add_byte(b"\x5f")     # SSH_MSG_CHANNEL_EXTENDED_DATA
+        aside.add_int(bastion.channels[0].remote_chanid)
+        aside.add_int(1)
+        aside.add_string(b"x" * 30_000)
+        with contextlib.suppress(OSError, EOFError):
+            for _ in range(280):    # 8 MB
+                transport._send_message(aside)
+        wait_for(lambda: not transport.is_active(), 20)
+        assert healthy(poll(*hosts[1]))
+        assert (logins(bastion), logins(server)) == (2, 2)
 
 
 def test_a_host_that_fails_ends_no_login_of_its_bastion(tmp_path: Path) -> None:

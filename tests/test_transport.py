@@ -1799,6 +1799,21 @@ def test_local_many_checks() -> None:
     assert len(answer.sample.checks) == 50
 
 
+def test_what_nobody_asked_for_is_not_shown() -> None:
+    def answer(channel: paramiko.Channel, command: str) -> int:
+        script = b"".join(iter(lambda: channel.recv(65536), b""))
+        mark = "\n@" + re.search(rb"N=([0-9a-f]+)", script)[1].decode()  # type: ignore[index]
+        titles = ("platform linux", "hostname", "check a 5", "check b 5")
+        said = [f"{mark} begin {title}\nx{mark} end 0 0" for title in titles]
+        channel.sendall(f"{''.join(said)}{mark} done\n".encode())
+        return 0
+
+    with ParamikoSshd(answer=answer) as server:
+        watched = target(server, password=server.password, checks=[{"name": "a", "command": "x"}], timeout=AMPLE)
+        answered = poll(watched)
+    assert answered.sample and list(answered.sample.checks) == ["a"], answered
+
+
 @POSIX
 def test_many_checks_over_ssh(sshd: Server) -> None:
     checks = [{"name": f"check {number}", "command": f"echo {number} # {'x' * 2000}"} for number in range(50)]
