@@ -227,7 +227,7 @@ try:
     from waitress import wasyncore
     from waitress.adjustments import Adjustments
     from waitress.buffers import OverflowableBuffer
-    from waitress.channel import HTTPChannel
+    from waitress.channel import ClientDisconnected, HTTPChannel
     from waitress.parser import HTTPRequestParser
     from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
     from waitress.server import TcpWSGIServer
@@ -305,8 +305,8 @@ def allow_files(wanted: float = math.inf) -> float:
 # === Errors ==================================================================
 # One root for what is raised on purpose; the command line turns each class into its exit code, pages and API into a
 # status. An error's text is one line that a user can act on, and never holds a secret.
-# Gives: HealthCheckerError, InventoryError, UsageError, SecretError, StorageError, ApiError, Cause, one_line,
-#   did_you_mean, ProbeError, AnswerError, NotAllowed, Trouble
+# Gives: HealthCheckerError, InventoryError, UsageError, KilledError, SecretError, StorageError, ApiError, Cause,
+#   one_line, did_you_mean, ProbeError, AnswerError, NotAllowed, Trouble
 REASON_CHARS = 500              # characters of a reason that are kept
 
 
@@ -322,6 +322,12 @@ class InventoryError(HealthCheckerError):
 
 class UsageError(HealthCheckerError):
     """The command line, the address to listen on or `service.app` cannot be used."""
+
+
+class KilledError(HealthCheckerError):
+    """A worker was killed before it could serve, by whoever lacked memory, say: another start may go well."""
+
+    exit_code = 1
 
 
 class SecretError(HealthCheckerError):
@@ -5977,10 +5983,18 @@ class PowerShellConnection(TlsConnection):
 LOOK_AGAIN = 0.01               # seconds between two looks into a pipe of Windows, where nothing waits for one
 
 
+def script_file() -> IO[bytes]:
+    """In memory where there is such: whoever fills /tmp closes no gate."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):      # an old kernel, musl
+            return os.fdopen(os.memfd_create("script"), "w+b")
+    return tempfile.TemporaryFile()
+
+
 def start_shell(command: Sequence[str], script: str, **options: Any) -> subprocess.Popen[bytes]:
     """A shell of this machine with its script on stdin, where it finds the end. Raises ProbeError."""
     try:
-        with tempfile.TemporaryFile() as feed:      # a pipe could block on a shell that does not read
+        with script_file() as feed:     # a pipe could block on a shell that does not read
             feed.write(script.encode())
             feed.seek(0)
             return subprocess.Popen(command, stdin=feed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
@@ -12093,6 +12107,7 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
     task_class, error_task_class, parser_class = GateTask, GateErrorTask, GateParser
     will_close: bool
     close_when_flushed: bool
+    outbufs: list[OverflowableBuffer]
     began = 0.0             # when the request was complete
     held = False            # its next request waits until enough of the answers before it is taken
     watched = 0             # what the loop waits for on it, selectors' events
@@ -12143,6 +12158,21 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
         if sent:
             self.taken_at = self.server.clock()
         return sent
+
+    def write_soon(self, data: Any) -> int:
+        """As waitress, but nothing follows where a temporary file cannot be written: its buffer has lost its place, and
+        would go on anywhere in the answer, which the client would take for a head."""
+        with self.outbuf_lock:
+            try:
+                return int(super().write_soon(data))
+            except OSError as error:
+                for buffer in self.outbufs:
+                    buffer.close()
+                self.outbufs = [OverflowableBuffer(self.adj.outbuf_overflow)]
+                self.total_outbufs_len = self.current_outbuf_count = 0
+                self.will_close = True
+                self.server.complain(f"an answer was cut off: {error.strerror}, for temporary files")
+                raise ClientDisconnected from error
 
     def handle_write(self) -> None:
         """As waitress, but what a task has written so far is sent, however little it is, and never by two at once."""
@@ -12952,7 +12982,8 @@ class Supervisor:
         while not self.stopping and not all(worker.ready.is_set() for worker in self._workers):
             for worker in self._workers:
                 if fault := worker.failure or worker.ended:
-                    raise UsageError(fault)
+                    was_killed = not worker.failure and (worker.process.exitcode or 0) < 0
+                    raise (KilledError if was_killed else UsageError)(fault)
             time.sleep(SUPERVISOR_INTERVAL)
             if time.monotonic() > news:
                 news += START_NEWS
@@ -17768,6 +17799,8 @@ def restore(arguments: argparse.Namespace) -> int:
             if left := [*(place for place in places.values() if place.exists()),
                         *(place for place in stale if place.exists() and place.stat().st_size)]:
                 raise UsageError(f"{left[0]} is there already; restore into a folder without one")
+            if SqliteFile(database).is_running():
+                raise UsageError(f"a service runs on {database}, whose file is gone; stop it first")
             make_folder(service.keys)
             for name, place in places.items():      # the inventory last: without it nothing starts
                 if name in members or name == DATABASE:     # keys may have been lost

@@ -172,6 +172,18 @@ def test_a_backup_needs_a_database_and_no_passwords(tmp_path: Path, capsys: pyte
     assert os.path.getsize(tmp_path / "x") > 0
 
 
+def test_a_restore_under_a_service(served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would go on with the files that are gone, and hear no command."""
+    path = served / "inventory.yaml"
+    assert main(["--inventory", str(path), "backup", str(tmp_path / "x")]) == 0
+    with healthchecker.SqliteFile(served / "healthchecker.db").lock():
+        shutil.rmtree(served / "keys")
+        for gone in ("healthchecker.db", "inventory.yaml"):
+            (served / gone).unlink()
+        assert main(["--inventory", str(path), "restore", str(tmp_path / "x")]) == 2
+    assert "a service runs on" in capsys.readouterr().err and not path.exists()
+
+
 def test_a_backup_without_keys(served: Path, tmp_path: Path) -> None:
     """They are lost, and all the more the rest is to be saved."""
     for path in (served / "keys").iterdir():

@@ -7,10 +7,12 @@ import os
 import platform
 import re
 import shutil
+import socket
 import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -330,6 +332,47 @@ def test_a_start_on_a_full_disk(small_disk: Path, known: bool) -> None:
     (small_disk / "filler").unlink()
     with Service(path) as service:
         service.wait_status("/-/readyz", 200)
+
+
+def test_a_shell_needs_no_room_for_temporary_files(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or any account of this machine could close the gate."""
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    fill(small_disk)
+    with healthchecker.start_shell(["/bin/sh"], "echo here") as shell:
+        assert shell.communicate(timeout=60)[0] == b"here\n"
+
+
+UPLOADED = """
+def app(environ, start_response):
+    head = int(environ["QUERY_STRING"])
+    body, forged = bytearray(b"z" * 1_300_000), b"HTTP/1.1 200 OK\\r\\nContent-Length: 4\\r\\n\\r\\nevil"
+    for at in range((1 << 18) - head, len(body) - len(forged), 1 << 18):    # waitress copies in such blocks
+        body[at : at + len(forged)] = forged
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [bytes(body)]
+"""
+
+
+def test_an_answer_without_room_is_cut_off(small_disk: Path, tmp_path: Path) -> None:
+    """What comes from the middle of a file that a user uploaded is not taken for the answer."""
+    (tmp_path / "shop.py").write_text(UPLOADED, encoding="utf-8")
+    path = write_inventory(tmp_path, CALM, "  app: shop:app\n  threads: 2\n  workers: 1")
+
+    def answer(head: int) -> bytes:
+        with socket.create_connection((service.host, service.port), timeout=60) as sock:
+            sock.sendall(f"GET /?{head} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
+            with contextlib.suppress(ConnectionError):
+                return b"".join(iter(lambda: sock.recv(1 << 16), b""))
+        return b""
+
+    with Program(path, env={"TMPDIR": str(small_disk)}) as service:
+        service.wait_status("/-/readyz", 200)
+        head = answer(0).index(b"\r\n\r\n") + 4
+        fill(small_disk)
+        assert b"evil" not in answer(head)[:1000]
+        (small_disk / "filler").unlink()
+        assert len(answer(head)) == head + 1_300_000
+        service.wait_line("an answer was cut off: No space left on device, for temporary files")
 
 
 def test_a_disk_that_becomes_full(small_disk: Path) -> None:

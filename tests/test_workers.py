@@ -837,6 +837,15 @@ def test_bad_application_ends_the_start(tmp_path: Path) -> None:
     assert not (tmp_path / "healthchecker.db").exists() and not (tmp_path / "keys").exists()
 
 
+@POSIX
+def test_a_worker_that_is_killed_at_the_start(tmp_path: Path) -> None:
+    """By a kernel that lacks memory, say: not with an exit code after which nobody starts the service again."""
+    (tmp_path / "shop.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", encoding="utf-8")
+    with pytest.raises(healthchecker.KilledError, match="ended with exit code -9") as caught, Team(tmp_path, 1, SHOP):
+        pass
+    assert caught.value.exit_code == 1
+
+
 @pytest.mark.long
 @POSIX
 def test_an_interrupt_of_all_at_the_start(folder: Path) -> None:
