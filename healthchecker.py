@@ -1386,8 +1386,9 @@ class ResourceSettings(Settings):
 
     @property
     def locks_nothing(self) -> bool:
-        """Whether nobody counts logins that are refused: those of a key, a certificate, a token."""
-        return bool(self.key_file or (not self.username if self.url else self.certificate_file))
+        """Whether nobody counts logins that are refused: those of a key, a certificate, a token, or where none are."""
+        return self.platform not in REMOTE_PLATFORMS | {Platform.HTTP} or bool(
+            self.key_file or (not self.username if self.url else self.certificate_file))
 
     @property
     def connect_port(self) -> int:
@@ -7623,7 +7624,8 @@ class ProtocolConnection(TlsConnection):
     def sample(self, deadline: Deadline) -> Sample:
         begun_mono, settings, metrics = time.monotonic(), self._settings, dict[str, float]()
         checks = self.find(deadline, metrics)
-        seconds = metrics["response_seconds"] = time.monotonic() - begun_mono
+        waited = metrics.pop("turn_seconds", 0.0)       # for others with the same credential: not the host's time
+        seconds = metrics["response_seconds"] = time.monotonic() - begun_mono - waited
         if within := settings.expect.within:
             checks["within"] = expected(f"{within:g} s", f"{seconds:.2f} s", seconds <= within)
         if wanted := settings.certificate_days or settings.expect.certificate_days:
@@ -7675,8 +7677,10 @@ class HttpConnection(ProtocolConnection):
         expect = self._settings.expect
         with contextlib.ExitStack() as stack:   # first the connection: a host that does not answer is no login
             opened = stack.enter_context(self._opened(deadline, metrics))
+            opened_mono = time.monotonic()
             if self._settings.password:
                 stack.enter_context(self._guard.attempt(self._target.name, deadline, self.record))
+            metrics["turn_seconds"] = time.monotonic() - opened_mono
             answer = self._answer(opened, deadline)
         if (expect.contains or expect.values) and answer.encoding not in ("", "identity"):
             raise AnswerError("protocol", f"the answer is packed as {quoted(answer.encoding)}, which nobody asked for")
@@ -7702,8 +7706,6 @@ class HttpConnection(ProtocolConnection):
                 answer = here._ask(opened, method)
         if not (wanted := self._wanted_instead(answer.status)):
             return answer
-        if answer.status == 401 and here._settings.password:
-            raise ProbeError("auth", "status 401: the secret is refused; check username and password")
         led = f", which leads to {quoted(answer.location)}" if answer.location else ""
         raise ProbeError("check", f"expected status {wanted}, came {answer.status}{led}")
 
@@ -7740,6 +7742,8 @@ class HttpConnection(ProtocolConnection):
                 connection.request(method, url.target, headers=headers, preload_content=False, decode_content=False)
                 answer, body = connection.getresponse(), b""
                 opened.asks = False
+                if answer.status == 401 and self._settings.password:    # whatever is expected: an account counts it
+                    raise ProbeError("auth", "status 401: the secret is refused; check username and password")
                 is_read = not self._wanted_instead(answer.status)   # else its page is nothing to what it says
                 while is_read and len(body) < BODY_BYTES and (chunk := answer.read(READ_BYTES)):
                     body += chunk

@@ -736,6 +736,23 @@ def test_a_start_knows_of_refusals_whatever_came_after(house: House, strip: str,
     assert guard.refusals == refusals
 
 
+@pytest.mark.parametrize("other", [
+    "platform: tcp, hostname: 192.0.2.2, port: 25", "platform: dns, hostname: example.com",
+    "platform: local", "platform: simulated",
+])  # fmt: skip
+def test_what_shows_no_secret_waits_for_nobody(house: House, other: str) -> None:
+    """A port that wants our certificate is `auth`; told of that at a start, all without a credential would wait."""
+    house.write("name: a, platform: tcp, hostname: 192.0.2.1, port: 993, tls: true", f"name: b, {other}")
+    with house.store.reading() as session:
+        targets = healthchecker.load_targets(session, house.vault)
+    port, beside = targets.values()
+    guards = Guards()
+    guards.keep([port, beside])
+    stored = Status(credential_digest=port.credential_digest, strip="hhhhaaaaa", reason="refused", sample="null")
+    assert healthchecker.restore_logins(guards.of(port), port, stored, 30.0, begins=True)
+    assert guards.of(port).wait("a") == guards.of(beside).wait("b") == 0
+
+
 class Login(HostSession):
     """Polls over it succeed, whatever becomes of the password."""
 

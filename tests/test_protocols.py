@@ -37,6 +37,7 @@ from healthchecker import (
     Guards,
     KnownHosts,
     LoginGuard,
+    LoginRecord,
     Metrics,
     Resolver,
     Resource,
@@ -304,6 +305,28 @@ def test_an_answer_that_is_late(folder: Path) -> None:
     assert reason.startswith("check within: expected 0.2 s, came 0.")
 
 
+def test_the_wait_for_a_turn_is_not_the_time_of_the_host(folder: Path) -> None:
+    """Of a credential that nobody has proven, one login at a time is without outcome."""
+    access, opened = ConnectionContext(KnownHosts(Path("no such file")), Resolver(), Guards()), threading.Event()
+
+    def greet(connection: tuple[Server, socket.socket]) -> None:
+        opened.set()
+        answers(GOOD)(connection)
+
+    with Server(greet) as server:
+        asker = Asker(folder, access, platform="http", url=server.origin, username="u", password=SECRET)
+        polled: list[tuple[Verdict, Sample | None]] = []
+        poller = threading.Thread(target=lambda: polled.append(asker.poll()))
+        with asker.connection._guard.attempt("other", Deadline(TIMEOUT), LoginRecord()):
+            begun = time.monotonic()
+            poller.start()
+            assert opened.wait(TIMEOUT)
+            assert not server.ending.wait(SHORT)
+        poller.join()
+        [(_, sample)] = polled
+    assert sample and 0 < sample.metrics["response_seconds"] <= time.monotonic() - begun - SHORT
+
+
 @pytest.mark.parametrize("hops", [0, 1])
 @pytest.mark.parametrize(("status", "counted"), [
     ("401 No", {"refused": 1}), ("200 OK", {"accepted": 1}), ("503 Busy", {}),
@@ -552,6 +575,16 @@ def test_a_token_that_is_refused_locks_nothing(folder: Path) -> None:
         asker = Asker(folder, access, platform="http", url=server.origin, password=SECRET)
         assert [outcome(asker)[1] for _ in range(5)] == ["auth"] * 5
     assert len(server.requests) == 5
+
+
+def test_a_password_that_is_refused_counts_whatever_status_is_expected(folder: Path) -> None:
+    """Or each poll would send it again, until the account is locked."""
+    access = ConnectionContext(KnownHosts(Path("no such file")), Resolver(), Guards())
+    with Server(answers(answer(b"", status="401 Unauthorized"))) as server:
+        asker = Asker(folder, access, platform="http", url=server.origin, username="u", password=SECRET,
+                      expect={"status": ["200-499"]})
+        assert [outcome(asker)[1] for _ in range(3)] == ["auth"] * 3
+    assert len(server.requests) == 1 and asker.connection.record.outcomes == {"refused": 1}
 
 
 def test_a_401_without_a_secret_is_a_status(folder: Path) -> None:

@@ -804,7 +804,7 @@ class Bastion(ParamikoSshd):
         threading.Thread(target=self._forward, args=(transport,), daemon=True).start()
 
     def _forward(self, transport: paramiko.Transport) -> None:
-        wait_for(transport.is_alive)
+        wait_for(lambda: transport.ident is not None)   # it has begun, and perhaps ended already
         while transport.is_alive():
             if channel := transport.accept(0.1):
                 self.channels.append(channel)
