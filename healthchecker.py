@@ -15214,7 +15214,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <h1 class="hidden">Overview</h1>
 <section class="gate {{ colour }}" aria-label="Gate">
 <h2 aria-live="polite">{{ state(colour, "Gate " ~ word) }}</h2>
-{% if last %}
+{% if last and last.state == word %}
 <p>for <b>{{ (now - last.at)|duration_text }}</b>, since {{ last.at|time_tag }}</p>
 {% endif %}
 {% if blockers %}
@@ -15227,7 +15227,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {%- endif %}</li>
 {% endfor %}
 {% if blockers|length > 5 %}
-<li><a href="?state=unhealthy">and {{ blockers|length - 5 }} more</a></li>
+<li><a href="?gate=yes">and {{ blockers|length - 5 }} more</a></li>
 {% endif %}
 </ul>
 {% elif last and not is_open %}<p>{{ last.text }}</p>{% endif %}
@@ -15250,7 +15250,8 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <div id="work">{% if turns %}
 {% call table("Planned maintenance", ("State", "Begins", "For", "What", "Why", "End"), "events") %}
 {% for turn in turns[:20] %}
-<tr><td>{{ state("maintenance", "runs") if turn.state == "begun" else "ahead" }}</td>
+<tr id="turn-{{ turn.id or (turn.scope ~ turn.start)|urlencode }}">
+<td>{{ state("maintenance", "runs") if turn.state == "begun" else "ahead" }}</td>
 <td>{{ turn.start|time_tag }}</td><td>{{ (turn.until - turn.start)|duration_text }}</td>
 <td>{{ turn.scope }}</td><td>{{ turn.reason }} <small>{{ turn.actor or turn.schedule }}</small></td>
 <td>{% if admin and turn.id %}<form method="post" action="/-/maintenance" data-inline>
@@ -15269,7 +15270,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% if now - clock_step[0] < 86400 %}
 <p class="notice">At {{ clock_step[0]|time_tag }} {{ clock_step[1] }}: times before and after do not fit together.</p>
 {% endif %}
-<div class="tools">
+<div class="tools" id="tools">
 {{ chips("Filter by state", state_links, filter.state) }}
 <form class="filter" role="search" data-live data-keep>
 {% for name in ("state", "sort", "unfold") if filter[name] %}
@@ -15351,7 +15352,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <p class="empty">No resource is watched: the gate is open whatever happens.
 {% if admin %}<a href="/-/add">Add the first one</a>{% endif %}</p>
 {% endif %}
-""", "resource.html": """<header class="title">
+""", "resource.html": """<header class="title" id="title">
 <div><h1>{{ shown.name }}</h1>
 <p class="soft">{{ shown.address }}{% for label in shown.labels %} <i>{{ label }}</i>{% endfor %}
  · {{ "from " ~ origin ~ ", read-only here" if origin else "added here" }}</p></div>
@@ -15506,8 +15507,8 @@ else details[name]|duration_text if name == "uptime_seconds" else "%g"|format(de
 <div class="tools"><h2>History</h2>{{ chips("Time span", span_links, span) }}</div>
 <div class="charts">
 {% for chart in charts %}
-<figure data-begin="{{ chart.begin }}" data-end="{{ chart.end }}" data-top="{{ chart.top }}"
- data-unit="{{ chart.unit }}">
+<figure id="of-{{ chart.label|urlencode }}" data-begin="{{ chart.begin }}" data-end="{{ chart.end }}"
+ data-top="{{ chart.top }}" data-unit="{{ chart.unit }}">
 <figcaption><b>{{ chart.label }}</b> average {{ chart.average }}, highest {{ chart.highest }}</figcaption>
 <div class="plot"><ol class="scale" aria-hidden="true">
 {% for text in chart.scale %}<li>{{ text }}</li>{% endfor %}
@@ -15683,6 +15684,7 @@ password changes. It makes and revokes no tokens, changes no users, and ends no 
 </form>
 {% if not user.initial %}<p class="soft"><a href="/-/tokens">API tokens</a> for scripts</p>{% endif %}
 """, "form.html": """<form method="post" class="resource" autocomplete="off">
+{% if name %}<input type="hidden" name="shown" value="{{ given.shown }}">{% endif %}
 <div class="tools"><h1>{{ title }}</h1></div>
 <fieldset class="panel"><legend>Resource</legend>
 <div class="inputs">
@@ -15993,9 +15995,10 @@ function show(page, sent) {
 
 // To the login, as a rule; where something was typed, the form that is sent leads there, and it is kept.
 function leave() {
-  if ([...main.querySelectorAll("[data-keep] input")].every(input => input.value === input.defaultValue))
+  const typed = main.querySelectorAll("form[method=post] :is(input, textarea)");
+  if ([...typed].every(input => input.value === input.defaultValue))
     location.reload();
-  warn("Your session is over. Send the form, and log in again.");
+  age("Your session is over, or the page is gone: send the form, and log in again.");
 }
 
 // Nor do title and icon show a state that may be over.
@@ -16034,6 +16037,8 @@ async function send(form, button) {
     const { answer, page } = await ask(to, { method: "POST", body, signal: AbortSignal.timeout(SENDING) });
     if (answer.redirected && new URL(answer.url).pathname !== location.pathname) return location.assign(answer.url);
     if (answer.status === 401) return form.submit();     // the login, which brings what was typed back
+    lost.hidden = true;
+    if (!answer.ok && !page.querySelector("main [data-keep]")) return warn(page.querySelector("main p").textContent);
     const panel = answer.ok && form.closest("details");
     if (panel) {
       panel.open = false;
@@ -16310,7 +16315,8 @@ def overview_choices(rows: Sequence[ResourceRow], found: Sequence[ResourceRow], 
     scopes = {"all": "everything"} | {f"tags:{tag}": f"tag {tag}" for tag in tags} | {
         f"groups:{group.name}": f"group {group.name}" for group in groups if not group.name.startswith("/")}
     counts = collections.Counter(row.shown_state for row in found)
-    links = [(state, query_of({**wanted, "state": state}), state.capitalize() or "All", counts[state] or len(found))
+    links = [(state, query_of({**wanted, "state": state}), state.capitalize() or "All",
+              counts[state] if state else len(found))
              for state in ("", *STATES) if counts[state] or state in ("", wanted["state"])]
     return {"state_links": links, "filter": wanted, "columns": list(column_heads(wanted)), "empty": not rows,
             "tags": tags, "causes": sorted({row.status.cause for row in rows} - {""}), "scopes": scopes}
@@ -16499,13 +16505,19 @@ def form_texts(row: Resource | None, inventory: Inventory) -> dict[str, str]:
     return {"platform": Platform.UNIX.value, **texts, "critical": "true" if values.get("critical", True) else ""}
 
 
+def texts_digest(texts: Mapping[str, str]) -> str:
+    """Of what a form showed: whoever saves it means to change that."""
+    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
+
+
 def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: Any) -> flask.Response:
     """The form to add a resource, or to change the one called `name`."""
     who, copied = current_principal(), "" if name or given is not None else flask.request.args.get("copy", "")
     if given is None:
         with who.context.store.reading() as session:
             row = find_resource(session, copied) if copied else changeable(who, session, name) if name else None
-        given = form_texts(row, who.context.imported) | ({"name": ""} if copied else {})
+        given = form_texts(row, who.context.imported)
+        given |= {"name": ""} if copied else {"shown": texts_digest(given)} if name else {}
     return render_page("form", title=f"Edit {name}" if name else "Add a resource", name=name, given=given,
                        copied=copied, others=OTHERS, example=EXAMPLE,
                        platforms=[platform for platform in SELECTABLE if platform != "local"],
@@ -16545,6 +16557,11 @@ def resource_form(who: Principal, name: str = "") -> Answer:
         found += f": {trial.reason}" if trial.reason else ""
         found += f"; it would trust {trial.host_key}" if trial.host_key else ""
         return form_page(name, form, outcome=trial.state, problem=found)
+    if name and "shown" in form:
+        with who.context.store.reading() as session:
+            now = texts_digest(form_texts(changeable(who, session, name), who.context.imported))
+        if now != form["shown"]:
+            raise ApiError(f"{name} was changed meanwhile; nothing is saved: open its form again", 409)
     saved = change_resource(who, name, body, document) if name else add_resource(who, body, document)
     return flask.redirect(resource_path(saved.name), 303)
 

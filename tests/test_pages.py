@@ -343,7 +343,8 @@ def form_of(console: Local, name: str = "") -> dict[str, str]:
     assert chosen
     ticked = {"critical": "true"} if 'value="true" checked' in text else {}
     fields = {key: html.unescape(value) for key, value in inputs}
-    return {**fields, **ticked, "platform": chosen[1], "settings": html.unescape(settings[1])}
+    hidden = dict(re.findall(r'<input type="hidden" name="(shown)" value="(.+?)"', text))
+    return {**fields, **ticked, **hidden, "platform": chosen[1], "settings": html.unescape(settings[1])}
 
 
 FULL = {
@@ -373,6 +374,26 @@ def test_a_form_that_is_saved_as_it_came_changes_nothing(console: Local) -> None
     settings = set(FULL) - {"password"}
     assert {name: after[name] for name in settings} == {name: before[name] for name in settings}
     assert after["has_secret"]
+
+
+def test_a_form_that_is_older_than_the_resource_changes_nothing(console: Local) -> None:
+    """It says all settings: who saves it would take back what another one has changed meanwhile."""
+    add_full(console)
+    mine, origin = form_of(console, "full"), {"Origin": "http://localhost"}
+    assert "shown" in mine and "shown" not in form_of(console)
+    assert console.api("PATCH", "resources/full", {"critical": True}, headers=origin).status == 200
+    reply = console.form("/-/resources/full/edit", {**mine, "interval": "77"})
+    assert reply.status == 409 and "was changed meanwhile" in reply.body and 'value="77"' in reply.body
+    shown = console.api("GET", "resources/full").json
+    assert shown["critical"] and shown["interval"] == 30
+    assert console.form("/-/resources/full/edit", {**form_of(console, "full"), "interval": "x"}).status == 422
+    assert console.form("/-/resources/full/edit", {**form_of(console, "full"), "interval": "77"}).status == 303
+
+
+def test_a_filter_by_a_state_that_nothing_has_counts_nothing(console: Local) -> None:
+    add_full(console)
+    chip = re.search(r">\s*Degraded\s*<[^>]*>\s*(\d+)", console.ask("GET", "/-/?state=degraded").body)
+    assert chip and chip[1] == "0"
 
 
 @pytest.mark.parametrize("typed", ["as it came", "nothing", "limits: {cpu_percent: 70}"])
@@ -686,6 +707,47 @@ def test_a_session_that_is_over_leads_to_the_login_and_back(page: Page) -> None:
     page.wait_for_url("**/-/login?next=/-/resources/steady")
     log_in_here(page)
     page.wait_for_url("**/-/resources/steady")
+
+
+def test_who_searches_is_led_to_the_login_too(page: Page) -> None:
+    """Nothing that was typed would be lost, and what is shown gets old."""
+    page.goto("/-/")
+    page.get_by_label("Search").fill("stea")
+    page.wait_for_url(re.compile("q=stea"))
+    page.context.clear_cookies()
+    page.wait_for_url(re.compile("/-/login"))
+    log_in_here(page)
+
+
+def test_the_end_of_one_maintenance_moves_the_focus_to_no_other(page: Page) -> None:
+    """Or Enter would end that."""
+    page.goto("/-/")
+    origin, ids = {"Origin": page.url.partition("/-/")[0]}, []
+    for name in ("one", "two", "three"):
+        data = {"tags": ["calm"], "for": "2h", "reason": f"work {name}"}
+        ids.append(page.request.post("/-/api/maintenance", data=data, headers=origin).json()["id"])
+    page.locator("#work tbody tr", has_text="work two").get_by_role("button").focus()
+    assert page.request.delete(f"/-/api/maintenance/{ids[0]}", headers=origin).ok
+    page.get_by_text("work one").wait_for(state="detached")
+    row = page.evaluate("document.activeElement.closest('tr').textContent")
+    for number in ids[1:]:
+        page.request.delete(f"/-/api/maintenance/{number}", headers=origin)
+    assert "work two" in row
+
+
+def test_what_begins_meanwhile_takes_nothing_that_is_typed(page: Page) -> None:
+    """What is said above the form moves it down."""
+    page.goto(resource("steady"))
+    origin = {"Origin": page.url.partition("/-/")[0]}
+    page.locator("summary", has_text="Maintenance").click()
+    reason = page.locator("form[action$=maintenance] [name=reason]")
+    reason.fill("new disks")
+    data = {"action": "close", "reason": "x", "for": "10m"}
+    assert page.request.post("/-/api/gate", data=data, headers=origin).ok
+    page.get_by_role("region", name="Override").wait_for()
+    typed = reason.input_value(), page.evaluate("document.activeElement.name")
+    assert page.request.post("/-/api/gate", data={"action": "auto"}, headers=origin).ok
+    assert typed == ("new disks", "reason")
 
 
 def test_what_is_old_says_so(page: Page, watched: Service, browser: Browser) -> None:
