@@ -5477,7 +5477,7 @@ def tls_fault(error: OSError, hint: str) -> ProbeError:
         # Python takes a socket whose time ends at this very tick of the clock for one that never waits.
         return ProbeError("timeout", "no answer in time")
     if "ALERT" in reason and ("CERTIFICATE" in reason or "UNKNOWN_CA" in reason):
-        return ProbeError("auth", UNMAPPED)
+        return NotAllowed("auth", UNMAPPED)
     if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
         return ProbeError("protocol", f"no TLS there ({reason}); check port and tls")
     return ProbeError("unreachable", f"the host closed the connection{hint}")
@@ -7727,7 +7727,8 @@ class HttpConnection(ProtocolConnection):
         is_own = (settings.scheme, settings.hostname, settings.connect_port) == url[:3]
         there._settings = settings.model_copy(update={
             **({} if is_own else OWN), **of_url({"url": target}), "url": target})
-        there._target = self._target if is_own else replace(self._target, host_key=None)
+        is_added = self._target.is_added or url.host != settings.hostname   # no editor of the inventory names that host
+        there._target = self._target if is_own else replace(self._target, host_key=None, is_added=is_added)
         return there
 
     def _ask(self, opened: GuardedSocket, method: str) -> HttpAnswer:
@@ -15157,7 +15158,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <html lang="en">
 <head>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{% if icon == "unhealthy" and "closed" not in title %}gate closed · {% endif %}
+<title>{% if icon == "unhealthy" and not title.endswith("closed") %}gate closed · {% endif %}
 {{- title }} · HealthChecker</title>
 <link rel="icon" href="{{ assets[icon ~ ".svg"] }}" type="image/svg+xml">
 <link rel="stylesheet" href="{{ assets.css }}">
@@ -15533,7 +15534,7 @@ else details[name]|duration_text if name == "uptime_seconds" else "%g"|format(de
 {% call table("Events", ("Time", "Kind", "What", "Who"), "events") %}{{ event_rows(events, own=true) }}{% endcall %}
 <p><a href="/-/events?resource={{ shown.name|urlencode }}">All events of {{ shown.name }}</a></p>
 </section>
-""", "events.html": """<div class="tools">
+""", "events.html": """<div class="tools" id="tools">
 <h1>{{ title }}</h1>
 <form class="filter" role="search" data-live data-keep>
 <select name="kind" aria-label="Kind"><option value="">Every kind</option>{{ options(kinds, filter.kind) }}</select>

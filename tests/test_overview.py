@@ -284,11 +284,14 @@ def test_a_cause_says_since_when_and_why_once(many: Local) -> None:
 
 
 def test_the_state_shows_in_icon_and_title(many: Local) -> None:
-    icons = {}
-    for path in ("/-/", "/-/events", "/-/login"):
+    icons, named, origin = {}, {"name": "closed-beta", "platform": "simulated"}, {"Origin": "http://localhost"}
+    assert many.api("POST", "resources", {**named, "critical": False}, headers=origin).status == 201
+    for path in ("/-/", "/-/events", "/-/login", "/-/resources/closed-beta"):
         body = many.ask("GET", path).body
         icons[path] = re.findall(r'rel="icon" href="(.*?)"', body)
-        assert "closed" in re.findall("<title>(.*?)</title>", body, re.DOTALL)[0]
+        title = re.findall("<title>(.*?)</title>", body, re.DOTALL)[0]
+        assert "gate closed" in title.lower(), title
+    assert many.api("DELETE", "resources/closed-beta", headers=origin).status == 204
     assert len({icon for (icon,) in icons.values()}) == 1
     assert "#b91f29" in many.ask("GET", icons["/-/"][0]).body
 

@@ -660,6 +660,19 @@ def test_no_secret_follows_a_redirect_to_another_origin(folder: Path, certificat
         assert authorization(server.requests[0]) and not authorization(plain.requests[0])
 
 
+def test_a_client_certificate_that_is_wanted_says_nothing_of_the_password(folder: Path, tmp_path: Path) -> None:
+    """TLS 1.3 says so after the handshake, when the login has begun: nobody looked at the password."""
+    shown, wanted = make_certificate(tmp_path, "host", days=20), make_certificate(tmp_path, "client", days=20)
+    access = ConnectionContext(KnownHosts(Path("no such file")), Resolver(), Guards())
+    with Server(answers(GOOD), shown, client=wanted) as demanding:
+        asker = Asker(folder, access, platform="http", url=demanding.origin, username="m", password=SECRET,
+                      ca_file=shown.certificate_file)
+        access.guards.keep([asker.target])
+        asker.connection._guard = guard = access.guards.of(asker.target)
+        assert outcome(asker)[1] in ("auth", "unreachable")     # where the reset is seen first
+        assert guard.refusals == 0 and demanding.requests == []
+
+
 def test_a_pin_is_that_of_its_origin(folder: Path, certificate: Certificate, tmp_path: Path) -> None:
     """Where a redirect leads, an authority has to vouch."""
     made = make_certificate(tmp_path, "other")
@@ -962,6 +975,15 @@ def test_what_only_this_machine_reaches_is_for_the_inventory(address: str, tmp_p
             assert FOR_THE_INVENTORY in found["reason"], found
         assert local.api("POST", "resources", {"name": "one", **asked, "timeout": SHORT}).status == 201
         assert FOR_THE_INVENTORY in local.api("POST", "resources/one/check").json["reason"]
+
+
+@pytest.mark.parametrize("address", OWN_ADDRESSES)
+def test_no_host_leads_to_what_only_this_machine_reaches(address: str, folder: Path) -> None:
+    """Nor from a row of the inventory: who names the place is the host, and what it says becomes the reason."""
+    place = f"http://{f'[{address}]' if ':' in address else address}/latest/"
+    with Server(answers(leads(place))) as server:
+        asked = {"platform": "http", "url": server.origin, "redirects": 2, "timeout": SHORT}
+        assert FOR_THE_INVENTORY in outcome(Asker(folder, **asked))[2]
 
 
 def test_the_inventory_reaches_what_only_this_machine_reaches(tmp_path: Path) -> None:
