@@ -14181,11 +14181,15 @@ def names_taken(who: Principal, session: Session) -> set[str]:
     return {*every, *(group.name for group in who.context.monitor.groups())}
 
 
-def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Document | None = None) -> ResourceView:
+def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Document | None = None,
+                    shown: str = "") -> ResourceView:
     """Changes what is given; null stands for the default. Another host, port or username needs the password again; so
-    do others that lead through it."""
+    do others that lead through it. `shown`: the digest of what is meant to be changed, if that is to be the same still.
+    """
     with who.context.store.writing() as session:
         row, inventory = changeable(who, session, name), who.context.imported
+        if shown and shown != row.settings_digest:
+            raise ApiError(f"{name} was changed meanwhile; nothing is saved: open its form again", 409)
         before, place = stated(row, inventory), (row.name, row.hostname, row.port, row.way)
         if body.get("name", name) != name and (new := SettingsReader(inventory, form).read(body, before).name) != name:
             if why := "is taken" if new in names_taken(who, session) else named_by(session, name):
@@ -16506,11 +16510,6 @@ def form_texts(row: Resource | None, inventory: Inventory) -> dict[str, str]:
     return {"platform": Platform.UNIX.value, **texts, "critical": "true" if values.get("critical", True) else ""}
 
 
-def texts_digest(texts: Mapping[str, str]) -> str:
-    """Of what a form showed: whoever saves it means to change that."""
-    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
-
-
 def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: Any) -> flask.Response:
     """The form to add a resource, or to change the one called `name`."""
     who, copied = current_principal(), "" if name or given is not None else flask.request.args.get("copy", "")
@@ -16518,7 +16517,7 @@ def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: An
         with who.context.store.reading() as session:
             row = find_resource(session, copied) if copied else changeable(who, session, name) if name else None
         given = form_texts(row, who.context.imported)
-        given |= {"name": ""} if copied else {"shown": texts_digest(given)} if name else {}
+        given |= {"name": ""} if copied else {"shown": row.settings_digest} if row else {}
     return render_page("form", title=f"Edit {name}" if name else "Add a resource", name=name, given=given,
                        copied=copied, others=OTHERS, example=EXAMPLE,
                        platforms=[platform for platform in SELECTABLE if platform != "local"],
@@ -16558,12 +16557,8 @@ def resource_form(who: Principal, name: str = "") -> Answer:
         found += f": {trial.reason}" if trial.reason else ""
         found += f"; it would trust {trial.host_key}" if trial.host_key else ""
         return form_page(name, form, outcome=trial.state, problem=found)
-    if name and "shown" in form:
-        with who.context.store.reading() as session:
-            now = texts_digest(form_texts(changeable(who, session, name), who.context.imported))
-        if now != form["shown"]:
-            raise ApiError(f"{name} was changed meanwhile; nothing is saved: open its form again", 409)
-    saved = change_resource(who, name, body, document) if name else add_resource(who, body, document)
+    saved = change_resource(who, name, body, document, form.get("shown", "")) if name else add_resource(
+        who, body, document)
     return flask.redirect(resource_path(saved.name), 303)
 
 

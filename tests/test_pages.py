@@ -420,7 +420,7 @@ def test_what_is_taken_out_of_the_form_is_the_default_again(console: Local) -> N
     after = console.api("GET", "resources/full").json
     assert after["limits"]["cpu_percent"]["fail"] == 70 and after["limits"]["disk_percent"] is None
     assert (after["interval"], after["port"], after["rise"], after["checks"]) == (60, 22, 2, [])
-    fields["platform"] = "simulated"  # hides what a host needs, which stays in the inputs
+    fields |= {"platform": "simulated", "shown": form_of(console, "full")["shown"]}     # what a host needs is hidden
     assert console.form("/-/resources/full/edit", fields).status == 303
     assert console.api("GET", "resources/full").json["username"] is None
 
