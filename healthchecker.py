@@ -4165,6 +4165,8 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline, *,
                 sock.settimeout(deadline.left() / (len(addresses) - index))     # the others have a share, too
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.connect(address)
+                if (own := sock.getsockname())[1] == address[1] and own == sock.getpeername():
+                    raise ConnectionRefusedError    # nobody listens: the system gave this end that very port
                 stack.pop_all()
                 sock.address = address[0]
                 return sock

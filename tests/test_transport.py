@@ -76,6 +76,7 @@ from healthchecker import (
     SshTransport,
     Target,
     Verdict,
+    connect_tcp,
     poll_once,
 )
 
@@ -673,6 +674,22 @@ def test_names_that_do_not_resolve(hostname: str) -> None:
     assert answer.cause == "unreachable"
     assert hostname[:60] in answer.reason
     assert "resolve" in answer.reason
+
+
+def test_a_connection_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody listens at a port that the system gives away, too, it may give it to who connects there; by chance,
+    or as often as one likes where that port is asked for."""
+    with hostile.ClosedPort() as closed:
+        place = (closed.address, closed.port)
+
+    def bound(sock: HostSocket, address: Any) -> None:
+        sock.bind(place)
+        socket.socket.connect(sock, address)
+
+    monkeypatch.setattr(HostSocket, "connect", bound, raising=False)
+    with no_leaks(), pytest.raises(ProbeError, match="connection refused") as raised:
+        connect_tcp(Resolver(), *place, Deadline(AMPLE))
+    assert raised.value.cause == "unreachable"
 
 
 class HangingResolver(Resolver):
