@@ -785,7 +785,9 @@ TextLine = Annotated[str, matching(r"[^\x00-\x1f\x7f]+", "must be one line of te
 Name = Annotated[str, matching(r"(?!\.\.?$)[^\s/\\\x00-\x1f\x7f]+( [^\s/\\\x00-\x1f\x7f]+)*",
                                f"must be 1 to {NAME_CHARS} characters without slashes", NAME_CHARS)]
 HOSTNAME = re.compile(r"(?!-|\.\.?$)[\w.:%-]{1,253}")
-Hostname = Annotated[str, matching(HOSTNAME.pattern, "must be a host name or an IP address (or web[01:40], a range)")]
+Hostname = Annotated[
+    str, matching(HOSTNAME.pattern, "must be a host name or an IP address (or web[01:40], a range)"),
+    matching("[^ßẞς]*", "with ß or ς is another host by IDNA 2003 and by 2008: write its xn-- form")]
 ServiceName = Annotated[str, matching(r"(?!-)[^/\x00-\x1f\x7f]+", "must be the name of a service", 256)]
 Fingerprint = Annotated[str, matching(r"(SHA256:)?[0-9A-Fa-f]{2}(:?[0-9A-Fa-f]{2}){31}",
                                       "must be a SHA-256 fingerprint: 64 hexadecimal digits")]
@@ -5688,7 +5690,8 @@ class TlsConnection(Connection):
         with plain:     # after a good handshake it is detached, and this closes nothing
             try:
                 plain.settimeout(deadline.left())
-                secured: Any = context.wrap_socket(plain, server_hostname=settings.hostname) if context else \
+                name = settings.hostname.removesuffix(".")      # no certificate has a final dot, nor has SNI (RFC 6066)
+                secured: Any = context.wrap_socket(plain, server_hostname=name) if context else \
                     GuardedSocket(fileno=plain.detach())
                 secured.address, secured.hint = plain.address, self.HINT
                 return secured

@@ -199,6 +199,7 @@ FAULTS: dict[str, tuple[str, str]] = {
     "platform in defaults": (f"defaults: {{platform: ¦[a]}}\nresources: [{{{HOST}}}]", "defaults.platform"),
     "hostname missing": ("resources:\n  - ¦username: u\n    password: p\n", "resources[0].hostname: is missing"),
     "hostname is an option": ("resources: [{hostname: ¦-oProxy, username: u, password: p}]", "resources[0].hostname"),
+    "hostname of two readings": (dns("x").replace("a, x", "¦straße.example"), "write its xn-- form"),
     "hostname empty": ("resources: [{hostname: ¦'', username: u, password: p}]", "resources[0].hostname"),
     "username missing": ("resources:\n  - ¦hostname: a\n    password: p\n", "resources[0]: username is missing"),
     "username of two lines": ('resources: [{hostname: a, username: ¦"u\\nv", password: p}]', "resources[0].username"),

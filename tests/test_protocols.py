@@ -723,6 +723,25 @@ def test_certificates(platform: str, folder: Path, certificate: Certificate, tmp
             assert not server.requests
 
 
+def test_a_name_with_a_final_dot(folder: Path, tmp_path: Path) -> None:
+    """It says that the name is whole; no certificate and no SNI has it (RFC 6066, 3)."""
+
+    class Here(Resolver):
+        def resolve(self, host: str, port: int, deadline: Deadline) -> list[Any]:
+            assert host == "shop.example.com."
+            return super().resolve("127.0.0.1", port, deadline)
+
+    made, asked_for = make_certificate(tmp_path, "shop", host="shop.example.com"), list[str | None]()
+    with Server(answers(GOOD), made) as server:
+        assert server._context
+        server._context.sni_callback = lambda _sock, name, _context: asked_for.append(name)
+        shared, ca_file = replace(ACCESS, resolver=Here()), {"ca_file": made.certificate_file}
+        tls = {"platform": "tcp", "hostname": "shop.example.com.", "port": server.port, "tls": "true"}
+        for asked in ({"platform": "http", "url": f"https://shop.example.com.:{server.port}/"}, tls):
+            assert outcome(Asker(folder, shared, **asked, **ca_file)) == ("healthy", "", "")
+    assert asked_for == ["shop.example.com"] * 2
+
+
 @pytest.mark.parametrize("platform", ["http", "tcp"])
 def test_days_of_a_certificate(platform: str, folder: Path, certificate: Certificate) -> None:
     """It is good still, so that it closes nothing."""
