@@ -5432,7 +5432,7 @@ GATHER_TIME = 0.02              # seconds; rows that come faster are asked for t
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 # of a 401 that is a step of a login, not a refusal: it goes on with a token
 STEP = re.compile(r"(?i)(?:^|,)\s*(?:negotiate|ntlm|kerberos|credssp)\s+[^\s,]")
-UNMAPPED = "the host refuses the client certificate, or wants one; for WinRM, map it to an account there"
+UNMAPPED = "the host wants a client certificate, or refuses ours; for WinRM, map it to an account there"
 EXTRAS = {"credssp": ["requests_credssp"], "kerberos": [] if sys.platform == "win32" else ["gssapi", "krb5"]}
 TOO_MANY_SHELLS = 2150859173
 WINRM_FAULTS: dict[int, tuple[Cause, str]] = {
@@ -5474,14 +5474,15 @@ def missing_package(auth: str) -> str | None:
     return f"auth {auth} needs a package: pip install pypsrp[{auth}]" if absent else None
 
 
-def tls_fault(error: OSError, hint: str) -> ProbeError:
-    """Our error for a broken connection or TLS handshake; `hint` says what may be wrong where nothing answers."""
+def tls_fault(error: OSError, hint: str, *, agreed: bool = False) -> ProbeError:
+    """Our error for a broken connection or TLS handshake; `hint` says what may be wrong where nothing answers, `agreed`
+    that both sides had agreed on how to go on. None is `auth`: nobody looked at a password that may have been sent."""
     reason = str(getattr(error, "reason", "") or "")
     if isinstance(error, TimeoutError | ssl.SSLWantReadError | ssl.SSLWantWriteError):
         # Python takes a socket whose time ends at this very tick of the clock for one that never waits.
         return ProbeError("timeout", "no answer in time")
-    if "ALERT" in reason and ("CERTIFICATE" in reason or "UNKNOWN_CA" in reason):
-        return NotAllowed("auth", UNMAPPED)
+    if "ALERT" in reason and ("CERTIFICATE" in reason or "UNKNOWN_CA" in reason or (agreed and "HANDSHAKE" in reason)):
+        return ProbeError("protocol", UNMAPPED)
     if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
         return ProbeError("protocol", f"no TLS there ({reason}); check port and tls")
     return ProbeError("unreachable", f"the host closed the connection{hint}")
@@ -5687,18 +5688,24 @@ class TlsConnection(Connection):
         except ProbeError as error:
             hint = self.HINT if "port" in str(error) else ""
             raise ProbeError(error.cause, f"{error}{hint}") from error
-        with plain:     # after a good handshake it is detached, and this closes nothing
+        with contextlib.ExitStack() as stack:
+            secured: Any = stack.enter_context(plain)
             try:
                 plain.settimeout(deadline.left())
                 name = settings.hostname.removesuffix(".")      # no certificate has a final dot, nor has SNI (RFC 6066)
-                secured: Any = context.wrap_socket(plain, server_hostname=name) if context else \
-                    GuardedSocket(fileno=plain.detach())
+                secured = context.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False) if context \
+                    else GuardedSocket(fileno=plain.detach())
+                stack.enter_context(secured)
+                if context:
+                    secured.do_handshake()
                 secured.address, secured.hint = plain.address, self.HINT
+                stack.pop_all()     # plain is detached
                 return secured
             except ssl.SSLCertVerificationError:
                 raise
             except OSError as error:
-                raise tls_fault(error, self.HINT) from error
+                agreed = isinstance(secured, ssl.SSLSocket) and secured.cipher() is not None
+                raise tls_fault(error, self.HINT, agreed=agreed) from error
 
     def _verified(self, deadline: Deadline) -> GuardedSocket:
         """A connection whose certificate is checked before any secret is sent. Raises ProbeError."""

@@ -765,7 +765,7 @@ def test_client_certificates() -> None:
     with WSManServer("https", "certificate", answer=RECORDED) as server, WSManServer("https", "certificate") as other:
         stranger = target(server, certificate_file=other.client.certificate_file, key_file=other.client.key_file)
         unmapped = poll(stranger)
-        assert (unmapped.cause, "map it to an account" in unmapped.reason) == ("auth", True)
+        assert (unmapped.cause, "map it to an account" in unmapped.reason) == ("protocol", True)
         server.misbehave = {"auth": 401}  # so a host answers that trusts a certificate but has no account for it
         unmapped = poll(target(server))
         assert (unmapped.cause, "map it to an account" in unmapped.reason) == ("auth", True)

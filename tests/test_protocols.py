@@ -39,6 +39,7 @@ from healthchecker import (
     LoginGuard,
     LoginRecord,
     Metrics,
+    ProbeError,
     Resolver,
     Resource,
     Sample,
@@ -652,7 +653,7 @@ def test_no_secret_follows_a_redirect_to_another_origin(folder: Path, certificat
                  "key_file": certificate.key_file}
         asked = {"platform": "http", "redirects": 1, **files}
         assert outcome(Asker(folder, **asked, url=demanding.origin))[0] == "healthy"
-        assert outcome(Asker(folder, **asked, url=server.origin))[1] in ("auth", "unreachable")
+        assert outcome(Asker(folder, **asked, url=server.origin))[1] in ("protocol", "unreachable")
         assert len(demanding.requests) == len(server.requests) == 1
     with Server(answers(GOOD)) as plain, Server(answers(leads(plain.origin)), certificate) as server:
         asked = {**own, "url": server.origin, "ca_file": certificate.certificate_file}
@@ -660,17 +661,49 @@ def test_no_secret_follows_a_redirect_to_another_origin(folder: Path, certificat
         assert authorization(server.requests[0]) and not authorization(plain.requests[0])
 
 
-def test_a_client_certificate_that_is_wanted_says_nothing_of_the_password(folder: Path, tmp_path: Path) -> None:
-    """TLS 1.3 says so after the handshake, when the login has begun: nobody looked at the password."""
+CLIENT_WANTED = "the host wants a client certificate"
+
+
+@pytest.mark.parametrize("shows", [False, True])
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_client_certificate_that_is_wanted_says_nothing_of_the_password(
+    folder: Path, tmp_path: Path, version: ssl.TLSVersion, shows: bool
+) -> None:
+    """TLS 1.3 says so after the handshake, when the login has begun: nobody looked at the password, so that the next
+    poll shows it again, and so does the first one of the next start."""
     shown, wanted = make_certificate(tmp_path, "host", days=20), make_certificate(tmp_path, "client", days=20)
     access = ConnectionContext(KnownHosts(Path("no such file")), Resolver(), Guards())
+    both = tmp_path / "both.pem"
+    both.write_bytes(shown.key_file.read_bytes() + shown.certificate_file.read_bytes())
+    other = {"certificate_file": both} if shows else {}
     with Server(answers(GOOD), shown, client=wanted) as demanding:
+        assert demanding._context
+        demanding._context.maximum_version = version
         asker = Asker(folder, access, platform="http", url=demanding.origin, username="m", password=SECRET,
-                      ca_file=shown.certificate_file)
+                      ca_file=shown.certificate_file, **other)
         access.guards.keep([asker.target])
         asker.connection._guard = guard = access.guards.of(asker.target)
-        assert outcome(asker)[1] in ("auth", "unreachable")     # where the reset is seen first
-        assert guard.refusals == 0 and demanding.requests == []
+        for _ in range(4):
+            _, cause, reason = outcome(asker)
+            assert cause == "unreachable" or (cause == "protocol" and CLIENT_WANTED in reason)  # if the reset is first
+            assert guard.wait("asked") == guard.refusals == 0
+        wait_for(lambda: len(demanding.errors) == 4)
+        assert demanding.requests == []
+
+
+def test_a_certificate_cannot_be_trusted_before_ours_is_shown(folder: Path, tmp_path: Path) -> None:
+    """With TLS 1.2, where the host shows it whole after ours alone; it says so, unlike one that speaks no cipher of
+    ours."""
+    shown, wanted = make_certificate(tmp_path, "host", days=20), make_certificate(tmp_path, "client", days=20)
+    for client, why in ((wanted, CLIENT_WANTED), (None, "no TLS there")):
+        with no_leaks(), Server(answers(GOOD), shown, client=client) as server:
+            assert server._context
+            server._context.maximum_version = ssl.TLSVersion.TLSv1_2
+            if not client:
+                server._context.set_ciphers("ECDHE-RSA-AES128-GCM-SHA256")      # for another kind of key
+            asker = Asker(folder, platform="http", url=server.origin)
+            with pytest.raises(ProbeError, match=why):
+                asker.connection.offered_key(Deadline(TIMEOUT))
 
 
 def test_a_pin_is_that_of_its_origin(folder: Path, certificate: Certificate, tmp_path: Path) -> None:
