@@ -5424,10 +5424,11 @@ class SshConnection(SshLogin):
 # A script goes to a Windows host over pypsrp, text comes back. pypsrp sends by requests, which is given one socket
 # that is open, secured and verified: certificate before password, deadline and cap on every read, and no second
 # connection, whatever requests or urllib3 make of an answer. In the poller's thread.
-# Gives: CLEANUP_TIME, GuardedSocket, missing_package, PowerShellConnection, TlsConnection
+# Gives: CLEANUP_TIME, FinalResponse, GuardedSocket, missing_package, PowerShellConnection, TlsConnection
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
 SHELL_END = 5.0                 # seconds for a shell to be deleted; a tenth of it behind the deadline of a poll
 CLEANUP_TIME = 5.0              # seconds for a script that has answered to say what it leaves
+INTERIM_ANSWERS = 32            # that may come before the one that counts
 GATHER_TIME = 0.02              # seconds; rows that come faster are asked for together, for each request costs CPU
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 # of a 401 that is a step of a login, not a refusal: it goes on with a token
@@ -5488,6 +5489,18 @@ def tls_fault(error: OSError, hint: str, *, agreed: bool = False) -> ProbeError:
     return ProbeError("unreachable", f"the host closed the connection{hint}")
 
 
+class FinalResponse(http.client.HTTPResponse):
+    """Reads away what comes before the answer itself, not only a 100 (RFC 9110, 15.2)."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        for _ in range(INTERIM_ANSWERS):
+            found = super()._read_status()      # type: ignore[misc]  # the stubs lack it
+            if found[1] >= 200 or found[1] == http.HTTPStatus.SWITCHING_PROTOCOLS:
+                return cast("tuple[str, int, str]", found)
+            http.client.parse_headers(self.fp)
+        raise http.client.HTTPException(f"more than {INTERIM_ANSWERS} answers came before the last one")
+
+
 class GuardedSocket(HostSocket):
     """Turns a socket's errors into ProbeError here already: pypsrp would wait and try again."""
 
@@ -5497,6 +5510,8 @@ class GuardedSocket(HostSocket):
     logged_in = False
     asks = False        # for an answer to a secret, which none came to yet
     waits = False       # somebody does for that, also after the poll
+    heard: bytes | bytearray = b""      # what came since it asks
+    again: bytes | bytearray = b""      # what of that is read once more
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -5534,9 +5549,10 @@ class GuardedSocket(HostSocket):
     def _answer(self, seconds: float) -> bool | None:
         """See LateLogin."""
         self.begin(Deadline(seconds))
+        self.again = self.heard     # the beginning of an answer may have come in time
         try:
             with contextlib.suppress(Exception):    # whatever a host's bytes make http.client raise
-                came = http.client.HTTPResponse(self)
+                came = FinalResponse(self)
                 came.begin()
                 is_step = STEP.search(came.getheader("WWW-Authenticate", ""))
                 return True if 200 <= came.status < 300 else False if came.status == 401 and not is_step else None
@@ -5546,13 +5562,20 @@ class GuardedSocket(HostSocket):
             self.end()
 
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
+        if self.again:
+            count = min(len(buffer), len(self.again))
+            buffer[:count], self.again = self.again[:count], self.again[count:]
+            return count
         with self.guarded():
             count = super().recv_into(buffer, nbytes or 0, flags)
             self.count(count)
             self.in_step = self.in_step and count > 0
+        if self.asks:
+            self.heard += buffer[:count]
         return count
 
     def sendall(self, octets: Any, flags: int = 0) -> None:
+        self.heard = bytearray()
         with self.guarded():
             super().sendall(octets, flags)
 
@@ -7568,7 +7591,6 @@ def windows_endpoint(settings: ResourceSettings) -> str:
 # Gives: HttpConnection, NameConnection, PortConnection, ProtocolConnection, PushConnection, SimulatedConnection
 BODY_BYTES = 1 << 19            # bytes of an answer that are looked at
 QUOTED_CHARS = 80               # characters of what was sent that a reason shows
-INTERIM_ANSWERS = 32            # that may come before the one that counts
 REDIRECTS = (301, 302, 303, 307, 308)
 # What only the origin of the inventory is sent or known by.
 OWN: Mapping[str, Any] = {"username": None, "password": None, "headers": {}, "certificate_file": None, "key_file": None,
@@ -7668,18 +7690,6 @@ class HttpAnswer(NamedTuple):
     location: str
     encoding: str
     body: bytes     # BODY_BYTES at least, where there are more
-
-
-class FinalResponse(http.client.HTTPResponse):
-    """Reads away what comes before the answer itself, not only a 100 (RFC 9110, 15.2)."""
-
-    def _read_status(self) -> tuple[str, int, str]:
-        for _ in range(INTERIM_ANSWERS):
-            found = super()._read_status()      # type: ignore[misc]  # the stubs lack it
-            if found[1] >= 200 or found[1] == http.HTTPStatus.SWITCHING_PROTOCOLS:
-                return cast("tuple[str, int, str]", found)
-            http.client.parse_headers(self.fp)
-        raise http.client.HTTPException(f"more than {INTERIM_ANSWERS} answers came before the last one")
 
 
 class HttpConnection(ProtocolConnection):

@@ -402,6 +402,33 @@ def test_what_a_host_writes_over_an_answer_after_the_poll(folder: Path, case: st
         assert asker.connection.record.outcomes == counted
 
 
+IN_TIME = [b"", b"HTTP/1.1 401 No", UNAUTHORIZED, b"HTTP/1.1 103 Early Hints\r\nA: b\r\n\r\n",
+           b"HTTP/1.1 102 Processing\r\n\r\n" + UNAUTHORIZED[:30]]
+
+
+@pytest.mark.parametrize("in_time", IN_TIME)
+def test_a_refusal_that_begins_during_the_poll_and_ends_after_it(folder: Path, in_time: bytes) -> None:
+    """What came in time is not lost, and what comes before the answer itself is not it."""
+    may_end, hint = threading.Event(), b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+    whole = UNAUTHORIZED + b"Content-Length: 0\r\n\r\n"
+    late = whole[len(in_time.rpartition(b"\n\r\n")[2]):]     # of the last one that began
+
+    def play(connection: tuple[Server, socket.socket]) -> None:
+        server, sock = connection
+        server.requests.append(read_request(sock))
+        sock.sendall(in_time)
+        may_end.wait(30)
+        sock.sendall((b"" if late != whole else hint) + late)
+
+    access = ConnectionContext(KnownHosts(Path("no such file")), Resolver())
+    with no_leaks(), Server(play) as server:
+        asker = Asker(folder, access, platform="http", url=server.origin, username="m", password=SECRET, timeout=1)
+        assert outcome(asker)[1] == "timeout"
+        may_end.set()
+        wait_for(lambda: not late_logins())
+        assert asker.connection.record.outcomes == {"refused": 1} and len(server.requests) == 1
+
+
 def test_a_token_that_nothing_is_said_of_is_shown_again(folder: Path) -> None:
     """Nobody counts it: the next poll is not kept waiting for what comes of the last."""
     ended = threading.Event()
