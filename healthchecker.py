@@ -130,6 +130,7 @@ import graphlib
 import gzip
 import hashlib
 import hmac
+import html
 import http.client
 import importlib.util
 import inspect
@@ -173,7 +174,7 @@ from pathlib import Path
 from types import GenericAlias, MappingProxyType
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
 from typing import get_type_hints as type_hints
-from urllib.parse import quote, unquote, unquote_to_bytes, urlencode, urljoin
+from urllib.parse import quote, quote_plus, unquote, unquote_to_bytes, urlencode, urljoin
 
 gc.disable()    # what is imported stays: to look through it again and again is a sixth of the start, even once a tenth
 # Of paramiko `Match exec` alone needs it, which SshConfig refuses: 7 MB of each process, and a tenth of the start.
@@ -4463,6 +4464,10 @@ class Guards:
 # In the threads of the pollers; a keeper serves one at a time.
 # Gives: identity, in_renewal, KnownHosts, HostSession, SessionKeeper, ConnectionContext, Connection
 RENEWAL = 10.0                  # seconds since a file was written, for which it may be half of what is to come
+WHOLE_WORD = 8                  # characters of a secret; a shorter one is blanked as a word alone ...
+CUT_WORD = 4                    # ... and these as the end of a text that was cut in its midst
+OUR_WORDS = frozenset({"", "check", "login", "password", "refused", "secret", "username"})  # whose blank would tell it
+PUBLIC_HEADER = re.compile("(?i)accept.*|cache-control|content-type|host|origin|referer|user-agent")
 
 
 def identity(kind: str, blob: bytes) -> str:
@@ -4522,6 +4527,37 @@ class KnownHosts:
                 if not words[0].startswith("#") and names_host(words[0], name):
                     keys[marker].add(identity(words[1], base64.b64decode(words[2], validate=True)))
         return keys[""], keys["@revoked"], keys["@cert-authority"]
+
+
+class SecretFilter:
+    """Blanks what a host says again of what it was sent in confidence, as pages and logs write that."""
+
+    def __init__(self, settings: ResourceSettings) -> None:
+        own, said = settings.secrets, re.findall("=([^&]*)", (settings.url or "").partition("?")[2])
+        said += [word for name, value in settings.headers.items() if not PUBLIC_HEADER.fullmatch(name)
+                 for word in (value, *re.split("[ ;,=]+", value))]
+        self._shown = {settings.username, settings.hostname, settings.name, *OUR_WORDS}
+        plain = {*own.values(), *(word for word in said if len(word) >= WHOLE_WORD)} - self._shown
+        if "password" in own:
+            plain.add(base64.b64encode(f"{settings.username}:{own['password']}".encode()).decode())
+        forms = {form for one in (*plain, *map(unquote, plain)) for form in (
+            one, quote(one), quote_plus(one), html.escape(one), json.dumps(one)[1:-1])}
+        self._forms = sorted(forms, key=len, reverse=True)
+        self._pattern = re.compile("|".join(
+            re.escape(form) if len(form) >= WHOLE_WORD else rf"(?<!\w){re.escape(form)}(?!\w)"
+            for form in self._forms) or "(?!)", re.IGNORECASE)
+
+    def blank(self, text: str) -> str:
+        """Also the beginning of a secret, where a text was cut."""
+        return "…".join(map(self._blank_end, self._pattern.sub("***", text).split("…")))
+
+    def _blank_end(self, text: str) -> str:
+        bare = text.rstrip('"')
+        for form in self._forms:
+            for at in range(max(0, len(bare) - len(form)), len(bare) - CUT_WORD + 1):
+                if form.startswith(bare[at:]) and bare[at:] not in self._shown:
+                    return f"{bare[:at]}***{text[len(bare):]}"
+        return text
 
 
 class HostSession:
@@ -4640,7 +4676,7 @@ class Connection:
         self._target, self._guard, self._context = target, guard, context
         self._settings = target.settings
         self.host_key = target.host_key     # what the host is known by; SSH learns it at the first contact
-        self.keeper = SessionKeeper(target.settings.relogin)
+        self.keeper, self.blank = SessionKeeper(target.settings.relogin), SecretFilter(target.settings).blank
         self.record = context.record_of(target)
         self.second_try = ""                # why the last poll needed one
         self._failure = ""                  # what is tried once more
@@ -10361,7 +10397,7 @@ class Recorder(threading.Thread):
 # === Poll ====================================================================
 # A thread for each resource polls it: in comes a Target, reports go out, to the aggregator at once, to the database
 # through the recorder. Where another machine polls it, the thread rests and what that found is told to the aggregator.
-# Gives: first_polls, LAST_SESSIONS, Poller, PollContext, poll_once, REFUSED_MARK, restore_logins
+# Gives: first_polls, LAST_SESSIONS, Poller, PollContext, poll_once, REFUSED_MARK, restore_logins, without_secrets
 FIRST_POLLS = 50.0              # first polls per second
 POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
 JITTER = 0.1                    # part of the interval by which polls are spread
@@ -10404,14 +10440,22 @@ class PollContext:
         self.uplink.forget(name)
 
 
+def without_secrets(sample: Sample, blank: Callable[[str], str]) -> Sample:
+    services, checks = ({name: replace(one, text=blank(one.text)) for name, one in found.items()}
+                        for found in (sample.services, sample.checks))
+    details = {name: blank(said) if isinstance(said, str) else said for name, said in sample.details.items()}
+    problems = {name: blank(why) for name, why in sample.problems.items()}
+    return replace(sample, details=details, services=services, checks=checks, problems=problems)
+
+
 def poll_once(target: Target, connection: Connection, previous: Sample | None) -> tuple[Verdict, Sample | None]:
-    """One poll of one resource: its verdict, and what was read."""
+    """One poll of one resource: its verdict, and what was read; neither shows a secret that the host said again."""
     try:
         if target.fault:
             raise ProbeError(*target.fault)
-        sample = collect(target.settings, connection, previous)
+        sample = without_secrets(collect(target.settings, connection, previous), connection.blank)
     except ProbeError as error:
-        why, way = str(error), ", ".join(target.settings.hops)
+        why, way = connection.blank(str(error)), ", ".join(target.settings.hops)
         if way and error.cause in NO_ANSWER and "bastion " not in why:
             why += f" (through bastion {way})"
         faults: list[BaseException] = [error]
@@ -10419,8 +10463,10 @@ def poll_once(target: Target, connection: Connection, previous: Sample | None) -
             fault.__traceback__ = None
             faults += [other for other in (fault.__cause__, fault.__context__) if other and other not in faults]
         return Verdict("unhealthy", error.cause, why), None
-    except Exception:   # a thread's outermost step: whatever a host makes a library raise must not end its watch
-        log.exception("%s: the poll failed in an unforeseen way", target.name)
+    except Exception as error:  # a thread's outermost step: whatever a host makes a library raise, its watch goes on
+        fault = HealthCheckerError(connection.blank(f"{type(error).__name__}: {error}"))
+        log.error("%s: the poll failed in an unforeseen way", target.name,
+                  exc_info=fault.with_traceback(error.__traceback__))
         return Verdict("unhealthy", "protocol", "the poll failed in an unforeseen way; see the log"), None
     return evaluate(sample, target.settings), sample
 
@@ -14019,8 +14065,8 @@ def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None
         return None
     keeper, record = connection.keeper, connection.record
     return ConnectionView(opened=utc_time(keeper.opened_at if keeper.session else 0.0), kept=keeper.reused,
-                          logins=record.last_day, second_try=connection.second_try, complaint=keeper.complaint,
-                          found_dead=connection.found_dead)
+                          logins=record.last_day, second_try=connection.blank(connection.second_try),
+                          complaint=connection.blank(keeper.complaint), found_dead=connection.found_dead)
 
 
 def resource_view(row: Resource, status: Status | None, who: Principal, more: Remarks) -> ResourceView:
@@ -14299,7 +14345,7 @@ def push(who: Principal, name: str, body: Mapping[str, Any]) -> None:
             if given.healthy is connection.heard:
                 return
             raise ApiError("it was unhealthy a moment ago; say that again in a second", 429, retry=PUSH_PAUSE)
-        if poller.take(sample):
+        if poller.take(without_secrets(sample, connection.blank)):
             connection.heard, connection.heard_mono = given.healthy, time.monotonic()
             return
         time.sleep(TAKE_AGAIN)      # it was replaced just then

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 from conftest import late_logins, no_leaks, wait_for
@@ -568,6 +568,52 @@ def test_secrets(folder: Path) -> None:
         assert outcome(Asker(folder, **asked, username="mönitor"))[0] == "healthy"
         assert outcome(Asker(folder, **asked))[0] == "healthy"
     assert [*map(authorization, server.requests)] == [f"Basic {login}", f"Bearer {SECRET}"]
+
+
+ECHOES: dict[str, Callable[[str], bytes]] = {
+    "body": lambda request: answer(authorization(request).encode()),
+    "body that is cut": lambda request: answer(b"x" * 60 + authorization(request).encode()),
+    "whole request": lambda request: answer(request.encode()),
+    "JSON": lambda request: answer(json.dumps({"a": request}).encode()),
+    "header": lambda request: answer(b"key " + "".join(re.findall("X-Key: (.*?)\r", request)).encode()),
+    "redirect": lambda request: leads("/login?next=" + quote(request.split(" ")[1], safe="")),
+    "redirect decoded": lambda request: leads("/login?next=" + unquote(request.split(" ")[1])),
+}
+
+
+@pytest.mark.parametrize("case", ECHOES)
+@pytest.mark.parametrize("login", [{"username": "m", "password": SECRET}, {"password": SECRET}])
+def test_no_secret_is_shown_that_a_host_says_again(folder: Path, case: str, login: dict[str, str]) -> None:
+    """Debug pages and error pages repeat the request; what a page of ours shows of that goes to whoever may see it."""
+    query, key = "q%2FSECRET%2Bq", "key-of-many-letters"
+    secrets = [SECRET, base64.b64encode(f"m:{SECRET}".encode()).decode(), query, unquote(query), quote(query), key]
+    with Server(answers(ECHOES[case])) as server:
+        asker = Asker(folder, platform="http", url=f"{server.origin}/?token={query}", headers={"X-Key": f"Token {key}"},
+                      expect={"json": {"a": "b"}} if case == "JSON" else {"contains": "no such text"}, **login)
+        verdict, sample = asker.poll()
+    shown = f"{verdict.reason} {sample.to_json() if sample else ''}"
+    assert "***" in shown and verdict.cause == "check"
+    assert not [one for one in secrets for cut in (one, one[:6]) if cut in shown], shown
+
+
+def test_a_secret_that_is_a_word_of_ours(folder: Path) -> None:
+    """Blanked there it would be told; and a short one is no part of other words."""
+    with Server(answers(answer(b"", status="401 No"))) as server:
+        for word in ("password", "s", "check"):
+            asker = Asker(folder, platform="http", url=server.origin, username="a", password=word)
+            assert outcome(asker)[2] == "status 401: the secret is refused; check username and password"
+
+
+def test_no_log_shows_a_secret_that_a_host_says_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Server(answers(GOOD)) as server:
+        asker = Asker(folder, platform="http", url=server.origin, password=SECRET)
+
+        def find(*_: object) -> Any:
+            raise ArithmeticError(f"it said {SECRET}")
+
+        asker.connection.find = find
+        assert outcome(asker)[2] == "the poll failed in an unforeseen way; see the log"
+    assert "ArithmeticError: it said ***" in caplog.text and "in find" in caplog.text and SECRET not in caplog.text
 
 
 @pytest.mark.parametrize("token", [f"{SECRET}\r\nX: y", f"{SECRET} x", f"{SECRET}é"])

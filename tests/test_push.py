@@ -64,6 +64,12 @@ def test_a_report_counts_at_once(local: Local) -> None:
     assert [text.partition(" (")[0] for text in states[::-1]] == ["unknown -> healthy", "healthy -> unhealthy"]
 
 
+def test_a_report_that_holds_its_token(local: Local) -> None:
+    """As one does that is the command line of what sent it."""
+    assert push(local, healthy=False, reason=f"curl -H 'Authorization: Bearer {TOKEN}' failed").status == 204
+    assert shown(local)[2] == "check report: curl -H 'Authorization: Bearer ***' failed"
+
+
 def test_rise_and_fall_are_one_where_nothing_else_is_said(local: Local) -> None:
     for healthy, state in ((True, "healthy"), (False, "healthy"), (False, "unhealthy"), (True, "unhealthy")):
         assert push(local, "twice", TOKEN[::-1], healthy=healthy).status == 204
