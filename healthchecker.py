@@ -1086,7 +1086,7 @@ def fits_platform(expect: Expect, info: Any) -> Expect:
 # out go settings in which every path is absolute, or a ValidationError. A validation's context is the inventory's
 # folder. Pure.
 # Gives: COMPANIONS, conflicts, CREDENTIALS, FILES, foreign_fields, HOSTLESS, KEY_FILES, LEASE_GRACE, LOCAL_SERVICES,
-# of_url, PASSPHRASES, ReceiverSettings, ResourceSettings, Retention, SECRETS, ServiceSettings, USUAL
+# LOOPBACK, of_url, PASSPHRASES, ReceiverSettings, ResourceSettings, Retention, SECRETS, ServiceSettings, USUAL
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 KEY_FILES = ("private.pem", "public.pem", "next.pem")
 COMPANIONS = ("-wal", "-shm", "-journal", ".lock")      # files beside the database
@@ -1445,7 +1445,7 @@ class ResourceSettings(Settings):
 # What counts together, what depends on what, and which paths of the application need what: models of the inventory's
 # `groups` and `routes`, and what can be wrong between them. Pure; the aggregator counts by them, the gate of each
 # worker sorts paths by them.
-# Gives: by_tag, dependency_faults, gate_lines, Gates, group_faults, GroupSettings, inverse, Quorum, quorum_of,
+# Gives: by_tag, circles, dependency_faults, gate_lines, Gates, group_faults, GroupSettings, inverse, Quorum, quorum_of,
 # Routes, RouteSettings, unknown_name, usable_parents
 DEPTH = 8                       # groups in groups in groups
 CHAIN = 32                      # resources and groups of which each depends on the next
@@ -1653,6 +1653,21 @@ def gate_lines(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[
             yield from below(name, 1)
     for parent, names in inverse({settings.name: settings.depends_on for settings in resources}).items():
         yield f"behind {parent}: {', '.join(names)}"
+
+
+def circles(service: ServiceSettings, gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[str]:
+    """What certainly is asked through the gate that it closes: it would stay closed."""
+    address, _, port = service.listen.rpartition(":")
+    listen, inside = address.strip("[]"), {*inverse(gates.members(by_tag(resources)))}
+    for settings in (each for each in resources if each.scheme == "http" and each.critical and each.name not in inside):
+        host, path = settings.hostname, read_url(settings.url or "").target.partition("?")[0]
+        is_any = not listen.strip("0.:") or (listen in LOOPBACK and "localhost" in (host, listen))
+        route, spans = gates.route(path, gates.routes), (span.split("-") for span in settings.expect.status or ())
+        passes = (path.startswith("/-/") or route.needs == () or (route.mode or service.mode) == "observe"
+                  or any(span[0] <= "503" <= span[-1] for span in spans))
+        if str(settings.port) == port and (host == listen or (host in LOOPBACK and is_any)) and not passes:
+            yield (f"{settings.name} is asked through the gate that it closes, which never opens again then: write "
+                   "`critical: false`, let a path need nothing (`routes: {/ping: []}`) and ask that, or ask /-/livez")
 
 
 # === Schedules ===============================================================
@@ -18047,7 +18062,9 @@ class Installation:
         return ConnectionContext(known_hosts, Resolver(), keeps=keeps, drain=self.service.drain)
 
     def review(self, changes: Changes) -> None:
-        """Raises InventoryError where so much would go that it has to be said twice."""
+        """Says what nobody means; raises InventoryError where so much would go that it has to be said twice."""
+        for line in circles(self.service, self.inventory.gates, self.inventory.resources):
+            log.warning("%s", line)
         if changes.alarming and not self._accepts_removals:
             raise InventoryError(f"{self.path.name}: {len(changes.removed)} resources are not in it any more "
                                  f"({', '.join(changes.removed[:10])}); if that is meant: --accept-removals")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import wait_for
 from console import prepared_vault
 from service import PROGRAM, Program, Service, command, environment, prepared_keys, run_cheaply, write_inventory
 
@@ -349,6 +350,61 @@ def test_check_beside_the_service(tmp_path: Path, capsys: pytest.CaptureFixture[
         path = write_inventory(tmp_path, CALM, f"  listen: 127.0.0.1:{service.port}")
         assert main(["--inventory", str(path), "check"]) == 0
         assert f"127.0.0.1:{service.port} is in use: by the service that runs" in capsys.readouterr().out
+
+
+CIRCLES = {     # where it listens, the row, more of the inventory; whether the gate closes itself
+    "itself": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/'", "", True),
+    "a name": ("127.0.0.1", "url: 'http://localhost:PORT/a?b=/-/', expect: {status: [200]}", "", True),
+    "on all addresses": ("0.0.0.0", "url: 'http://127.0.0.1:PORT/'", "", True),
+    "another port": ("127.0.0.1", "url: 'http://127.0.0.1:1/'", "", False),
+    "another host": ("127.0.0.1", "url: 'http://127.0.0.2:PORT/'", "", False),
+    "does not count": ("127.0.0.1", "critical: false, url: 'http://127.0.0.1:PORT/'", "", False),
+    "ours": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/-/livez'", "", False),
+    "a refusal is good": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/', expect: {status: [200-599]}", "", False),
+    "a path that is free": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/ping/a'", "routes: {/ping: []}", False),
+    "a path that is not": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/pings'", "routes: {/ping: []}", True),
+    "observed": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/'", "observe", False),
+    "for a route alone": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/'", "routes: {/ping: [shop]}", False),
+}
+
+
+@pytest.mark.parametrize("case", CIRCLES)
+def test_check_looks_for_a_gate_that_closes_itself(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Once it refused what it depends on, it would for ever."""
+    host, row, more, is_circle = CIRCLES[case]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    mode = "  mode: observe\n" if more == "observe" else ""
+    rows = f"  - {{name: shop, platform: http, {row.replace('PORT', port)}}}\n"
+    path = write_inventory(tmp_path, rows, f"{mode}  listen: {host}:{port}")
+    path.write_text(path.read_text(encoding="utf-8") + ("" if mode else more), encoding="utf-8")
+    assert main(["--inventory", str(path), "check"]) == 0
+    said = [line for line in caplog.messages if "shop is asked through the gate that it closes" in line]
+    assert len(said) == is_circle and all("/-/livez" in line for line in said)
+
+
+@pytest.mark.long
+@POSIX_ONLY
+def test_a_start_tells_of_a_gate_that_closes_itself(tmp_path: Path) -> None:
+    """Each of the ways that it names does open the gate."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        origin = f"127.0.0.1:{free.getsockname()[1]}"
+    row = f"  - {{{{name: shop, platform: http, url: 'http://{origin}/{{}}', interval: 1, rise: 1{{}}}}}}\n"
+
+    def inventory(path: str, more: str = "", routes: str = "") -> Path:
+        made = write_inventory(tmp_path, CALM + row.format(path, more), f"  listen: {origin}")
+        made.write_text(made.read_text(encoding="utf-8") + routes, encoding="utf-8")
+        return made
+
+    with Service(inventory("")) as service:
+        service.wait_line("shop is asked through the gate that it closes")
+        service.wait_line("expected status 200-299, came 503")
+        for path, more in (("", ", critical: false"), ("-/livez", "")):
+            assert main(["--inventory", str(inventory(path, more)), "reload"]) == 0
+            wait_for(lambda: service.get("/").status == 200)
+    only_page = ", expect: {status: [404]}"     # the built-in application has no other
+    with Service(inventory("ping", only_page, "routes: {/ping: []}\n")) as service:
+        wait_for(lambda: service.get("/").status == 200)
 
 
 @POSIX_ONLY
