@@ -870,6 +870,11 @@ def test_a_wrong_password_is_tried_once(scheme: str, auth: str) -> None:
         assert (fourth.cause, "not tried" in fourth.reason, server.logins) == ("auth", True, logins)
 
 
+def test_a_password_that_a_host_says_again() -> None:
+    with WSManServer("http", "ntlm", answer=Answer(errors=(f"no {PASSWORD!r} here",), failed=True)) as server:
+        assert "no '***' here" in poll(target(server)).reason
+
+
 @pytest.mark.parametrize("kind", ["access denied", 403])
 def test_an_account_without_the_right_to_a_shell_stops_no_other_host(kind: Misbehaviour) -> None:
     """Its password was right: three such hosts at the first contact wait each for itself."""

@@ -1831,6 +1831,23 @@ def test_what_nobody_asked_for_is_not_shown() -> None:
     assert answered.sample and list(answered.sample.checks) == ["a"], answered
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_password_that_a_host_says_again(answers: bool) -> None:
+    """As what a check prints, and as a login shell that is something else does."""
+    def answer(channel: paramiko.Channel, command: str) -> int:
+        script, said = b"".join(iter(lambda: channel.recv(65536), b"")), f"it was {server.password}!"
+        mark = "\n@" + re.search(rb"N=([0-9a-f]+)", script)[1].decode()  # type: ignore[index]
+        parts = [f"{mark} begin {title}\n{said}{mark} end 1 0" for title in ("platform linux", "hostname", "check a 5")]
+        channel.sendall(f"{''.join(parts)}{mark} done\n".encode() if answers else said.encode())
+        return 0
+
+    with ParamikoSshd(answer=answer) as server:
+        watched = target(server, password=server.password, checks=[{"name": "a", "command": "x"}], timeout=AMPLE)
+        answered = poll(watched)
+    assert "it was ***!" in answered.reason
+    assert not answered.sample or server.password not in answered.sample.to_json()
+
+
 @POSIX
 def test_many_checks_over_ssh(sshd: Server) -> None:
     checks = [{"name": f"check {number}", "command": f"echo {number} # {'x' * 2000}"} for number in range(50)]
