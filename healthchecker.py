@@ -2747,7 +2747,8 @@ class LoginSession(Base):
 class Setting(Base):
     """What the service remembers about itself: `revision` rises with every change of configuration; in JSON are
     `defaults`, `gates`, `plans` and `service` of the inventory as imported last, the service's as it was started with,
-    `override`, what an operator says of the gate, and `standing`, what the service said last of everything."""
+    `override`, what an operator says of the gate, `standing`, what the service said last of everything, and `logins/`,
+    with a row for each, what a LoginGuard wrote down."""
 
     __tablename__ = "setting"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -4202,16 +4203,20 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline, *,
 
 # === Logins ==================================================================
 # Asked before every login with a password and told what came of it; answers with permission, a wait, or ProbeError
-# `auth`. The threads of the pollers share a guard for each credential; what happened before a restart is told again.
-# Gives: AUTH_BACKOFF, LATE, LateLogin, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, LoginRecord, Guards
+# `auth`. The threads of the pollers share a guard for each credential; what it has to know after a restart and on other
+# machines goes out to a journal, before a login whose end nobody may live to see.
+# Gives: AUTH_BACKOFF, LATE, LateLogin, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, LoginJournal, LoginRecord, Guards,
+# ROW_LENGTH
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
-SAME_REFUSAL = 30.0             # seconds between two times that may be told of one refusal
+SAME_REFUSAL = 5.0              # seconds between two times that may be told of one refusal, as clocks are adjusted
 AUTH_RETRY = 60.0               # seconds until the second attempt where the credential was accepted lately
 ACCEPTED_LATELY = 3600.0        # seconds for which an accepted login proves the credential
 REFUSALS = 3                    # of a host or a credential, after which nothing is tried for LOCKOUT_WINDOW ...
 REFUSALS_ASKED = 4              # ... and by somebody who asks for it: the common policy locks at the fifth
 LOCKOUT_WINDOW = 31 * 60.0      # seconds without a wrong password after which directories count anew, and a bit
 LATE = 10.0                     # seconds after its poll for which a host may say what it thinks of a password
+ROW_LENGTH = 32                 # hexadecimal digits by which a resource with its credential is found again
+JOURNAL_TIME = 1.0              # seconds, a quarter of what is left at most, for which a login waits to be written down
 NOT_TRIED = "not tried: "       # begins the reason of what was no login
 
 
@@ -4246,6 +4251,65 @@ class LoginRecord:
         return sum(count for hour, count in list(self._hours.items()) if hour > first)
 
 
+class LoginJournal(NamedTuple):
+    """Where a guard writes what has to be known of logins, a row for each resource with its credential."""
+
+    # Row, text (none: it is removed), seconds until it shall be written, rows of the same credential; whether no other
+    # machine tries one of these.
+    keep: Callable[[str, str, float, Collection[str]], bool] = lambda row, text, patience, rows: True
+    wall: Callable[[], float] = time.time       # the Unix time that all of them mean
+    life: float = 0.0                           # of the service: when it began
+    machines: Callable[[], int] = lambda: 1     # that write there
+
+
+class LoginRows:
+    """What a guard has in the journal: refusals that count, and logins whose outcome nobody has seen yet."""
+
+    def __init__(self, journal: LoginJournal, clock: Callable[[], float]) -> None:
+        self.journal, self._clock = journal, clock
+        self.of: dict[str, str] = {}            # the row of a resource
+        self.tries: dict[str, float] = {}       # resource -> when its login began that is written down
+        self._unseen: dict[str, list[tuple[float, float]]] = {}     # those of an earlier life, and when that began
+        self._written: set[str] = set()         # resources of which anything is written
+
+    def unseen(self, since_mono: float) -> list[tuple[float, float]]:
+        """Those of earlier lives that count, with their lives."""
+        since_mono = max(since_mono, self._clock() - LOCKOUT_WINDOW)
+        return sorted(one for tries in self._unseen.values() for one in tries if one[0] > since_mono)
+
+    def write(self, name: str, refused: Sequence[float], since_mono: float, *, alone: bool, patience: float) -> bool:
+        """Where there is anything, or was: the refusals of a resource and its logins since then; see LoginJournal."""
+        zero_at = self.journal.wall() - self._clock()
+        tries = [(self.tries[name], self.journal.life)] if name in self.tries else []
+        unseen = [(zero_at + at, life) for at, life in self._unseen.get(name, []) + tries if at > since_mono]
+        if name in self.of and (refused or unseen or name in self._written):
+            told = {"refused": [zero_at + at for at in refused], "unseen": unseen, "alone": alone}
+            (self._written.add if refused or unseen else self._written.discard)(name)
+            text = json.dumps(told) if refused or unseen else ""
+            return self.journal.keep(self.of[name], text, patience, [*self.of.values()] if patience else ())
+        return True
+
+    def read(self, name: str, text: str, *, is_own: bool) -> tuple[list[float], bool]:
+        """How many seconds ago it refused, and whether that is alone; `is_own`: before the start of this machine."""
+        with contextlib.suppress(ValueError, TypeError, LookupError):   # a database may hold anything
+            told, now_at = json.loads(text), self.journal.wall()
+            refused = [max(0.0, now_at - at) for at in told["refused"] if at - now_at < LOCKOUT_WINDOW]     # set back
+            if is_own:
+                self._unseen[name] = [(self._clock() - max(0.0, now_at - at), life) for at, life in told["unseen"]]
+                self._written.add(name)
+            return refused if min(refused, default=math.inf) < LOCKOUT_WINDOW else [], bool(told["alone"])
+        return [], False
+
+
+def unknown(agos: Iterable[float], known: Sequence[float]) -> Iterator[float]:
+    """Those of refusals, so many seconds ago, that are not known, each of which is one of them."""
+    for ago in agos:
+        same = [other for other in known if abs(other - ago) < SAME_REFUSAL][:1]
+        known = [other for other in known if other not in same]
+        if not same:
+            yield ago
+
+
 class LoginGuard:
     """Keeps a wrong password from locking an account; the resources with the same credential share one guard.
 
@@ -4253,11 +4317,14 @@ class LoginGuard:
     accepted lately, else AUTH_BACKOFF, then always AUTH_BACKOFF. An accepted login proves the credential: what others
     were refused before it concerns them alone. REFUSALS in a row, of one host or without an accepted one between,
     stop the host or all; the last of them is left to one that was accepted, which is asked for it. As many logins may
-    be without outcome as could be refused; one where nothing is proven.
+    be without outcome as could be refused; one where nothing is proven. Those whose outcome nobody lived to see count
+    with others that were refused; without any, those of so many lives have the next one wait for AUTH_RETRY.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, *, locks: bool = True) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, locks: bool = True,
+                 journal: LoginJournal | None = None) -> None:
         self._clock, self._locks = clock, locks     # nothing counts a key that is refused
+        self.rows = LoginRows(journal or LoginJournal(), lambda: self._clock())
         self._turn = threading.Condition()          # guards all below, reentrant; notified when an attempt ends
         self._running = 0
         self._late: set[str] = set()                # resources of whose last login nothing was heard yet
@@ -4265,6 +4332,8 @@ class LoginGuard:
         self._wrong: list[float] = []               # times of the refusals since the credential was accepted
         self._accepted_mono = -math.inf             # the last accepted login
         self._asked: set[str] = set()               # resources that somebody wants to be tried now
+        self._alone: set[str] = set()               # resources that refuse a credential which does not stand for them
+        self._is_proven = False                     # the last outcome in this life was an accepted login
         self._good: set[str] = set()                # whose last login was accepted: the last attempt is one of theirs
         self.tried: collections.deque[tuple[tuple[str, bytes], LoginRecord]] = collections.deque(maxlen=1000)   # typed
         self.polled: Collection[str] | None = None  # who is asked: not who is gone, nor a bastion that is an address
@@ -4294,8 +4363,12 @@ class LoginGuard:
             most = REFUSALS_ASKED if name in self._asked else REFUSALS
             good = self._good if self.polled is None else self._good.intersection(self.polled)
             shared = most - (name not in good and bool(good) and name not in self._asked)
-            ends_mono = [times[-1] + LOCKOUT_WINDOW for times, limit in ((own, most), (wrong, shared))
+            unseen = self.rows.unseen(self._accepted_mono)
+            both = sorted([*wrong, *(at for at, _ in unseen)]) if wrong else []
+            ends_mono = [times[-1] + LOCKOUT_WINDOW for times, limit in ((own, most), (both, shared))
                          if len(times) >= limit]
+            if not wrong and len({life for _, life in unseen}) >= most:
+                ends_mono.append(unseen[-1][0] + AUTH_RETRY)
             if own and name not in self._asked:
                 lately = len(own) == 1 and own[0] - self._accepted_mono < ACCEPTED_LATELY
                 ends_mono.append(own[-1] + (AUTH_RETRY if lately else AUTH_BACKOFF))
@@ -4308,8 +4381,12 @@ class LoginGuard:
 
     def why(self, name: str) -> str:
         """Why `name` has to wait."""
-        return (f"{NOT_TRIED}the same credential was refused before; check username and password; "
-                f"next attempt in {math.ceil(self.wait(name))} s")
+        with self._turn:
+            refused = self._counted(self._wrong) or self._counted(self._refused.get(name, []))
+            seconds = math.ceil(self.wait(name))
+        why = ("the same credential was refused before; check username and password" if refused else
+               "before each of the last starts a login with the same credential had no outcome yet")
+        return f"{NOT_TRIED}{why}; next attempt in {seconds} s"
 
     def require_no_wait(self, name: str) -> None:
         """Raises ProbeError while `name` has to wait."""
@@ -4321,17 +4398,13 @@ class LoginGuard:
         with self._turn:
             self._asked.add(name)
 
-    def count_with(self, other: LoginGuard) -> None:
-        """Counts the refusals of `other`, too: they are of the same user."""
-        with other._turn:
-            wrong = [*other._counted(other._wrong)]
-        with self._turn:
-            both = collections.Counter(self._counted(self._wrong)) | collections.Counter(wrong)     # several at a time
-            self._wrong = sorted(both.elements())
-
     def _has_room(self) -> bool:
-        proven = not self._wrong and self._clock() - self._accepted_mono < ACCEPTED_LATELY
-        return not self._locks or self._running < (REFUSALS if proven else 1)
+        most = REFUSALS // self.rows.journal.machines() if self._was_accepted_lately and not self._wrong else 1
+        return not self._locks or self._running < max(1, most)
+
+    @property
+    def _was_accepted_lately(self) -> bool:
+        return self._clock() - self._accepted_mono < ACCEPTED_LATELY
 
     @contextlib.contextmanager
     def attempt(self, name: str, deadline: Deadline, record: LoginRecord) -> Iterator[None]:
@@ -4344,10 +4417,10 @@ class LoginGuard:
             if not self._turn.wait_for(self._has_room, deadline.left() - deadline.seconds / 2):
                 raise ProbeError("auth", f"{NOT_TRIED}others log in with the same credential, and wait for an answer")
             self.require_no_wait(name)
-            self._asked.discard(name)
             self._running += 1
         with contextlib.ExitStack() as stack:
             stack.callback(self._end, name)
+            self._announce(name, min(JOURNAL_TIME, deadline.left() / 4))
             try:
                 yield
                 self._note(name, record, accepted=True)
@@ -4366,11 +4439,22 @@ class LoginGuard:
                     self._note(name, record, accepted=False, alone=isinstance(error, NotAllowed))
                 raise
 
+    def _announce(self, name: str, patience: float) -> None:
+        """Writes down that a login begins, unless the credential is proven; what others write may forbid it."""
+        if not (self._is_proven and self._was_accepted_lately):
+            self.rows.tries[name] = self._clock()
+            if not self.write(name, patience):
+                raise ProbeError("auth", f"{NOT_TRIED}another machine logs in with the same credential")
+            self.require_no_wait(name)
+        with self._turn:
+            self._asked.discard(name)
+
     def _note(self, name: str, record: LoginRecord, *, accepted: bool, alone: bool = False) -> None:
         if accepted:
             self.accept(name)
         else:
             self.refuse(name, alone=alone)
+        self._is_proven = accepted
         record.count("accepted" if accepted else "refused")
 
     def _hear_out(self, name: str, record: LoginRecord, late: LateLogin) -> None:
@@ -4384,7 +4468,15 @@ class LoginGuard:
         with self._turn:
             self._running -= 1
             self._late.discard(name)
+            self.rows.tries.pop(name, None)
             self._turn.notify_all()
+        self.write(name)
+
+    def write(self, name: str, patience: float = 0.0) -> bool:
+        """Writes down what counts of the logins of `name`; whether no other machine logs in with the credential."""
+        with self._turn:
+            refused, since_mono = [*self._counted(self._refused.get(name, []))], self._accepted_mono
+        return self.rows.write(name, refused, since_mono, alone=name in self._alone, patience=patience)
 
     def accept(self, name: str, ago: float = 0.0) -> None:
         """Notes that the credential was accepted `ago` seconds ago (before a restart, or by another machine)."""
@@ -4394,28 +4486,39 @@ class LoginGuard:
             self._refused[name] = later = [at for at in self._refused.get(name, ()) if at > self._clock() - ago]
             if not later:
                 self._good.add(name)
+                self._alone.discard(name)
 
-    def hear(self, name: str, ago: float, times: int = 1, *, is_new: bool = False) -> None:
-        """Notes that a host refused several `times` in a row and last `ago` seconds ago, but for what is known; what
-        one that never accepted (`is_new`) says is its own affair where others did lately."""
+    def hear(self, name: str, text: str, *, is_own: bool) -> None:
+        """Takes up what was written of `name`, by another machine or, `is_own`, before the start of this one."""
         with self._turn:
-            at, known = self._clock() - ago, self._counted(self._refused.get(name, []))
-            if not any(abs(at - each) < SAME_REFUSAL for each in known):
-                alone = is_new and self._clock() - self._accepted_mono < ACCEPTED_LATELY
-                self.refuse(name, ago, max(1, times - len(known)), alone=alone)
+            known = [self._clock() - at for at in self._counted(self._refused.get(name, []))]
+            refused, alone = self.rows.read(name, text, is_own=is_own)
+            for ago in unknown(refused, known):
+                self.refuse(name, ago, alone=alone)
 
-    def refuse(self, name: str, ago: float = 0.0, times: int = 1, *, alone: bool = False) -> None:
-        """Notes a refusal, or several `times` in a row of which the last was `ago` seconds ago; `alone`: by a host for
-        which the credential does not stand."""
+    def refuse(self, name: str, ago: float = 0.0, *, alone: bool = False) -> None:
+        """Notes a refusal of `ago` seconds ago; `alone`: by a host for which the credential does not stand."""
         if not self._locks:
             return
         with self._turn:
             at, own = self._clock() - ago, self._counted(self._refused.setdefault(name, []))
             is_odd = bool(own) and own[-1] <= self._accepted_mono    # others were accepted since
-            own += [at] * times
+            own += [at]
+            own.sort()
             self._good.discard(name)
+            if alone:
+                self._alone.add(name)
             if not (is_odd or alone) and at >= self._accepted_mono:
-                self._wrong = sorted(self._counted(self._wrong) + [at] * times)
+                self._wrong = sorted([*self._counted(self._wrong), at])
+
+
+def count_with(guard: LoginGuard, other: LoginGuard) -> None:
+    """Has a guard count the refusals of another one, too: they are of the same user."""
+    with other._turn:
+        wrong = [*other._counted(other._wrong)]
+    with guard._turn:
+        both = collections.Counter(guard._counted(guard._wrong)) | collections.Counter(wrong)   # several at a time
+        guard._wrong = sorted(both.elements())
 
 
 class Guards:
@@ -4426,6 +4529,22 @@ class Guards:
         self._guards: dict[tuple[str, bytes], LoginGuard] = {}      # by user and credential
         self._typed: dict[str, LoginGuard] = {}     # by user: whoever guesses has a new password each time
         self._lock = threading.Lock()               # guards which ones there are
+        self._journal = LoginJournal()
+        self._before: Mapping[str, str] = {}                # what was written before the start, by row,
+        self._others: Mapping[str, Sequence[str]] = {}      # and by other machines
+
+    def begin(self, journal: LoginJournal, before: Mapping[str, str]) -> None:
+        """All that becomes known of logins is written down from now on."""
+        self._journal, self._before = journal, before
+
+    def hear(self, others: Mapping[str, Sequence[str]]) -> None:
+        """Takes up what other machines have written, by row."""
+        news = {row: set(texts).difference(self._others.get(row, ())) for row, texts in others.items()}
+        self._others = others
+        for guard in list(self._guards.values()) if any(news.values()) else ():
+            for name, row in list(guard.rows.of.items()):
+                for text in news.get(row, ()):
+                    guard.hear(name, text, is_own=False)
 
     def _key(self, target: Target) -> tuple[str, bytes]:
         """Equal for the same user with the same secret; does not give the secret away."""
@@ -4436,7 +4555,13 @@ class Guards:
     def of(self, target: Target) -> LoginGuard:
         if target.settings.locks_nothing:
             return LoginGuard(locks=False)
-        return self._guards.setdefault(self._key(target), LoginGuard())
+        guard = self._guards.setdefault(self._key(target), LoginGuard(journal=self._journal))
+        row = hashlib.sha256(length_prefixed(target.credential_digest, target.name)).hexdigest()[:ROW_LENGTH]
+        if guard.rows.of.get(target.name) != row:
+            guard.rows.of[target.name] = row
+            for text in (self._before.get(row), *self._others.get(row, ())):
+                guard.hear(target.name, text or "", is_own=text == self._before.get(row))
+        return guard
 
     def trial(self, target: Target, record: LoginRecord) -> LoginGuard:
         """The guard of what somebody tries now, and what comes of it: that of the credential if it is watched, else of
@@ -4450,16 +4575,22 @@ class Guards:
                 guard.tried.append((key, record))
                 for (watched, _), other in list(self._guards.items()):
                     if watched == user:
-                        guard.count_with(other)
+                        count_with(guard, other)
             guard.ask(target.name)
         return guard
 
     def _begin(self, key: tuple[str, bytes]) -> LoginGuard:
         """That of a credential which is watched from now on: one that was typed and refused is saved all the same."""
-        guard, typed = LoginGuard(), self._typed.get(key[0])
+        guard, typed = LoginGuard(journal=self._journal), self._typed.get(key[0])
         if typed and any(tried == key and record.outcomes["refused"] for tried, record in typed.tried):
-            guard.count_with(typed)
+            count_with(guard, typed)
         return guard
+
+    def write_again(self) -> None:
+        """Has all of it written again, for the clock was set."""
+        for guard in list(self._guards.values()):
+            for name in list(guard.rows.of):
+                guard.write(name)
 
     def keep(self, targets: Iterable[Target]) -> None:
         """Forgets the credentials of all others."""
@@ -10166,12 +10297,15 @@ class Membership:
 # === Recorder ================================================================
 # The one thread that writes what polls found and what the gate did: reports and transitions come from any thread,
 # rows go out, many in one transaction. A database that cannot be written is waited for, within a bounded memory.
-# Gives: Recorder
-FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
+# Gives: Recorder, written_logins
+FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes,
+GATHERING = 0.02                # and where it is of logins
 PENDING_ROWS = 100_000          # rows that wait for a database that cannot be written; older ones are lost
 QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
 TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
 UNSURE = (*NO_ANSWER, "stale")  # causes that are this machine's, perhaps
+TRY_LASTS = 30.0                # seconds after which a login of another machine is over, or that machine is
+LOGINS = "logins/"              # begins the name of a setting with what is known of logins
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
 
 
@@ -10210,6 +10344,90 @@ def upserts(database: Database) -> tuple[Any, ...]:
             *(database.insert(table).on_conflict_do_nothing() for table in (SAMPLES, FILESYSTEMS)))
 
 
+def written_logins(session: Session, machine: str) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """What this machine has written of logins, and the others, by row."""
+    own, others = dict[str, str](), collections.defaultdict[str, list[str]](list)
+    for name, text in session.execute(sqlalchemy.select(Setting.name, Setting.text).where(
+            Setting.name.startswith(LOGINS))):
+        row, of = name[len(LOGINS):][:ROW_LENGTH], name[len(LOGINS) + ROW_LENGTH:]
+        if of == own_name("", machine):
+            own[row] = text
+        else:
+            others[row].append(text)
+    return own, others
+
+
+def prune_logins(session: Session, now: float) -> None:
+    """Those of resources and machines that are no longer there."""
+    old = Setting.name.startswith(LOGINS), Setting.value < now - DAY
+    session.execute(sqlalchemy.delete(Setting).where(*old))
+
+
+class GivenRow(NamedTuple):
+    text: str
+    rows: Collection[str]           # of the same credential
+    is_written: threading.Event
+    tried: list[str]                # those of them that another machine is trying
+
+
+def is_tried(text: str, now: float) -> bool:
+    """Whether the machine that wrote this is perhaps logging in."""
+    with contextlib.suppress(ValueError, TypeError, LookupError):
+        return any(-TRY_LASTS < now - at < TRY_LASTS for at, _ in json.loads(text)["unseen"])
+    return False
+
+
+class LoginWriter:
+    """What guards have written: it comes from any thread, some of which wait until it goes out."""
+
+    def __init__(self, store: Store, ending: threading.Event, unwritten: Trouble) -> None:
+        self._store, self._ending, self._unwritten = store, ending, unwritten
+        self._given: queue.SimpleQueue[tuple[str, GivenRow]] = queue.SimpleQueue()
+        self._rows: dict[str, GivenRow] = {}    # the last of each
+        self.is_due = threading.Event()
+        self.hear: Callable[[Mapping[str, Sequence[str]]], None] = lambda others: None    # takes what others wrote
+
+    def keep(self, row: str, text: str, patience: float, rows: Collection[str]) -> bool:
+        """See LoginJournal; nobody waits for a database that cannot be written, or at the end."""
+        given = GivenRow(text, rows, threading.Event(), [])
+        self._given.put((row, given))
+        self.is_due.set()       # others wait to hear of the end of a login, too
+        if patience and not (self._unwritten.why or self._ending.is_set()):
+            given.is_written.wait(patience)
+        return not given.tried
+
+    def wait(self) -> None:
+        """Until it is time to write."""
+        if self.is_due.wait(FLUSH_INTERVAL):
+            self._ending.wait(GATHERING)
+        self.is_due.clear()
+
+    def gather(self) -> bool:
+        """Whether there is anything to write."""
+        self._rows.update(self._given.get() for _ in range(self._given.qsize()))
+        return bool(self._rows)
+
+    def write(self, session: Session) -> None:
+        """What was gathered, within the caller's transaction, of which all machines have one at a time."""
+        if self._rows and self._store.machine:
+            _, others = written_logins(session, self._store.machine)
+            self.hear(others)
+            tried = {row for row, texts in others.items() if any(is_tried(text, self._store.wall()) for text in texts)}
+            for given in self._rows.values():
+                given.tried.extend(tried.intersection(given.rows))
+        names = {self._store.own(f"{LOGINS}{row}"): given.text for row, given in self._rows.items()}
+        new = [{"name": name, "text": text, "value": int(self._store.wall())} for name, text in names.items() if text]
+        session.execute(sqlalchemy.delete(Setting).where(Setting.name.in_(names)))
+        if new:
+            session.execute(sqlalchemy.insert(Setting), new)
+
+    def written(self) -> None:
+        """That transaction is committed."""
+        for given in self._rows.values():
+            given.is_written.set()
+        self._rows.clear()
+
+
 def give_back() -> None:
     """What glibc keeps of freed memory goes back to the system, in 5 ms; others do so by themselves."""
     if sys.platform == "linux":
@@ -10242,6 +10460,7 @@ class Recorder(threading.Thread):
         self._events: collections.deque[tuple[Origin | None, dict[str, Any]]] = collections.deque(maxlen=PENDING_ROWS)
         self._keys: dict[int, Report] = {}      # those with a host key that was trusted on first use
         self._told: queue.SimpleQueue[Report] = queue.SimpleQueue()     # those of transitions
+        self.logins = LoginWriter(self._store, self._ending, self._unwritten)
         self._changed_at = {SITE: self.wall()}      # when it, a group or a route last opened or closed
         self._is_heard = not self._members.is_shared    # all that stands otherwise than was told last is told
         if self._members.speaks and not self._members.names - {store.machine}:
@@ -10274,7 +10493,8 @@ class Recorder(threading.Thread):
         return self._changed_at.get(group, self._changed_at[SITE])
 
     def run(self) -> None:
-        while not self._ending.wait(FLUSH_INTERVAL):
+        while not self._ending.is_set():
+            self.logins.wait()
             with self._trouble.caught():
                 self._aggregator.beat("recorder")
                 if self.flush():        # or what is kept would come too late for its average
@@ -10291,12 +10511,14 @@ class Recorder(threading.Thread):
             self._is_heard = self._is_heard and speaks
             self.incidents.speak(speaks=speaks)
             self._gather(speaks=speaks)
-            if self._latest or self._events or self.incidents.due:
+            if self.logins.gather() or self._latest or self._events or self.incidents.due:
                 with self._store.writing() as session:
                     self._write(session)
+                    self.logins.write(session)
                     self.incidents.write(session)
                     self.incidents.tell(session, self.changed_at, self._store.own(STANDING), changed=bool(self._events))
                 self.incidents.written()
+                self.logins.written()
                 for written in (self._latest, self._samples, self._events, self._keys):
                     written.clear()
             return True
@@ -10314,6 +10536,7 @@ class Recorder(threading.Thread):
                     if drops and self._members.speaks:
                         prune_events(session, self._retention, now)
                         prune_incidents(session, self._retention, now)
+                        prune_logins(session, now)
                     every = sqlalchemy.select(Resource.id, Resource.name).execution_options(removed=True)
                     self._untidy = [number for number, name in session.execute(every) if self._members.polls(name)]
                     self._rolled = end
@@ -10403,6 +10626,7 @@ class Recorder(threading.Thread):
         """Writes the rest and ends the thread."""
         self.incidents.leave()
         self._ending.set()
+        self.logins.is_due.set()
         if self.is_alive():
             self.join(LAST_FLUSH)   # not for ever: another program may hold the database
         else:
@@ -10412,7 +10636,7 @@ class Recorder(threading.Thread):
 # === Poll ====================================================================
 # A thread for each resource polls it: in comes a Target, reports go out, to the aggregator at once, to the database
 # through the recorder. Where another machine polls it, the thread rests and what that found is told to the aggregator.
-# Gives: first_polls, LAST_SESSIONS, Poller, PollContext, poll_once, REFUSED_MARK, restore_logins, without_secrets
+# Gives: first_polls, LAST_SESSIONS, Poller, PollContext, poll_once, REFUSED_MARK, restore_login, without_secrets
 FIRST_POLLS = 50.0              # first polls per second
 POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
 JITTER = 0.1                    # part of the interval by which polls are spread
@@ -10486,9 +10710,8 @@ def poll_once(target: Target, connection: Connection, previous: Sample | None) -
     return evaluate(sample, target.settings), sample
 
 
-def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float, *, begins: bool = False) -> bool:
-    """Tells the guard what the last polls say of the credential, if it is this one and they count still; where it
-    `begins` all refusals since the last login, for nobody has heard of them."""
+def restore_login(guard: LoginGuard, target: Target, stored: Status, age: float) -> bool:
+    """Tells the guard when the credential was accepted, if the last polls are of this one and not too old."""
     if stored.credential_digest != target.credential_digest or not 0 <= age < LOCKOUT_WINDOW:
         return False
     before, settings = stored.strip.rstrip(REFUSED_MARK), target.settings
@@ -10496,16 +10719,8 @@ def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float
         since = float(json.loads(stored.sample)["details"].get("session_seconds", 0.0))
     except (ValueError, LookupError, TypeError, AttributeError):    # a refused one has none
         since = settings.interval + (2 * (settings.relogin or math.inf) if settings.keeps else 0.0)
-    is_new = not before.endswith(LOGGED_IN_MARKS)
-    if not is_new:      # of the refusals after it only the last one's time is known
+    if before.endswith(LOGGED_IN_MARKS):    # of the refusals after it only the last one's time is known
         guard.accept(target.name, age + since)
-    times = 0 if stored.reason.startswith(NOT_TRIED) else len(stored.strip) - len(before)
-    if begins:
-        since_login = re.split(f"[{''.join(LOGGED_IN_MARKS)}]", stored.strip)[-1]
-        times = since_login.count(REFUSED_MARK)
-        age += settings.retry * (len(since_login) - since_login.rfind(REFUSED_MARK) - 1)    # at least
-    if times:
-        guard.hear(target.name, age, times, is_new=is_new)
     return True
 
 
@@ -10801,7 +11016,7 @@ class Poller(ResourceLease, threading.Thread):
         """Goes on from what is stored: it must be of these settings and fresh, a refused login counts during its
         back-off. Where machines share the work, it is told of that with its time."""
         settings = self.target.settings
-        is_same = restore_logins(self._guard, self.target, stored, age, begins=True)
+        is_same = restore_login(self._guard, self.target, stored, age)
         left = counts_for(self.target, stored, age, self._guard.wait(settings.name))
         if is_same and stored.cause == "auth":
             left = settings.ttl
@@ -10893,12 +11108,26 @@ class Exchange:
     """Which pollers work and which rest, where several machines share the work, and what the others found."""
 
     def __init__(self, store: Store, context: PollContext) -> None:
-        self._store, self._members, self._guards = store, context.members, context.access.guards
+        self._store, self._context, self._wall, self._zero_at = store, context, store.wall, 0.0
+        self._members, self._guards = context.members, context.access.guards
         self._found: dict[int, Found] = {}      # by others, of settings that are not followed yet
         self._epoch = ""        # in which the resources were shared
 
+    def begin(self, wall: Callable[[], float]) -> None:
+        """Takes up what was written of logins, also by others, and has it written from now on."""
+        with self._store.reading() as session:
+            before, others = written_logins(session, self._store.machine)
+        writer, members, self._wall = self._context.recorder.logins, self._members, wall
+        self._zero_at = wall() - lease_clock()
+        writer.hear = self._guards.hear
+        self._guards.begin(LoginJournal(writer.keep, wall, self._store.wall(), lambda: len(members.names) or 1), before)
+        self._guards.hear(others)
+
     def look(self, pollers: Mapping[str, Poller]) -> None:
-        """Takes up what other machines found, and which resources are this one's to poll."""
+        """Takes up what other machines found, and which resources are this one's to poll; and that a clock was set."""
+        if abs(self._wall() - lease_clock() - self._zero_at) > CLOCK_DRIFT:
+            self._zero_at = self._wall() - lease_clock()
+            self._guards.write_again()
         if not self._members.is_shared:
             return
         try:        # first: this machine may have been cut off, and others know better
@@ -10928,6 +11157,7 @@ class Exchange:
     def _take_found(self, pollers: Iterable[Poller]) -> None:
         with self._store.reading() as session:
             fresh = {found.resource_id: found for found in self._members.read(session)}
+            self._guards.hear(written_logins(session, self._store.machine)[1])
         self._found |= fresh
         for poller in pollers if self._found else ():
             if found := fresh.get(poller.target.id):
@@ -10942,7 +11172,7 @@ class Exchange:
         """Or each machine would try a password that is refused, and none again what another one was accepted with."""
         guard, name = self._guards.of(poller.target), poller.target.name
         has_waited = guard.wait(name) > 0
-        restore_logins(guard, poller.target, found.stored, lease_clock() - found.found_mono)
+        restore_login(guard, poller.target, found.stored, lease_clock() - found.found_mono)
         if has_waited and not poller.rests and not guard.wait(name):
             poller.doubt.urge()
 
@@ -10953,15 +11183,14 @@ class Monitor(threading.Thread):
     def __init__(self, store: Store, vault: Vault, context: PollContext,
                  wall: Callable[[], float] | None = None) -> None:
         super().__init__(name="monitor", daemon=True)
-        wall = wall or store.wall
-        self._store, self._vault, self._context, self._wall = store, vault, context, wall
+        self._store, self._vault, self._context, self._wall = store, vault, context, wall or store.wall
         self.pollers: dict[str, Poller] = {}
         self.targets: dict[str, Target] = {}    # as the rows were when they were followed
         self.guards, self.groups, self.uplink = context.access.guards, context.aggregator.groups, context.uplink
         self.members, self.blames = context.members, functools.partial(blamed, pollers=self.pollers, context=context)
         self.changed_at, self.flush = context.recorder.changed_at, context.recorder.flush
-        self.override = OverrideKeeper(store, context.aggregator, wall)
-        self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
+        self.override = OverrideKeeper(store, context.aggregator, self._wall)
+        self._zero_at = self._wall() - lease_clock()    # the Unix time of lease_clock's 0, by which times are stored
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
         self.maintenance = MaintenanceKeeper(store)
         context.recorder.incidents.standings = self.standings
@@ -10976,6 +11205,7 @@ class Monitor(threading.Thread):
         with self._store.reading() as session:
             if remembered(session, self._store.own("boot")).value == boot_number() != 0:    # whatever the clock became
                 self._zero_at = remembered(session, self._store.own("clock")).value / 1000
+        self._exchange.begin(lambda: lease_clock() + self._zero_at)
         self._reconcile()
         self._take_clock(now_at)
         self._context.aggregator.start()

@@ -14,9 +14,9 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import sqlalchemy
@@ -30,6 +30,7 @@ from healthchecker import (
     AUTH_RETRY,
     CONNECTIONS,
     LOCKOUT_WINDOW,
+    REFUSALS,
     Connection,
     ConnectionContext,
     Deadline,
@@ -38,6 +39,7 @@ from healthchecker import (
     HealthAggregator,
     HostSession,
     KnownHosts,
+    LateLogin,
     LoginGuard,
     LoginRecord,
     Monitor,
@@ -208,6 +210,14 @@ class House:
         those = "SELECT id FROM resource WHERE name LIKE :name"
         execute(database_in(self.folder), f"UPDATE status SET polled_at = :at WHERE resource_id IN ({those})",
                 at=polled_at, name=name)  # fmt: skip
+        with self.store.writing() as session:       # and what was written of logins, whoever's they are
+            rows = session.scalars(sqlalchemy.select(healthchecker.Setting).where(
+                healthchecker.Setting.name.startswith("logins/"))).all()
+            for row in rows if name == "%" else ():
+                told = json.loads(row.text)
+                later = max(told["refused"] + [at for at, _ in told["unseen"]]) - polled_at
+                told["refused"] = [at - later for at in told["refused"]]
+                row.text = json.dumps(told | {"unseen": [(at - later, life) for at, life in told["unseen"]]})
         return polled_at
 
 
@@ -633,10 +643,17 @@ def test_guard_remembers_what_was_before_the_restart() -> None:
     guard = LoginGuard(lambda: 10_000.0)
     guard.refuse("a", 100)
     assert (guard.wait("a"), guard.wait("b")) == (200, 0)
-    guard.refuse("b", 250, 2)
+    guard.refuse("b", 250)
+    guard.refuse("b", 250)
     assert (guard.wait("b"), guard.wait("c")) == (LOCKOUT_WINDOW - 100, LOCKOUT_WINDOW - 100)
     guard.accept("d", 50)
     assert (guard.wait("a"), guard.wait("b"), guard.wait("c"), guard.refusals) == (0, 50, 0, 0)
+
+
+def written(*refused: float, unseen: Sequence[float] = ()) -> str:
+    """What a guard writes of logins so many seconds ago."""
+    return json.dumps({"refused": [time.time() - ago for ago in refused],
+                       "unseen": [(time.time() - ago, ago) for ago in unseen], "alone": False})  # fmt: skip
 
 
 def test_a_refusal_that_is_told_again_counts_once() -> None:
@@ -645,9 +662,9 @@ def test_a_refusal_that_is_told_again_counts_once() -> None:
     guard = LoginGuard(lambda: now)
     guard.refuse("a", 100.0)
     for ago in (100.0, 99.0, 101.0):
-        guard.hear("a", ago)
+        guard.hear("a", written(ago), is_own=False)
     assert guard.refusals == 1
-    guard.hear("a", 10.0)
+    guard.hear("a", written(100.0, 10.0), is_own=False)
     assert guard.refusals == 2
 
 
@@ -691,11 +708,11 @@ def one_target(house: House, password: str) -> Target:
     return target
 
 
-def test_refusals_of_one_moment_are_several(house: House) -> None:
-    """A restart tells of three with the time of the last: trials of other passwords count with all of them."""
+def test_refusals_of_before_the_start_are_several(house: House) -> None:
+    """A restart tells of three: trials of other passwords count with all of them."""
     guards, watched = Guards(), one_target(house, "wrong")
     guards.keep([watched])
-    guards.of(watched).hear("a", 60.0, 3)
+    guards.of(watched).hear("a", written(80.0, 70.0, 60.0), is_own=True)
     made = [refuse_trial(guards, one_target(house, f"guess{number}")) for number in range(5)]
     assert made == [True, False, False, False, False], "four in all: a directory locks at the fifth"
 
@@ -715,27 +732,6 @@ def test_what_was_typed_and_refused_is_no_new_password(house: House, password: s
         assert (guards.of(saved).wait("a") > 0) is (password == "wrong")
 
 
-# what the last polls were, and why the last one was bad: how many refusals a start knows of
-KNOWN = {
-    "none": ("hh", "", 0),
-    "two": ("haa", "refused", 2),
-    "then unreachable": ("haau", "no route", 2),
-    "then stale": ("haaas", "no result for 132 s; not tried: the same credential was refused before", 3),
-    "then not tried": ("haaaa", "not tried: the same credential was refused before", 4),  # one too many is safe
-    "among others": ("hauau", "no route", 2),
-    "before a login": ("haalhu", "no route", 0),
-}
-
-
-@pytest.mark.parametrize(("strip", "reason", "refusals"), KNOWN.values(), ids=KNOWN)
-def test_a_start_knows_of_refusals_whatever_came_after(house: House, strip: str, reason: str, refusals: int) -> None:
-    """Forgotten, each restart would send three more wrong passwords."""
-    target, guard = one_target(house, "wrong"), LoginGuard()
-    stored = Status(credential_digest=target.credential_digest, strip=strip, reason=reason, sample="null")
-    assert healthchecker.restore_logins(guard, target, stored, 30.0, begins=True)
-    assert guard.refusals == refusals
-
-
 @pytest.mark.parametrize("other", [
     "platform: tcp, hostname: 192.0.2.2, port: 25", "platform: dns, hostname: example.com",
     "platform: local", "platform: simulated",
@@ -748,8 +744,9 @@ def test_what_shows_no_secret_waits_for_nobody(house: House, other: str) -> None
     port, beside = targets.values()
     guards = Guards()
     guards.keep([port, beside])
-    stored = Status(credential_digest=port.credential_digest, strip="hhhhaaaaa", reason="refused", sample="null")
-    assert healthchecker.restore_logins(guards.of(port), port, stored, 30.0, begins=True)
+    for _ in range(5):
+        with contextlib.suppress(ProbeError), guards.of(port).attempt("a", Deadline(5), LoginRecord()):
+            raise ProbeError("auth", "the host wants a client certificate")
     assert guards.of(port).wait("a") == guards.of(beside).wait("b") == 0
 
 
@@ -990,9 +987,10 @@ def test_a_restart_between_a_refusal_and_its_second_attempt(house: House, machin
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("age", "tried"), [(0, False), (200, False), (280, False), (301, True), (-60, True)])
+@pytest.mark.parametrize(("age", "tried"), [
+    (0, False), (200, False), (280, False), (301, True), (-60, False), (-4000, True)])
 def test_age_of_a_refusal_at_a_restart(house: House, machines: Machines, age: float, tried: bool) -> None:
-    """-60: the wall clock was set back, nothing is known."""
+    """-60: the wall clock was set back, and when it was is not known; -4000: nothing that is near."""
     house.write("name: a, interval: 1")
     machines.behaviours["a"] = machines.login("a", refused)
     with house.watching():
@@ -1005,6 +1003,123 @@ def test_age_of_a_refusal_at_a_restart(house: House, machines: Machines, age: fl
             wait_for(lambda: machines.logins)
         assert not machines.ended.wait(0.3)
         assert machines.logins == (["a"] if tried else [])
+
+
+def kept_logins(house: House) -> list[dict[str, Any]]:
+    """What is written of logins, of each resource that anything is written of."""
+    with house.store.reading() as session:
+        own, _ = healthchecker.written_logins(session, "")
+    return [json.loads(text) for text in own.values()]
+
+
+def test_restarts_during_a_login_count(house: House, machines: Machines) -> None:
+    """Whoever was killed before the host said no sends the next wrong password at the next start, and so on."""
+    house.write("name: a, interval: 1", "name: b, interval: 1")
+    machines.behaviours = {"a": machines.login("a", machines.hang), "b": machines.login("b")}
+    machines.behaviours["b"] = unreachable
+    for life in range(1, REFUSALS + 1):
+        with house.watching():
+            wait_for(lambda life=life: machines.logins == ["a"] * life)     # type: ignore[misc]
+    with house.watching():
+        wait_for(lambda: house.monitor.login_wait("a") > 0)
+        why = "before each of the last starts a login with the same credential had no outcome yet; next attempt in "
+        assert why in house.monitor.guards.of(house.poller("a").target).why("a")
+        assert 0 < house.monitor.login_wait("b") <= healthchecker.AUTH_RETRY
+        assert machines.logins == ["a"] * REFUSALS
+    house.age(healthchecker.AUTH_RETRY)
+    machines.behaviours["a"] = machines.login("a")
+    with house.watching():
+        wait_for(lambda: house.state("a") == ("healthy", ""))
+        wait_for(lambda: not kept_logins(house))
+
+
+@pytest.mark.parametrize("seen", [0, 1])
+def test_unseen_logins_count_with_a_refused_one(seen: int) -> None:
+    guard = LoginGuard(lambda: 10_000.0)
+    guard.hear("a", written(*[100.0] * seen, unseen=[40.0, 30.0]), is_own=True)
+    assert guard.wait("b") == (pytest.approx(LOCKOUT_WINDOW - 30, abs=1) if seen else 0)
+    assert guard.refusals == seen
+    guard.accept("b")
+    assert guard.wait("b") == 0
+
+
+def test_refusals_behind_a_kept_session_are_known_after_a_restart(house: House, machines: Machines) -> None:
+    """No poll is refused meanwhile, for the session that is open serves on; each start logs in anew."""
+    house.write("name: a, interval: 1")
+    tries = 0
+    for _ in range(7):
+        with house.watching():
+            wait_for(lambda: house.stored("a") == ("healthy", ""))
+            guard, before = house.monitor.guards.of(house.poller("a").target), tries
+            with contextlib.suppress(ProbeError), guard.attempt("a", Deadline(5), LoginRecord()):
+                tries += 1
+                raise ProbeError("auth", "refused")
+            wait_for(lambda guard=guard: len(kept_logins(house)[0]["refused"]) == guard.refusals)   # type: ignore[misc]
+        with house.store.writing() as session:
+            [row] = session.scalars(sqlalchemy.select(Status))
+            sample = json.loads(row.sample)
+            row.sample = json.dumps({**sample, "details": {**sample["details"], "session_seconds": 4000.0}})
+    assert tries == before == 4, "directories lock at the fifth"
+
+
+def test_a_late_refusal_is_written_down(house: House, machines: Machines) -> None:
+    house.write("name: a, interval: 1")
+
+    def late(guard: LoginGuard, deadline: Deadline) -> None:
+        raise LateLogin(deadline, lambda seconds: False)
+
+    machines.behaviours["a"] = machines.login("a", late)
+    with house.watching():
+        wait_for(lambda: [len(told["refused"]) for told in kept_logins(house)] == [1])
+    machines.logins.clear()
+    with house.watching():
+        wait_for(lambda: house.state("a") == ("unhealthy", "stale"))
+        assert not machines.logins and house.monitor.login_wait("a") > 200
+
+
+def test_refusals_of_another_machine_count(house: House) -> None:
+    """Of the same resource, or of another with its credential; what that machine tries at the moment does not."""
+    house.write("name: a", "name: b")
+    with house.store.reading() as session:
+        a, b = healthchecker.load_targets(session, house.vault).values()
+    rows: dict[str, str] = {}
+    later = 0.0
+    here, there, late = Guards(), Guards(), Guards()
+
+    def keep(row: str, text: str, patience: float, siblings: Collection[str]) -> bool:
+        rows[row] = text
+        return True
+
+    for guards in here, there, late:
+        guards.begin(healthchecker.LoginJournal(keep, lambda: time.time() + later), {})
+    for guards in here, there:
+        guards.keep([a, b])
+        assert guards.of(a) is guards.of(b)
+        guards.of(a)._clock = lambda: time.monotonic() + later
+    record = LoginRecord()
+    for name, refusals in ("a", 1), ("b", 2), ("a", 3):
+        there.of(a).ask(name)
+        with contextlib.suppress(ProbeError), there.of(a).attempt(name, Deadline(5), record):
+            here.hear({row: [text] for row, text in rows.items()})
+            assert here.of(a).refusals == refusals - 1
+            later += 400.0
+            raise ProbeError("auth", "refused")
+        for _ in range(2):
+            here.hear({row: [text] for row, text in rows.items()})
+        assert here.of(a).refusals == refusals
+    assert here.of(b).wait("b") > 1000
+    later = 0.0
+    late.hear({row: [text] for row, text in rows.items()})
+    late.keep([a, b])
+    assert [late.of(one).refusals for one in (a, b)] == [2, 3], "as they become known"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"refused": 1}', '{"refused": ["x"], "unseen": []}', "NaN",
+                                  '{"refused": [NaN], "unseen": [[1e999, NaN]], "alone": 3}'])  # fmt: skip
+def test_a_damaged_row_says_nothing(text: str) -> None:
+    guard = LoginGuard()
+    guard.hear("a", text, is_own=True)
+    assert guard.wait("a") == 0
 
 
 @pytest.mark.long
@@ -1042,6 +1157,9 @@ def test_a_restart_beside_hosts_that_refuse_closes_nothing(
         wait_for(lambda: all(house.stored(name) == ("unhealthy", "auth") for name in odd))
     with house.store.writing() as session:
         names = {row.id: row.name for row in session.scalars(sqlalchemy.select(healthchecker.Resource))}
+        for kept in session.scalars(sqlalchemy.select(healthchecker.Setting)):
+            if kept.name.startswith("logins/"):
+                kept.text = written(*[40.0, 20.0, 0.0][:3 // len(odd)])
         for row in session.scalars(sqlalchemy.select(Status)):
             if names[row.resource_id] in odd:
                 row.strip = before + 3 * healthchecker.REFUSED_MARK

@@ -4,6 +4,7 @@ says that it lives. How whole services share the work: test_sharing.py."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -22,14 +23,17 @@ from pydantic import SecretStr
 from healthchecker import (
     Claim,
     ConnectionContext,
+    Deadline,
     Exchange,
     Gates,
     HealthAggregator,
     KnownHosts,
+    LoginRecord,
     Membership,
     PollContext,
     Poller,
     PostgresServer,
+    ProbeError,
     Recorder,
     Resolver,
     Resource,
@@ -64,6 +68,7 @@ class Machine:
         self.guards = access.guards
         context = PollContext(self.aggregator, self.recorder, access, random.Random(1), members=self.members)
         self.exchange = Exchange(self.store, context)
+        self.exchange.begin(self.store.wall)
         self.pollers = {target.name: Poller(target, context, self.guards.of(target), 0.0) for target in targets(
             self.store, names, **more)}  # fmt: skip
         for each, poller in self.pollers.items():
@@ -82,9 +87,14 @@ class Machine:
         self.exchange.look(self.pollers)
 
     def find(self, name: str, *verdicts: Verdict) -> None:
-        """Its polls of a resource, which are written."""
+        """Its polls of a resource, each with a login, which are written."""
+        guard = self.guards.of(self.pollers[name].target)
         for verdict in verdicts:
             self.pollers[name]._epoch = self.members.epoch
+            guard.ask(name)
+            with contextlib.suppress(ProbeError), guard.attempt(name, Deadline(5), LoginRecord()):
+                if verdict.cause == "auth":
+                    raise ProbeError("auth", verdict.reason)
             self.pollers[name]._report(verdict, 0.1, READ if verdict.healthy else None)
         self.recorder.flush()
 
@@ -194,6 +204,29 @@ def test_all_refusals_of_another_machine_are_heard(two: Two) -> None:
     b.find(second, REFUSED, REFUSED, REFUSED)
     a.look()
     assert guard.refusals == 4 and guard.wait(second) > 1800
+
+
+def test_one_machine_at_a_time_tries_what_is_not_proven(two: Two) -> None:
+    """Each with its own three refusals they would lock the account together; once it is accepted they go on at once."""
+    names = owned_by("a", 1) + owned_by("b", 1)
+    machines, outcomes = two(*names), list[str]()
+    with contextlib.ExitStack() as stack:
+        for machine in machines:
+            machine.recorder.start()
+            stack.callback(machine.recorder.close)
+        a, b = (machine.guards.of(machine.pollers[name].target) for machine, name in zip(machines, names, strict=True))
+        for _ in range(8):
+            for guard, other, name, second in (a, b, *names), (b, a, *reversed(names)):
+                with contextlib.suppress(ProbeError), guard.attempt(name, Deadline(20), LoginRecord()):
+                    outcomes.append("tried")
+                    try_again = other.attempt(second, Deadline(20), LoginRecord())
+                    with pytest.raises(ProbeError, match=r"machine logs in|the same credential was refused"), try_again:
+                        outcomes.append("at once")
+                    raise ProbeError("auth", "refused")
+                guard.ask(name)
+                wait_for(lambda: not any(json.loads(text)["unseen"] for (text,) in machines[0].execute(
+                    "SELECT text FROM setting WHERE name LIKE 'logins/%%'")))  # fmt: skip
+        assert outcomes == ["tried"] * 4, "directories lock at the fifth"
 
 
 def test_check_now_elsewhere_opens_the_gate_of_the_owner(two: Two) -> None:
