@@ -10298,8 +10298,8 @@ class Membership:
 # The one thread that writes what polls found and what the gate did: reports and transitions come from any thread,
 # rows go out, many in one transaction. A database that cannot be written is waited for, within a bounded memory.
 # Gives: Recorder, written_logins
-FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes,
-GATHERING = 0.02                # and where it is of logins
+FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
+WOKEN_INTERVAL = 0.05           # the same where something falls, for others may fall with it, and of logins
 PENDING_ROWS = 100_000          # rows that wait for a database that cannot be written; older ones are lost
 QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
 TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
@@ -10380,27 +10380,20 @@ def is_tried(text: str, now: float) -> bool:
 class LoginWriter:
     """What guards have written: it comes from any thread, some of which wait until it goes out."""
 
-    def __init__(self, store: Store, ending: threading.Event, unwritten: Trouble) -> None:
-        self._store, self._ending, self._unwritten = store, ending, unwritten
+    def __init__(self, store: Store, woken: threading.Event, ending: threading.Event, unwritten: Trouble) -> None:
+        self._store, self._woken, self._ending, self._unwritten = store, woken, ending, unwritten
         self._given: queue.SimpleQueue[tuple[str, GivenRow]] = queue.SimpleQueue()
         self._rows: dict[str, GivenRow] = {}    # the last of each
-        self.is_due = threading.Event()
         self.hear: Callable[[Mapping[str, Sequence[str]]], None] = lambda others: None    # takes what others wrote
 
     def keep(self, row: str, text: str, patience: float, rows: Collection[str]) -> bool:
         """See LoginJournal; nobody waits for a database that cannot be written, or at the end."""
         given = GivenRow(text, rows, threading.Event(), [])
         self._given.put((row, given))
-        self.is_due.set()       # others wait to hear of the end of a login, too
+        self._woken.set()       # others wait to hear of the end of a login, too
         if patience and not (self._unwritten.why or self._ending.is_set()):
             given.is_written.wait(patience)
         return not given.tried
-
-    def wait(self) -> None:
-        """Until it is time to write."""
-        if self.is_due.wait(FLUSH_INTERVAL):
-            self._ending.wait(GATHERING)
-        self.is_due.clear()
 
     def gather(self) -> bool:
         """Whether there is anything to write."""
@@ -10447,7 +10440,7 @@ class Recorder(threading.Thread):
         self._store, self._aggregator, self._retention = store, aggregator, retention or Retention()
         self._upserts = upserts(store.database)
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
-        self._ending = threading.Event()
+        self._ending, self._woken = threading.Event(), threading.Event()
         self._trouble = Trouble("the recorder stopped and goes on")
         self._unwritten = Trouble("the database cannot be written")
         self._unsummed = Trouble("history cannot be summed up")
@@ -10460,7 +10453,7 @@ class Recorder(threading.Thread):
         self._events: collections.deque[tuple[Origin | None, dict[str, Any]]] = collections.deque(maxlen=PENDING_ROWS)
         self._keys: dict[int, Report] = {}      # those with a host key that was trusted on first use
         self._told: queue.SimpleQueue[Report] = queue.SimpleQueue()     # those of transitions
-        self.logins = LoginWriter(self._store, self._ending, self._unwritten)
+        self.logins = LoginWriter(self._store, self._woken, self._ending, self._unwritten)
         self._changed_at = {SITE: self.wall()}      # when it, a group or a route last opened or closed
         self._is_heard = not self._members.is_shared    # all that stands otherwise than was told last is told
         if self._members.speaks and not self._members.names - {store.machine}:
@@ -10472,6 +10465,8 @@ class Recorder(threading.Thread):
             self.tell(report)
         _ = report.status, report.sample_row    # made here, one at a time: a hundred in flush would hold up requests
         self._reports.put(report)
+        if not report.standing.healthy and report.standing.since_at == report.at:
+            self._woken.set()       # killed before it is written, the next start would go on from what was good
 
     def tell(self, report: Report) -> None:
         """Logs and notes a transition."""
@@ -10493,8 +10488,8 @@ class Recorder(threading.Thread):
         return self._changed_at.get(group, self._changed_at[SITE])
 
     def run(self) -> None:
-        while not self._ending.is_set():
-            self.logins.wait()
+        while not self._ending.wait(WOKEN_INTERVAL if self._woken.wait(FLUSH_INTERVAL) else 0):
+            self._woken.clear()
             with self._trouble.caught():
                 self._aggregator.beat("recorder")
                 if self.flush():        # or what is kept would come too late for its average
@@ -10626,7 +10621,7 @@ class Recorder(threading.Thread):
         """Writes the rest and ends the thread."""
         self.incidents.leave()
         self._ending.set()
-        self.logins.is_due.set()
+        self._woken.set()
         if self.is_alive():
             self.join(LAST_FLUSH)   # not for ever: another program may hold the database
         else:

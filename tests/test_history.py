@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -594,6 +595,31 @@ def test_the_pages_that_the_bench_times(tmp_path: Path) -> None:
 
 
 # --- one writer, in small transactions ---
+def test_what_falls_is_written_at_once(notebook: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a start after a kill would open the gate on the last good result; many that fall are written together."""
+    monkeypatch.setattr(healthchecker, "FLUSH_INTERVAL", 60)
+    writers = list[threading.Thread]()
+    sqlalchemy.event.listen(
+        sqlalchemy.orm.Session, "after_commit", note := lambda _: writers.append(threading.current_thread()))
+    notebook.recorder.start()
+    try:
+        notebook.recorder.put(notebook.report(START, "h"))
+        notebook.recorder.put(notebook.report(START + 1, "u"))
+        wait_for(lambda: notebook.strip() == "hu", 10)
+        writers.clear()
+        begun_mono = time.monotonic()
+        for number in range(200):
+            notebook.recorder.put(notebook.report(START + 2 + number, "u"))
+            time.sleep(0.001)       # as they come from their threads
+        wait_for(lambda: notebook.count(SAMPLES) == 202, 10)
+        seconds = time.monotonic() - begun_mono
+        assert writers.count(notebook.recorder) <= 2 + seconds / healthchecker.FALL_INTERVAL
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.orm.Session, "after_commit", note)
+        notebook.recorder.close()
+    assert not notebook.recorder.is_alive()
+
+
 @pytest.mark.long
 def test_summing_up_goes_in_short_transactions(tmp_path: Path) -> None:
     """Others may write in between, and in the end every resource is done."""
