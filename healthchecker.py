@@ -12297,7 +12297,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
 #   the pool's  the task of requests[0] and what it writes, under outbuf_lock; of the loop only `touch`
 #   both        requests under requests_lock, waited_for and touched in single steps, counters under their lock
 # Another waitress fails first in tests/test_gate.py, which names every internal of it that is used here.
-# Gives: GateServer, BACKLOG, BODY_TIME, CONNECTIONS_MAX, HEADER_TIME
+# Gives: ACCEPT_PAUSE, GateServer, BACKLOG, BODY_TIME, CONNECTIONS_MAX, HEADER_TIME
 HEADER_TIME = 5.0               # seconds from the first byte of a request to the end of its headers
 BODY_TIME = 30.0                # seconds from there to the end of its body
 FIRST_BYTE = 15.0               # seconds until a new connection sends something
@@ -17237,6 +17237,22 @@ class ConsoleChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries n
         return bool(super().readable())
 
 
+class ConsoleDoor(TcpWSGIServer):     # type: ignore[misc]  # waitress carries no types
+    """A socket of the console; where the system has no descriptor left, it has a moment of peace."""
+
+    trouble: Trouble
+    _accepts_mono = 0.0
+
+    def readable(self) -> bool:
+        return bool(super().readable()) and time.monotonic() >= self._accepts_mono
+
+    def accept(self) -> tuple[socket.socket, Any] | None:
+        with self.trouble.caught(), contextlib.suppress(ConnectionResetError):  # on Windows: who has gone already
+            return cast("tuple[socket.socket, Any] | None", super().accept())
+        self._accepts_mono = time.monotonic() + ACCEPT_PAUSE
+        return None
+
+
 class ConsoleServer(threading.Thread):
     """The operators' door: plain waitress on sockets that are bound already."""
 
@@ -17250,8 +17266,10 @@ class ConsoleServer(threading.Thread):
             max_request_body_size=CONSOLE_BODY,
             asyncore_use_poll=hasattr(selectors, "PollSelector"))   # select takes 1,024 descriptors, all pollers' too
         self._doors = [one for one in self._map.values() if isinstance(one, TcpWSGIServer)]
+        trouble = Trouble("the console takes no connections")
         for door in self._doors:
-            door.channel_class = ConsoleChannel
+            door.trouble = trouble
+            door.__class__, door.channel_class = ConsoleDoor, ConsoleChannel    # create_server asks for no classes
             door.known = tuple(map(ipaddress.ip_network, (*service.operators, *service.trusted_proxy)))
         super().__init__(target=self._server.run, name="console", daemon=True)
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import importlib
 import json
+import logging
+import os
 import random
+import re
 import shlex
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -35,6 +40,7 @@ from service import Service, few_rounds
 
 import healthchecker
 from healthchecker import (
+    ACCEPT_PAUSE,
     API,
     API_ROUTES,
     ASSETS,
@@ -1008,6 +1014,34 @@ def test_console_ends_and_leaves_nothing_behind() -> None:
                     socket.create_connection(address, timeout=1).close()
         for sock in silent:
             sock.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_console_without_descriptors(caplog: pytest.LogCaptureFixture) -> None:
+    """It says so once, does not spin, and goes on when there are some."""
+    resource: Any = importlib.import_module("resource")
+    caplog.set_level(logging.INFO)
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = ConsoleServer(alive, [sock], ServiceSettings())
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.closing(server), socket.socket() as client:
+        server.start()
+        free = os.dup(client.fileno())
+        os.close(free)      # the next descriptor to be had
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            client.settimeout(30)
+            client.connect(sock.getsockname())
+            client.sendall(b"GET /-/livez HTTP/1.0\r\n\r\n")
+            begun_mono = time.monotonic()
+            wait_for(lambda: time.monotonic() > begun_mono + 3 * ACCEPT_PAUSE)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert b"200 OK" in client.recv(1000)
+    told = [one.getMessage() for one in caplog.records]
+    assert told[0] == "the console takes no connections: OSError: [Errno 24] Too many open files"
+    failures = re.fullmatch("the console takes no connections: that is over, after ([0-9]+) failures", told[1])
+    assert failures and 1 < int(failures[1]) <= 4 and told[2:] == []
 
 
 def test_console_holds_few_connections() -> None:
