@@ -10738,6 +10738,7 @@ class ResourceLease:
         self.doubt = self.news.doubt
         self.expires_mono = lease_clock() + delay + target.settings.ttl     # without a report until then it is stale
         self.lease_mono = 0.0       # until when what was known before it counts
+        self.ends_mono = 0.0        # until when its last poll may take; 0: it goes on
         self.rests = context.members.is_shared      # another machine polls it, until this one is said to
         self._found_mono, self._spare = -math.inf, 0.0      # when the standing was found, and how much longer it counts
         self._alone = False     # it polls although it rests, for nothing is heard of the others
@@ -11027,9 +11028,10 @@ class Poller(ResourceLease, threading.Thread):
 # === Monitor =================================================================
 # One thread makes the pollers follow the rows and share the work with other machines, replaces dead ones and sees
 # leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
-# Gives: CLOCK_STEP, Monitor
+# Gives: CLOCK_STEP, Monitor, stop_slow_polls
 FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
+END_TIME = 10.0                 # seconds that an end may take beside the drain
 OWN_FILES, HOST_FILES = 100, 2  # that are open: database, console, workers; for a host, whose connection is made anew
 
 
@@ -11172,6 +11174,16 @@ class Exchange:
             poller.doubt.urge()
 
 
+def stop_slow_polls(pollers: Iterable[Poller], drain: float) -> None:
+    """Lets those of Windows end beside the requests in flight, or they would have the same time again after these; but
+    not where what is known would not count until the end."""
+    for poller in pollers:
+        if poller.target.settings.platform == Platform.WINDOWS:
+            poller.ends_mono = poller.ends_mono or time.monotonic() + drain
+            if poller.expires_mono - lease_clock() > drain + END_TIME:
+                poller.stop()
+
+
 class Monitor(threading.Thread):
     """Starts, stops and reconciles the pollers; restarts dead ones; sees leases expire, and that a clock was set."""
 
@@ -11220,12 +11232,12 @@ class Monitor(threading.Thread):
         self._context.uplink.close()
         if self.is_alive():
             self.join(1)    # or it would take stopped pollers for dead ones
-        pollers, begun_mono, drain = list(self.pollers.values()), time.monotonic(), self._context.access.drain
+        pollers, last_mono = list(self.pollers.values()), time.monotonic() + LAST_SESSIONS
+        stop_slow_polls(pollers, self._context.access.drain)
         for poller in pollers:
             poller.stop()
         for poller in filter(threading.Thread.is_alive, pollers):
-            seconds = max(LAST_SESSIONS, drain if poller.target.settings.platform == Platform.WINDOWS else 0.0)
-            poller.join(max(0.0, begun_mono + seconds - time.monotonic()))
+            poller.join(max(0.0, last_mono - time.monotonic(), poller.ends_mono - time.monotonic()))
         for poller in pollers:
             poller.tell_late(is_last=True)      # or never: the next start takes what is stored for told
         self._context.recorder.close()
@@ -11269,7 +11281,7 @@ class Monitor(threading.Thread):
         for poller in list(self.pollers.values()):
             poller.expire()
             poller.tell_late()
-            if not poller.is_alive() and not self._ending.is_set():
+            if not (poller.is_alive() or poller.ends_mono or self._ending.is_set()):
                 self._launch(poller.target, poller.bury(), poller)
         covered = self.maintenance.covered(lease_clock() + self._zero_at)   # first: nothing else waits for a database
         with self._context.aggregator.at_once():    # alternatives whose maintenance ends together close nothing
@@ -13307,9 +13319,10 @@ class Supervisor:
         """Ends `start` and `serve`. Safe in a signal handler."""
         self.stopping = True
 
-    def serve(self) -> None:
+    def serve(self, at_end: Callable[[], None] = lambda: None) -> None:
         """Lets the workers serve until `stop`, and then end."""
         self.serve_for(math.inf)
+        at_end()
         self.close()
 
     def serve_for(self, seconds: float) -> None:
@@ -18479,7 +18492,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
                  f"on http://{service.console}/-/" if console else "off")
         if service.mode == "observe":
             log.warning("service.mode is observe: nothing is refused")
-        supervisor.serve()
+        supervisor.serve(lambda: stop_slow_polls(list(monitor.pollers.values()), service.drain))
 
 
 def serve_with(installation: Installation, console: Sequence[socket.socket], supervisor: Supervisor) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,31 @@ def test_a_poll_has_the_drain_to_delete_its_shell_at_a_stop(
             polls = windows.polls
             wait_for(lambda: windows.polls > polls)
             service.stop(20)
+            assert len(windows.shells) == left
+
+
+@pytest.mark.parametrize(("delay", "left"), [(3.0, 0), (60.0, 1)])
+def test_polls_and_requests_have_the_same_drain(tmp_path: Path, delay: float, left: int) -> None:
+    """No poll has another one once the requests have used theirs up, and none begins that would not have it."""
+    disk = WindowsHost()
+    app = "import pathlib, time\ndef app(environ, start_response):\n    pathlib.Path({}).touch()\n    time.sleep(60)\n"
+    (tmp_path / "slow.py").write_text(app.format(repr(str(tmp_path / "came"))), encoding="utf-8")
+    with WSManServer("http", "ntlm", answer=disk) as windows, socket.socket() as client:
+        row = (
+            f"  - {{name: win1, platform: windows, hostname: 127.0.0.1, port: {windows.port}, tls: false, auth: ntlm,"
+            f" username: monitor, password: correct horse, interval: 1, timeout: 90}}\n"
+        )
+        with Service(write_inventory(tmp_path, row, "  drain: 5\n  app: slow:app\n")) as service:
+            service.wait_status("/-/readyz", 200)
+            client.connect((service.host, service.port))
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            wait_for((tmp_path / "came").exists)
+            windows.answer = lambda script: Answer((disk(script),), delay=delay)
+            polls = windows.polls
+            wait_for(lambda: windows.polls > polls)
+            begun_mono = time.monotonic()
+            service.stop(30)
+            assert 5 < time.monotonic() - begun_mono < 9
             assert len(windows.shells) == left
 
 
