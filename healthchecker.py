@@ -2424,8 +2424,9 @@ class Vault:
 
     @key_files_written()
     def retire(self) -> None:
-        """Ends a rotation: `next.pem` becomes `private.pem`."""
-        take_place(self.folder / "next.pem", self.folder / "private.pem")
+        """Ends a rotation: `next.pem` becomes `private.pem`; nothing is lost with the old one, if that is not there."""
+        new, old = self.folder / "next.pem", self.folder / "private.pem"
+        (take_place if old.exists() else os.replace)(new, old)
         self._keys = {self.key_id: self._keys[self.key_id]}
         self.publish()
 

@@ -593,21 +593,27 @@ def rotation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return before, after
 
 
+def interrupted(stage: int, before: Path, after: Path, folder: Path) -> Path:
+    """The inventory in a `folder` that a rotation has left at a stage."""
+    shutil.copytree(before, folder)
+    path = folder / "inventory.yaml"
+    shutil.copy(after / "keys" / PRIVATE, folder / "keys" / NEXT)
+    if stage >= 1:
+        for leftover in folder.glob("healthchecker.db*"):
+            leftover.unlink()
+        shutil.copy(after / "healthchecker.db", folder)
+    if stage >= 2:
+        shutil.copy(after / path.name, folder)
+    if stage >= 3:
+        (folder / "keys" / NEXT).replace(folder / "keys" / PRIVATE)
+    return path
+
+
 @pytest.mark.parametrize("stage", range(len(STAGES)), ids=STAGES)
 def test_rotate_interrupted_between_its_steps(stage: int, rotation: tuple[Path, Path], tmp_path: Path) -> None:
     """Each state a crash can leave, put together from before and after: a start works, so does a rotation."""
     before, after = tmp_path / "before", rotation[1]
-    path = before / "inventory.yaml"
-    shutil.copytree(rotation[0], before)
-    shutil.copy(after / "keys" / PRIVATE, before / "keys" / NEXT)
-    if stage >= 1:
-        for leftover in before.glob("healthchecker.db*"):
-            leftover.unlink()
-        shutil.copy(after / "healthchecker.db", before)
-    if stage >= 2:
-        shutil.copy(after / path.name, before)
-    if stage >= 3:
-        (before / "keys" / NEXT).replace(before / "keys" / PRIVATE)
+    path = interrupted(stage, rotation[0], after, before)
     setup = healthchecker.Installation(path)
     with closing(healthchecker.Store(setup.database)) as store, store.writing() as session:
         vault = setup.open_vault(session)
@@ -615,6 +621,24 @@ def test_rotate_interrupted_between_its_steps(stage: int, rotation: tuple[Path, 
     assert (len(changes.kept), changes.changed) == (HOSTS, [])
     if stage < 3:
         assert healthchecker.main(["--inventory", str(path), "keys", "rotate"]) == 0
+    assert all_open(path) == {public_id(before / "keys")}
+    assert sorted(item.name for item in (before / "keys").iterdir()) == [PRIVATE, PUBLIC]
+
+
+@pytest.mark.parametrize("stage", range(3), ids=STAGES[:3])
+def test_rotate_after_the_old_key_is_lost(
+    stage: int, rotation: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of a rotation: it ends where all is sealed with the new key, else it says what is lost."""
+    before, after = tmp_path / "before", rotation[1]
+    path = interrupted(stage, rotation[0], after, before)
+    (before / "keys" / PRIVATE).unlink()
+    code = healthchecker.main(["--inventory", str(path), "keys", "rotate"])
+    if stage < 2:
+        [line] = capsys.readouterr().err.splitlines()
+        assert code == 3 and "put private.pem back, or if it is lost, write every password in the inventory" in line
+        return
+    assert code == 0
     assert all_open(path) == {public_id(before / "keys")}
     assert sorted(item.name for item in (before / "keys").iterdir()) == [PRIVATE, PUBLIC]
 
