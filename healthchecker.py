@@ -13068,18 +13068,18 @@ class LogFile(logging.handlers.RotatingFileHandler):
                 print(f"{self.baseFilename} cannot be written: {one_line(str(sys.exc_info()[1]))}", file=sys.stderr)
 
     def doRollover(self) -> None:
-        """Where one of the files cannot be moved, as on Windows while somebody reads it, none is: the newest grows."""
-        aside = f"{self.baseFilename}.moving"
+        """Where one of the files cannot be moved, as on Windows while somebody reads it, none is: the newest grows.
+        Older ones than the first that is missing, which a kill in between leaves, stay where they are."""
+        names = [self.baseFilename, *(f"{self.baseFilename}.{number}" for number in range(1, self.backupCount + 1))]
+        gap = next((number for number, name in enumerate(names) if number and not os.path.exists(name)), len(names) - 1)
         self.close()
         try:
-            for end in ("", *(f".{number}" for number in range(1, self.backupCount + 1))):
+            for old, new in (*zip(names, names, strict=True), *((names[n - 1], names[n]) for n in range(gap, 0, -1))):
                 with contextlib.suppress(FileNotFoundError):
-                    os.replace(f"{self.baseFilename}{end}", aside)
-                    os.replace(aside, f"{self.baseFilename}{end}")
-            super().doRollover()
+                    os.replace(old, new)    # first each in its own place, which fails as a move would
         except OSError:
             self.handleError(logging.makeLogRecord({}))
-            self.stream = self.stream or self._open()
+        self.stream = self._open()
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.stale:

@@ -41,6 +41,7 @@ from service import (
     ask_to_end,
     command,
     environment,
+    fresh_processes,
     prepared_keys,
     quick_workers,
     write_inventory,
@@ -666,31 +667,11 @@ def record(text: str) -> logging.LogRecord:
     return logging.makeLogRecord({"msg": text})
 
 
-def test_a_log_file_that_cannot_be_moved_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
-    """As on Windows while another program reads it: no line is lost, and none of the older files. Later it is moved."""
-    monkeypatch.setattr(healthchecker, "LOG_BYTES", 100)
-    path = tmp_path / "log"
-    for number in range(1, 6):
-        path.with_suffix(f".{number}").write_text(f"older {number}", encoding="utf-8")
-    path.with_suffix(".moving").mkdir()      # nothing can be renamed to it
-    with contextlib.closing(LogFile(path)) as file:
-        for number in range(40):
-            file.emit(record(f"line {number:05}"))
-        assert path.read_text(encoding="utf-8").split("\n")[:-1] == [f"line {number:05}" for number in range(40)]
-        assert [path.with_suffix(f".{number}").read_text(encoding="utf-8") for number in range(1, 6)] == [
-            f"older {number}" for number in range(1, 6)]  # fmt: skip
-        assert capsys.readouterr().err.count("cannot be written") == 1
-        path.with_suffix(".moving").rmdir()
-        file.emit(record("line 00040"))
-    assert path.read_text(encoding="utf-8") == "line 00040\n"
-    assert path.with_suffix(".1").read_text(encoding="utf-8").endswith("line 00039\n")
-    assert path.with_suffix(".2").read_text(encoding="utf-8") == "older 1"
-
-
 @pytest.mark.parametrize("held", range(6))
-def test_no_log_is_lost_while_somebody_reads_one(held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Windows what is open is not moved; elsewhere the calls that move it refuse."""
+def test_no_log_is_lost_while_somebody_reads_one(
+    held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On Windows what is open is not moved; elsewhere the calls that move it refuse. The newest grows until then."""
     monkeypatch.setattr(healthchecker, "LOG_BYTES", 100)
     path = tmp_path / "log"
     for number in range(1, 6):
@@ -717,10 +698,43 @@ def test_no_log_is_lost_while_somebody_reads_one(held: int, tmp_path: Path, monk
         assert path.read_text(encoding="utf-8").split("\n")[:-1] == [f"line {number:05}" for number in range(40)]
         assert [path.with_suffix(f".{number}").read_text(encoding="utf-8") for number in range(1, 6)] == [
             f"older {number}" for number in range(1, 6)]  # fmt: skip
+    assert capsys.readouterr().err.count("cannot be written") == 1
     with contextlib.closing(LogFile(path)) as file:
         file.emit(record("line 00040"))
     assert path.read_text(encoding="utf-8") == "line 00040\n"
+    assert path.with_suffix(".1").read_text(encoding="utf-8").endswith("line 00039\n")
     assert path.with_suffix(".2").read_text(encoding="utf-8") == "older 1"
+
+
+def rotate_until_killed(path: str, renames: int) -> None:
+    """For a process of its own, which ends before it renames a file once more than that."""
+    left = iter(range(renames))
+    sys.addaudithook(lambda name, _: os._exit(9) if name == "os.rename" and next(left, None) is None else None)
+    with contextlib.closing(LogFile(Path(path))) as file:
+        file.doRollover()
+
+
+def test_no_log_is_lost_by_a_kill(tmp_path: Path) -> None:
+    """Between any two renames: the next rotation overwrites nothing but the oldest."""
+    code, renames = 9, 0
+    while code == 9:
+        folder = tmp_path / str(renames)
+        folder.mkdir()
+        paths = [folder / "log", *(folder / f"log.{number}" for number in range(1, 6))]
+        for number, path in enumerate(paths):
+            path.write_text(f"older {number}\n", encoding="utf-8")
+        process = fresh_processes().Process(target=rotate_until_killed, args=(str(paths[0]), renames))
+        process.start()
+        process.join(60)
+        code, renames = process.exitcode, renames + 1
+        with contextlib.closing(LogFile(paths[0])) as file:
+            file.emit(record("newest"))
+            if code == 9:
+                file.doRollover()
+        lines = [line for path in paths if path.exists() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines.remove("newest")
+        assert lines == [f"older {number}" for number in range(6)][: len(lines)] and len(lines) >= 5, renames
+    assert code == 0 and renames > 5
 
 
 FORKS = """
