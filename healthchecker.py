@@ -7775,6 +7775,7 @@ def windows_endpoint(settings: ResourceSettings) -> str:
 BODY_BYTES = 1 << 19            # bytes of an answer that are looked at
 QUOTED_CHARS = 80               # characters of what was sent that a reason shows
 REDIRECTS = (301, 302, 303, 307, 308)
+NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")     # of JSON
 # What only the origin of the inventory is sent or known by.
 OWN: Mapping[str, Any] = {"username": None, "password": None, "headers": {}, "certificate_file": None, "key_file": None,
                           "certificate_fingerprint": None}
@@ -7786,19 +7787,34 @@ def quoted(said: str | bytes) -> str:
     return json.dumps(text, ensure_ascii=not text.isprintable()) + "…" * (len(said) > QUOTED_CHARS)
 
 
-def value_at(body: bytes, path: str) -> str | None:
-    """The value of a JSON text at a path of names and indices, as YAML would write it; None where there is none."""
+def value_at(body: bytes, path: str) -> object:
+    """The value of a JSON text at a path of names and indices. Raises ValueError, which tells what came instead."""
     try:
         value = from_json(body.removeprefix(codecs.BOM_UTF8))
+    except ValueError as error:     # which has no word of the host's
+        long = f"more than the {BODY_BYTES >> 10} KiB that are looked at" if len(body) >= BODY_BYTES else ""
+        raise ValueError(long or f"no JSON: {error}") from error
+    try:
         for part in path.split("."):
             value = value[int(part)] if isinstance(value, list) and part.isdecimal() else value[part]
-        return value if isinstance(value, str) else json.dumps(value)
     except (LookupError, TypeError, ValueError):
-        return None
+        raise ValueError("no such value") from None
+    return value
 
 
 def expected(wanted: str, came: str, good: bool) -> Outcome:
     return Outcome(good, came if good else f"expected {wanted}, came {came}")
+
+
+def expected_value(wanted: str, body: bytes, path: str) -> Outcome:
+    """Whether a JSON text has a value there, which is written as in YAML; a number in any way of writing it."""
+    try:
+        came = value_at(body, path)
+    except ValueError as error:
+        return expected(quoted(wanted), str(error), False)
+    text = came if isinstance(came, str) else json.dumps(came)
+    number = from_json(wanted) if type(came) in (int, float) and NUMBER.fullmatch(wanted) else None
+    return expected(quoted(wanted), quoted(text), text == wanted or (number is not None and came == number))
 
 
 class PushConnection(Connection):
@@ -7893,9 +7909,7 @@ class HttpConnection(ProtocolConnection):
         if wanted := expect.contains:
             checks["contains"] = expected(quoted(wanted), quoted(answer.body), wanted.encode() in answer.body)
         for path, value in expect.values.items():
-            came = value_at(answer.body, path)
-            checks[f"json {path}"] = expected(
-                quoted(value), "no such value" if came is None else quoted(came), came == value)
+            checks[f"json {path}"] = expected_value(value, answer.body, path)
         return checks
 
     def _answer(self, opened: GuardedSocket, deadline: Deadline) -> HttpAnswer:

@@ -248,8 +248,14 @@ UNEXPECTED: dict[str, tuple[bytes, dict[str, Any], str]] = {
     "no index": (answer(BODY), {"json": {"list.1": "z"}}, "came no such value"),
     "index from behind": (answer(BODY), {"json": {"list.-1": "1"}}, "came no such value"),
     "into a text": (answer(BODY), {"json": {"a.b.0": "x"}}, "came no such value"),
-    "no JSON": (answer(b"<html>"), {"json": {"a": "z"}}, "came no such value"),
-    "deep JSON": (answer(b"[" * 100_000), {"json": {"0": "z"}}, "came no such value"),
+    "no JSON": (answer(b"<html>"), {"json": {"a": "z"}}, "came no JSON: expected value at line 1 column 1"),
+    "deep JSON": (answer(b"[" * 100_000), {"json": {"0": "z"}}, "came no JSON: recursion limit exceeded at line 1"),
+    "half a character": (answer(rb'{"a": "\udc00"}'), {"json": {"a": "z"}}, "came no JSON: lone leading surrogate in"),
+    "long JSON": (answer(b'{"a": "z", "b": "%s"}' % (b"x" * (1 << 19))), {"json": {"a": "z"}},
+                  'expected "z", came more than the 512 KiB that are looked at'),
+    "a text, not a number": (answer(b'{"a": "1.10"}'), {"json": {"a": "1.1"}}, 'expected "1.1", came "1.10"'),
+    "a number, not true": (answer(b'{"a": 1}'), {"json": {"a": "true"}}, 'expected "true", came "1"'),
+    "another number": (answer(b'{"a": 1.10}'), {"json": {"a": "1.100001"}}, 'expected "1.100001", came "1.1"'),
 }
 
 
@@ -260,6 +266,15 @@ def test_an_answer_that_is_not_as_expected(case: str, folder: Path) -> None:
         state, cause, reason = outcome(Asker(folder, platform="http", url=server.origin, expect=expect))
     assert (state, cause) == ("unhealthy", "check")
     assert why in reason
+
+
+@pytest.mark.parametrize("number", ["1.10", "1.1", "11e-1", "-0.0", "1e3", "1E+3", "12345678901234567890123"])
+def test_a_number_as_it_is_written(number: str, folder: Path) -> None:
+    """In the inventory as in the answer, or in another way."""
+    with Server(answers(answer(b'{"a": %s}' % number.encode()))) as server:
+        for written in (number, json.dumps(json.loads(number))):
+            asker = Asker(folder, platform="http", url=server.origin, expect={"json": {"a": written}})
+            assert outcome(asker) == ("healthy", "", "")
 
 
 @pytest.mark.parametrize("before", [b"100 Continue", b"102 Processing", b"103 Early Hints", b"199 Whatever"])
@@ -966,14 +981,15 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
 
 @given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()), st.text("ab01.-", max_size=9))
 def test_any_value_of_json(body: bytes, path: str) -> None:
-    """A text, or nothing; what it leads to is what Python finds there."""
-    found = value_at(body, path)
-    if found is None:
+    """What it leads to is what Python finds there, or nothing."""
+    try:
+        found = value_at(body, path)
+    except ValueError:
         return
     value = from_json(body)
     for part in path.split("."):
         value = value[int(part) if isinstance(value, list) else part]
-    assert found == (value if isinstance(value, str) else json.dumps(value))
+    assert json.dumps(found) == json.dumps(value)
 
 
 @given(st.text(max_size=200) | st.binary(max_size=400))
