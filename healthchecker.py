@@ -8127,9 +8127,10 @@ def collect(settings: ResourceSettings, connection: Connection, previous: Sample
 #     healthy, degraded --`fall` bad verdicts in a row, or one of a cause AT_ONCE--> unhealthy
 #     unhealthy --`rise` good verdicts in a row--> healthy | degraded
 #     healthy <--any good verdict--> degraded
-# Gives: caused, State, Verdict, evaluate, Standing, settle
+# Gives: caused, near_limits, State, Verdict, evaluate, Standing, settle
 State = Literal["unknown", "healthy", "degraded", "unhealthy"]
 AT_ONCE = frozenset({"host_key", "credential", "stale"})     # causes that do not wait for `fall`
+FILESYSTEMS_SHOWN, DETAIL_CHARS = 100, 2000     # of a resource, and characters of a detail, at most
 
 
 @dataclass(frozen=True)
@@ -8169,6 +8170,26 @@ def judge_limits(sample: Sample, settings: ResourceSettings) -> tuple[list[str],
         elif limit and limit.warn is not None and value > limit.warn:
             warned.append(f"{name} at {value:{limit.shown}}, warn above {limit.warn:g}")
     return failed, warned
+
+
+def near_limits(sample: Sample, settings: ResourceSettings) -> Sample:
+    """What is kept of a sample and shown: of very many filesystems those nearest to their limits, and how many more."""
+    details = {name: f"{text[:DETAIL_CHARS]}…" if isinstance(text, str) and len(text) > DETAIL_CHARS else text
+               for name, text in sample.details.items()}
+    mounts = {name: name.partition(" ")[2] for name in sample.metrics}
+    room = dict.fromkeys(filter(None, mounts.values()), math.inf)
+    if (more := len(room) - FILESYSTEMS_SHOWN) <= 0:
+        return replace(sample, details=details)
+    limits = {name: limit for name, _, limit in limited(sample, settings) if limit}
+    for name, mount in mounts.items():
+        limit = limits.get(name)
+        most = (limit.warn or limit.fail or 0.0) if limit else 200.0    # what has no limit comes last
+        room[mount] = min(most - sample.metrics[name], room.get(mount, math.inf))
+    room[""] = -math.inf    # of the machine
+    order = {mount: rank for rank, mount in enumerate(sorted(room, key=lambda mount: (room[mount], mount)))}
+    found = sorted(mounts, key=lambda name: order[mounts[name]])
+    metrics = {name: sample.metrics[name] for name in found if order[mounts[name]] <= FILESYSTEMS_SHOWN}
+    return replace(sample, details=details | {"more_filesystems": f"{more} more"}, metrics=metrics)
 
 
 def evaluate(sample: Sample, settings: ResourceSettings) -> Verdict:
@@ -8900,7 +8921,8 @@ class Report:
         target = self.target
         return {"resource_id": target.id, "settings_digest": target.settings_digest,
                 "credential_digest": target.credential_digest, **vars(self.standing), "polled_at": self.at,
-                "seconds": self.seconds, "sample": self.sample.to_json() if self.sample else "null"}
+                "seconds": self.seconds,
+                "sample": near_limits(self.sample, target.settings).to_json() if self.sample else "null"}
 
 
 def record_event(session: Session, kind: str, text: str, *, actor: str = "", address: str = "",    # noqa: PLR0913
@@ -16716,7 +16738,8 @@ def reading_rows(sample: Mapping[str, Any], resource: ResourceRow, damage: str) 
 
 MACHINE = {"hostname": "Host name", "os": "System", "kernel": "Kernel", "cpu_count": "CPUs",
            "uptime_seconds": "Up for", "host_key": "Host key", "memory_limit": "Memory is that of",
-           "skipped_filesystems": "Filesystems skipped", "hidden_filesystems": "Filesystems hidden"}
+           "skipped_filesystems": "Filesystems skipped", "hidden_filesystems": "Filesystems hidden",
+           "more_filesystems": "Filesystems not shown"}
 
 
 def chart_points(session: Session, resource: ResourceRow, span: str, now: float) -> Iterator[

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import pytest
 
 import healthchecker
-from healthchecker import Outcome, ResourceSettings, Sample, Standing, Verdict, evaluate, settle
+from healthchecker import Outcome, ResourceSettings, Sample, Standing, Verdict, evaluate, near_limits, settle
 
 BOTH = {"warn": 80, "fail": 95}
 WORST_LINE = 500  # characters of a reason
@@ -323,3 +324,27 @@ def test_a_check_that_warns_is_degraded(outcome: Outcome, state: str, named: str
 def test_a_warning_of_a_check_is_not_named_beside_what_is_bad() -> None:
     verdict = evaluate(sample(checks={"x": Outcome(True, "so so", degraded=True), **outcomes(bad="gone")}), settings())
     assert verdict.state == "unhealthy" and verdict.reason == "check bad: gone"
+
+
+# --- what is kept ---
+def test_of_many_filesystems_those_nearest_to_their_limits_are_kept() -> None:
+    """And how many more there are; what decides is all of them. Nothing else of the machine is lost."""
+    many = {f"{metric} /data/{number}": number / 1000 for number in range(30_000)
+            for metric in ("disk_percent", "inode_percent")}
+    read = sample({"cpu_percent": 5.0, **many, "disk_percent /off": 99.0, "disk_percent /own": 60.0,
+                   "inode_percent /files": 93.0, "load_per_cpu": 1.0})
+    limits = {"disk_percent": {"fail": 90, "mounts": {"/off": "off", "/own": {"warn": 61, "fail": 99}}},
+              "inode_percent": 95}
+    kept = near_limits(replace(read, details={"hidden_filesystems": "/mnt, " * 30_000}), settings(limits=limits))
+    assert [*kept.metrics][:5] == [
+        "cpu_percent", "load_per_cpu", "disk_percent /own", "inode_percent /files", "disk_percent /data/29999"]
+    assert "disk_percent /off" not in kept.metrics
+    assert len({name.partition(" ")[2] for name in kept.metrics}) == 1 + healthchecker.FILESYSTEMS_SHOWN
+    assert kept.metrics.items() <= read.metrics.items()
+    assert kept.details["more_filesystems"] == f"{30_003 - healthchecker.FILESYSTEMS_SHOWN} more"
+    assert len(str(kept.details["hidden_filesystems"])) < 3000
+
+
+def test_all_of_few_filesystems_are_kept() -> None:
+    few = {f"disk_percent /{number}": 1.0 for number in range(healthchecker.FILESYSTEMS_SHOWN)}
+    assert near_limits(sample(few | {"cpu_percent": 1.0}), settings()) == sample(few | {"cpu_percent": 1.0})

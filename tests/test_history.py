@@ -171,6 +171,17 @@ def test_readings(read: dict[str, float], kept: dict[str, float], notebook: Note
     assert poll.at == START
 
 
+def test_a_row_of_very_many_filesystems(notebook: Notebook) -> None:
+    """The page and the API show what is stored."""
+    many = {f"disk_percent /{number}": number / 1000 for number in range(30_000)}
+    notebook.write(notebook.report(START, "h", **many))
+    with notebook.store.reading() as session:
+        row, [poll] = session.get(Status, notebook.id), samples(session, notebook.id, LATER)
+    assert row and len(row.sample) < 10_000 and json.loads(row.sample)["metrics"]["disk_percent /29999"] == 29.999
+    assert json.loads(row.sample)["details"]["more_filesystems"] == "29900 more"
+    assert poll.readings["disk_percent"] == 30.0
+
+
 def test_nothing_was_read_is_not_zero(notebook: Notebook) -> None:
     notebook.write(notebook.report(START, "u"))
     with notebook.store.reading() as session:
