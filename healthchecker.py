@@ -18073,6 +18073,7 @@ class Heartbeat(threading.Thread):
 # alone.
 # Gives: backup, copy_rows, DATABASE, restore
 DATABASE = "healthchecker.db"   # in a backup, wherever it stands
+PRIVATE_KEYS = {"keys/private.pem", "keys/next.pem"}
 COPIED_AT_ONCE = 1000           # rows
 
 
@@ -18119,7 +18120,9 @@ def backup(arguments: argparse.Namespace) -> int:
                 member.size, member.mode, member.mtime = len(content), 0o600, time.time()
                 archive.addfile(member, io.BytesIO(content))
             archive.add(copied, DATABASE)
-    print(f"{arguments.file.name} holds the private key, too: keep it as secret as keys")
+    has_key = PRIVATE_KEYS & (kept or {}).keys()
+    print(f"{arguments.file.name} holds", "the private key, too: keep it as secret as keys" if has_key else
+          "no private key, for there is none")
     return 0
 
 
@@ -18207,7 +18210,9 @@ def restore(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{error.filename}: there is no such file") from error
     except (tarfile.TarError, EOFError, KeyError, zlib.error, gzip.BadGzipFile) as error:
         raise UsageError(f"{arguments.file.name} is no backup, or a damaged one") from error
-    print(f"restored: {path.name}, {database.name} and {service.keys.name}; files that the inventory "
+    keys = f"and {service.keys.name}" if PRIVATE_KEYS & members.keys() else (
+        f"but no {service.keys.name}, which were not in it: put private.pem there")
+    print(f"restored: {path.name}, {database.name} {keys}; files that the inventory "
           "names, and variables, are not in a backup; users and API tokens are as they were then")
     return 0
 

@@ -184,13 +184,19 @@ def test_a_restore_under_a_service(served: Path, tmp_path: Path, capsys: pytest.
     assert "a service runs on" in capsys.readouterr().err and not path.exists()
 
 
-def test_a_backup_without_keys(served: Path, tmp_path: Path) -> None:
+def test_a_backup_without_keys(served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They are lost, and all the more the rest is to be saved."""
     for path in (served / "keys").iterdir():
         path.unlink()
     assert main(["--inventory", str(served / "inventory.yaml"), "backup", str(tmp_path / "rest.tgz")]) == 0
     with tarfile.open(tmp_path / "rest.tgz") as archive:
         assert sorted(archive.getnames()) == ["healthchecker.db", "inventory.yaml"]
+    path = tmp_path / "back" / "inventory.yaml"
+    path.parent.mkdir()
+    assert main(["--inventory", str(path), "restore", str(tmp_path / "rest.tgz")]) == 0
+    said = capsys.readouterr().out
+    assert "rest.tgz holds no private key, for there is none\n" in said
+    assert "inventory.yaml, healthchecker.db but no keys, which were not in it: put private.pem there;" in said
 
 
 # --- upgrade and move, as README says ---
