@@ -174,7 +174,7 @@ from pathlib import Path
 from types import GenericAlias, MappingProxyType
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
 from typing import get_type_hints as type_hints
-from urllib.parse import quote, quote_plus, unquote, unquote_to_bytes, urlencode, urljoin
+from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_to_bytes, urlencode, urljoin
 
 gc.disable()    # what is imported stays: to look through it again and again is a sixth of the start, even once a tenth
 # Of paramiko `Match exec` alone needs it, which SshConfig refuses: 7 MB of each process, and a tenth of the start.
@@ -16462,6 +16462,19 @@ def resource_path(name: str) -> str:
     return f"{PREFIX}resources/{quote(name, safe='')}"
 
 
+def shown_at(path: str) -> str:
+    """A page's path with the query (filter, span of time) with which it is shown, also to a form of it that was sent
+    to elsewhere."""
+    found = re.fullmatch(rf"https?://[^/]+{re.escape(path)}(\?[!-~]+)", flask.request.referrer or "")
+    return path + found[1] if found else path
+
+
+def page_query(path: str) -> Mapping[str, str]:
+    """That query."""
+    is_form = flask.request.method not in SAFE_METHODS
+    return dict(parse_qsl(shown_at(path).partition("?")[2])) if is_form else flask.request.args
+
+
 def add_template_globals(app: flask.Flask) -> None:
     app.jinja_options = {"loader": jinja2.DictLoader(TEMPLATES), "trim_blocks": True, "lstrip_blocks": True}
     env = app.jinja_env
@@ -16689,7 +16702,7 @@ def overview(**more: Any) -> flask.Response:
     """Every resource, worst first, and the gate."""
     context = current_principal().context
     now = context.clock()
-    wanted = {name: flask.request.args.get(name, "") for name in FILTERS}
+    wanted = {name: page_query(PREFIX).get(name, "") for name in FILTERS}
     with context.store.reading() as session:
         more_known, turns = remarks(session, now), timetable(session, now)
         everything = [ResourceRow(row, status, context, more_known) for row, status in session.execute(RESOURCES)]
@@ -16709,7 +16722,7 @@ def overview(**more: Any) -> flask.Response:
                        said={blocker["name"] for blocker in blockers[:5]}, groups=groups, rows=rows,
                        sections=sections_of(rows, wanted, groups), cut=context.monitor.uplink.cut,
                        clock_step=context.monitor.clock_step, turns=turns, untold=untold,
-                       refresh="" if flask.request.method == "GET" else PREFIX,
+                       refresh="" if flask.request.method == "GET" else shown_at(PREFIX),
                        **overview_choices(everything, found, wanted, groups), **more)
 
 
@@ -16785,7 +16798,7 @@ def availability_rows(session: Session, resource_id: int, now: float) -> list[tu
 def resource_page(name: str, **more: Any) -> flask.Response:
     context, request = current_principal().context, flask.request
     now = context.clock()
-    span = request.args.get("span", "")
+    span = page_query(resource_path(name)).get("span", "")
     span = span if span in SPANS else "hour"
     with context.store.reading() as session:
         row = find_resource(session, name)
@@ -16806,7 +16819,7 @@ def resource_page(name: str, **more: Any) -> flask.Response:
                        machine=MACHINE, details={**sample["details"], "host_key": row.host_key},
                        login_wait=context.monitor.login_wait(name), connection=connection_view(context, name),
                        origin=row.origin == "inventory" and (row.place or context.inventory.path.name),
-                       refresh="" if request.method == "GET" else resource.href,
+                       refresh="" if request.method == "GET" else shown_at(resource.href),
                        outcomes=outcomes, **more)
 
 
@@ -17004,7 +17017,8 @@ def form_route(path: str, page: Callable[..., flask.Response], action: Callable[
             error = api_error(failure)
             return page(**names, status=error.status, given=form, errors=error.fields,
                         problem=told(error))
-        return done if isinstance(done, flask.Response) else flask.redirect(after or resource_path(**names), 303)
+        return done if isinstance(done, flask.Response) else flask.redirect(
+            shown_at(after or resource_path(**names)), 303)
 
     return Route("POST", path, "admin", answer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import http.client
 import math
 import os
@@ -323,6 +324,18 @@ def test_page(local: Local) -> None:
     assert reply.status == 200 and 'value="typed"' in reply.body and "Nothing has been" in reply.body
     reply = local.form("/-/override", {"action": "open", "for": "48h", "reason": "x"})
     assert reply.status == 422 and "must be at most 24h" in reply.body and 'data-refresh="/-/"' in reply.body
+    origin, shown = "http://localhost", "/-/?q=a&state=healthy"
+    here = {"Referer": origin + shown}
+    reply = local.form("/-/override", {"action": "open", "for": "48h"}, headers=here)
+    assert f'data-refresh="{html.escape(shown)}"' in reply.body and 'name="q" value="a"' in reply.body
+    reply = local.form("/-/override", {"action": "close", "reason": "<b>moving</b>"}, headers=here)
+    assert (reply.status, reply.headers["location"]) == (303, shown), "the filter of the page stays"
+    for foreign in (f"{origin}/-/events?q=a", f"{origin}/-/?q=\u00e9", "/-/?q=a", ""):
+        reply = local.form("/-/override", {"action": "close", "reason": "<b>moving</b>"}, headers={"Referer": foreign})
+        assert (reply.status, reply.headers["location"]) == (303, "/-/"), foreign
+    day = "/-/resources/a?span=day"
+    reply = local.form("/-/resources/a/check", {}, headers={"Referer": origin + day})
+    assert (reply.status, reply.headers["location"]) == (303, day), "the span of its charts, too"
     with local.store.writing() as session:
         session.add(make_user("viola", PASSWORD, "viewer"))
     local.log_in_as("viola")
@@ -492,7 +505,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
         local.log_in_as("SpiceWorks")
         cookie = {"name": "healthchecker_session", "value": local.cookie, "url": "http://{}:{}/-/".format(*local.console)}
         context.add_cookies([cast(Any, cookie)])
-        page.goto("/-/")
+        page.goto("/-/?q=A")
         other = context.new_page()
         other.goto("/-/")
         page.get_by_text("Override the gate").first.click()
@@ -501,6 +514,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
         for shown in (page, other):
             shown.get_by_text("Gate closed by SpiceWorks: moving house").wait_for(timeout=PATIENCE)
             shown.get_by_text("Gate closed", exact=True).wait_for(timeout=PATIENCE)
+        assert page.get_by_label("Search").input_value() == "A" and page.url.endswith("?q=A")
         page.get_by_role("button", name="Leave the gate to the resources").click()
         for shown in (page, other):
             shown.get_by_text("Gate open", exact=True).wait_for(timeout=PATIENCE)
