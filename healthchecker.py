@@ -16383,10 +16383,12 @@ async function refresh() {
   }
 }
 
+const isDue = () => !document.hidden && !main.querySelector("button:disabled") && "refresh" in main.dataset;
+
 // A busy server is asked less often: the pause is ten times as long as the answer took.
 async function watch() {
   const begin = performance.now();
-  if (!document.hidden && !main.querySelector("button:disabled") && "refresh" in main.dataset) await refresh();
+  if (isDue()) await refresh();
   setTimeout(watch, Math.max(PERIOD, 10 * (performance.now() - begin)));
 }
 
@@ -16435,6 +16437,7 @@ addEventListener("input", event => {
 for (const kind of ["keydown", "pointerdown", "pointermove", "wheel"])
   addEventListener(kind, () => { attended = true; }, { passive: true });
 if (main.dataset.refresh) history.replaceState(null, "", main.dataset.refresh);     // a form was sent to elsewhere
+document.addEventListener("visibilitychange", () => { if (isDue()) refresh(); });    // timers wait in the background
 setTimeout(watch, PERIOD);
 """
 

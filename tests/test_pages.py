@@ -226,6 +226,22 @@ def test_users(page: Page, browser: Browser, watched: Service) -> None:
     page.get_by_text("is the last admin").wait_for()
 
 
+def test_a_page_that_comes_to_the_front_is_refreshed_at_once(browser: Browser, tmp_path: Path) -> None:
+    """In the background timers wait for up to a minute; here they stand still."""
+    with local_console(tmp_path, "", password=PASSWORD, clock=time.time) as local, served(local):
+        context, page, faults = visit(browser, local)
+        enter(page, local)
+        page.add_init_script("window.setTimeout = () => 0")
+        page.goto("/-/")
+        local.open_session(password=PASSWORD)
+        assert local.form("/-/override", {"action": "close", "reason": "moving"}).status == 303
+        assert page.get_by_text("Gate closed by").count() == 0
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        page.get_by_text("Gate closed by SpiceWorks: moving").first.wait_for()
+        context.close()
+        assert not faults
+
+
 @pytest.mark.long
 def test_a_changed_host_key_is_shown_before_it_is_trusted(
     browser: Browser, sshd: Sshd | ParamikoSshd, tmp_path: Path
