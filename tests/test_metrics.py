@@ -660,7 +660,7 @@ def test_a_service_counts_what_it_does(tmp_path: Path, threads: int) -> None:
         assert (found["healthchecker_gate_open",], found["healthchecker_workers",]) == (0, 1)
         wait_for(lambda: scraped(service)["healthchecker_connections",] == 0)
         # the state is as it counts, what was read as it is written a moment later
-        wait_for(lambda: scraped(service, BEARER)["healthchecker_resource_check_good", "up", "flag"] == 0)
+        wait_for(lambda: scraped(service, BEARER).get(("healthchecker_resource_check_good", "up", "flag")) == 0)
         full = scraped(service, BEARER)
         assert full["healthchecker_resource_state", "flag", "unhealthy"] == 1
         assert 0 < full["healthchecker_resource_memory_percent", "flag"] < 100
