@@ -624,7 +624,7 @@ def test_what_falls_is_written_at_once(notebook: Notebook, monkeypatch: pytest.M
             time.sleep(0.001)       # as they come from their threads
         wait_for(lambda: notebook.count(SAMPLES) == 202, 10)
         seconds = time.monotonic() - begun_mono
-        assert writers.count(notebook.recorder) <= 2 + seconds / healthchecker.FALL_INTERVAL
+        assert writers.count(notebook.recorder) <= 2 + seconds / healthchecker.WOKEN_INTERVAL
     finally:
         sqlalchemy.event.remove(sqlalchemy.orm.Session, "after_commit", note)
         notebook.recorder.close()
