@@ -5658,6 +5658,13 @@ def missing_package(auth: str) -> str | None:
     return f"auth {auth} needs a package: pip install pypsrp[{auth}]" if absent else None
 
 
+def login_protocol(settings: ResourceSettings) -> str:
+    """The one protocol that a password is shown by. Left to choose, pyspnego asks a KDC first and then logs in by NTLM:
+    one login would be two wrong passwords, a local account's one for the domain account of that name."""
+    by_realm = settings.auth == "credssp" and "@" in (settings.username or "") and not missing_package("kerberos")
+    return "kerberos" if by_realm or settings.auth == "kerberos" else "ntlm"
+
+
 def tls_fault(error: OSError, hint: str, *, agreed: bool = False) -> ProbeError:
     """Our error for a broken connection or TLS handshake; `hint` says what may be wrong where nothing answers, `agreed`
     that both sides had agreed on how to go on. None is `auth`: nobody looked at a password that may have been sent."""
@@ -6180,10 +6187,11 @@ class PowerShellConnection(TlsConnection):
         return pool
 
     def _transport(self, opened: GuardedSocket) -> Any:
-        settings = self._settings
+        settings, protocol = self._settings, login_protocol(self._settings)
         transport = type(self.WSMAN.transport)(
-            settings.hostname, settings.connect_port, settings.username,
-            settings.secrets.get("password"), settings.tls, auth=settings.auth, no_proxy=True,
+            settings.hostname, settings.connect_port, settings.username, settings.secrets.get("password"), settings.tls,
+            auth=protocol if settings.auth == "negotiate" else settings.auth, credssp_auth_mechanism=protocol,
+            no_proxy=True,
             certificate_pem=settings.certificate_file and str(settings.certificate_file),
             certificate_key_pem=settings.key_file and str(settings.key_file))
         session = transport._build_session()

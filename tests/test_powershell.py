@@ -52,7 +52,9 @@ from healthchecker import (
     Sample,
     Target,
     Verdict,
+    login_protocol,
     main,
+    missing_package,
     poll_once,
     tls_fault,
 )
@@ -67,6 +69,9 @@ AT_ONCE = 24 if sys.platform != "win32" else 12
 LATE = 10  # seconds that a busy machine may add
 TIMEOUT = 30.0  # seconds; everything that does not wait for it is over long before, on a busy machine, too
 DONE = "\ndone\n"
+needs_credssp = pytest.mark.skipif(
+    sys.platform == "win32" and not importlib.util.find_spec("requests_credssp"), reason="not among its packages there"
+)
 ACCESS = ConnectionContext(KnownHosts(Path("no such file")), Resolver())
 
 
@@ -263,6 +268,56 @@ def test_polls_in_many_threads() -> None:
         with ThreadPoolExecutor(12) as pool:
             assert list(pool.map(lambda script: send(server, script, 20.0), scripts)) == scripts
         assert server.shells == {}
+
+
+# === Ways to log in ==========================================================
+
+
+class ListeningServer(WSManServer):
+    """Keeps the tokens of logins."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.tokens: list[bytes] = []
+
+    def new_context(self, bindings: Any) -> Any:
+        context = super().new_context(bindings)
+        step = context.step
+
+        def kept(token: bytes) -> Any:
+            self.tokens.append(token)
+            return step(token)
+
+        context.step = kept
+        return context
+
+
+@pytest.mark.parametrize(("scheme", "auth"), [("http", "negotiate"), ("https", "negotiate"), ("https", "ntlm")])
+def test_a_password_is_shown_by_one_protocol(scheme: str, auth: str) -> None:
+    """What offers several asks a KDC first, where there is one: of one wrong password the directory would count two."""
+    with ListeningServer(scheme, auth, answer=RECORDED) as server:
+        assert poll(target(server)).cause == ""
+        assert [token[:12] for token in server.tokens] == [b"NTLMSSP\0\1\0\0\0", b"NTLMSSP\0\3\0\0\0"]
+
+
+@pytest.mark.parametrize(("user", "has_kerberos", "protocol"), [
+    ("monitor", True, "ntlm"), ("EXAMPLE\\monitor", True, "ntlm"),
+    ("monitor@EXAMPLE.COM", True, "kerberos"), ("monitor@EXAMPLE.COM", False, "ntlm"),
+])  # fmt: skip
+def test_credssp_shows_a_password_by_one_protocol(
+    user: str, has_kerberos: bool, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = ["socket" if has_kerberos else "no_such_package"]
+    monkeypatch.setattr(healthchecker, "EXTRAS", {"credssp": [], "kerberos": packages})
+    with WSManServer("https", "credssp") as server:
+        settings = target(server, username=user).settings
+    assert login_protocol(settings) == protocol
+
+
+@needs_credssp
+def test_credssp() -> None:
+    with no_leaks(), ListeningServer("https", "credssp", answer=RECORDED) as server:
+        assert poll(target(server)).verdict.state == "healthy"
 
 
 # === Answers after the poll ==================================================
@@ -670,15 +725,16 @@ def test_an_output_that_is_no_answer(output: str) -> None:
         assert polled.reason == f"the script was not run; output: {said}"
 
 
-@pytest.mark.parametrize(("auth", "module"), [("kerberos", "gssapi"), ("credssp", "requests_credssp")])
-def test_missing_packages_are_named(auth: str, module: str) -> None:
-    if importlib.util.find_spec(module):
-        pytest.skip(f"{module} is installed")
-    if sys.platform == "win32" and auth == "kerberos":
-        pytest.skip("Windows brings Kerberos along")
-    with WSManServer("https", "negotiate") as server:
-        polled = poll(target(server, auth=auth))
-    assert (polled.cause, f"pip install pypsrp[{auth}]" in polled.reason) == ("credential", True)
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("krb5", "requests_credssp"):     # as if none was installed
+        monkeypatch.setitem(sys.modules, module, None)
+    for auth in ("credssp", "kerberos"):
+        if sys.platform != "win32" or auth == "credssp":    # Windows brings Kerberos along
+            assert missing_package(auth) == f"auth {auth} needs a package: pip install pypsrp[{auth}]"
+    if sys.platform != "win32" and not importlib.util.find_spec("gssapi"):
+        with WSManServer("https", "negotiate") as server:
+            polled = poll(target(server, auth="kerberos"))
+        assert (polled.cause, "pip install pypsrp[kerberos]" in polled.reason) == ("credential", True)
 
 
 # === Certificates ============================================================

@@ -466,7 +466,7 @@ class SecuredConnection(http.server.BaseHTTPRequestHandler):
             self.user = self._check_basic(scheme, credential)
         elif self.owner.auth == "certificate":
             self.user = "certificate" if scheme == CERTIFICATE_SCHEME and self._peer_certificate() else ""
-        elif scheme.lower() == "negotiate":
+        elif scheme.lower() == ("credssp" if self.owner.auth == "credssp" else "negotiate"):
             self._step(base64.b64decode(credential))
         if not self.user:
             raise self._unauthorized()
@@ -510,13 +510,14 @@ class SecuredConnection(http.server.BaseHTTPRequestHandler):
         self.user, self.token = self.context.client_principal or "", answer
 
     def _bindings(self) -> GssChannelBindings | None:
-        if not (self.owner.scheme == "https" and self.owner.channel_binding):
-            return None
+        if not (self.owner.scheme == "https" and self.owner.channel_binding) or self.owner.auth == "credssp":
+            return None  # CredSSP has TLS of its own, whose key it binds to
         digest = bytes.fromhex(self.certificate.fingerprint)
         return GssChannelBindings(application_data=b"tls-server-end-point:" + digest)
 
     def _unauthorized(self, token: bytes | None = None) -> Reply:
-        scheme = {"basic": "Basic", "certificate": CERTIFICATE_SCHEME}.get(self.owner.auth, "Negotiate")
+        schemes = {"basic": "Basic", "certificate": CERTIFICATE_SCHEME, "credssp": "CredSSP"}
+        scheme = schemes.get(self.owner.auth, "Negotiate")
         challenge = f"{scheme} {base64.b64encode(token or b'').decode()}".strip()
         return Reply(401, WWW_Authenticate=challenge)
 
@@ -843,8 +844,8 @@ ACCOUNTS = AccountFile()
 class WSManServer:
     """The server as a context manager; leaving it ends every thread and closes every socket.
 
-    `scheme` is http or https; `auth` is ntlm, negotiate, basic or certificate. `users` (name to password, the
-    name with a domain as DOMAIN\\name) and `misbehave` (step to Misbehaviour) may be changed at any time.
+    `scheme` is http or https; `auth` is ntlm, negotiate, basic, certificate or, with https, credssp. `users` (name to
+    password, the name with a domain as DOMAIN\\name) and `misbehave` (step to Misbehaviour) may be changed any time.
     """
 
     scheme: str = "https"
