@@ -5616,6 +5616,7 @@ GATHER_TIME = 0.02              # seconds; rows that come faster are asked for t
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 # of a 401 that is a step of a login, not a refusal: it goes on with a token
 STEP = re.compile(r"(?i)(?:^|,)\s*(?:negotiate|ntlm|kerberos|credssp)\s+[^\s,]")
+LOGIN_STEPS = {"credssp": 8}    # it takes 5; else 2, for what comes after NTLM's second one is another wrong password
 UNMAPPED = "the host wants a client certificate, or refuses ours; for WinRM, map it to an account there"
 EXTRAS = {"credssp": ["requests_credssp"], "kerberos": [] if sys.platform == "win32" else ["gssapi", "krb5"]}
 TOO_MANY_SHELLS = 2150859173
@@ -5702,6 +5703,11 @@ class GuardedSocket(HostSocket):
     waits = False       # somebody does for that, also after the poll
     heard: bytes | bytearray = b""      # what came since it asks
     again: bytes | bytearray = b""      # what of that is read once more
+    steps = 0           # times that a login may still be asked for: after the last one it goes on with no token
+
+    def goes_on(self, challenge: str) -> bool:
+        """Whether a 401 is a step of a login, not a refusal."""
+        return self.steps > 0 and bool(STEP.search(challenge))
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -5744,7 +5750,7 @@ class GuardedSocket(HostSocket):
             with contextlib.suppress(Exception):    # whatever a host's bytes make http.client raise
                 came = FinalResponse(self)
                 came.begin()
-                is_step = STEP.search(came.getheader("WWW-Authenticate", ""))
+                is_step = self.goes_on(came.getheader("WWW-Authenticate", ""))
                 return True if 200 <= came.status < 300 else False if came.status == 401 and not is_step else None
             return None
         finally:
@@ -5802,9 +5808,10 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
     def send(self, request: Any, *args: Any, **settings: Any) -> requests.Response:
         logged_in = self._opened.logged_in
         self._opened.asks = asks = "Authorization" in request.headers and not logged_in
+        self._opened.steps -= asks
         response = super().send(request, *args, **settings)
         self._opened.asks = False
-        refused = asks and not STEP.search(response.headers.get("WWW-Authenticate", ""))    # whatever its page is
+        refused = asks and not self._opened.goes_on(response.headers.get("WWW-Authenticate", ""))   # whatever its page
         if response.status_code == 401 and (refused or logged_in):      # or it would be done unasked
             self._opened.in_step = False
             raise AuthenticationError("the host wants another login")
@@ -6194,6 +6201,7 @@ class PowerShellConnection(TlsConnection):
             no_proxy=True,
             certificate_pem=settings.certificate_file and str(settings.certificate_file),
             certificate_key_pem=settings.key_file and str(settings.key_file))
+        opened.steps = LOGIN_STEPS.get(settings.auth, 2)
         session = transport._build_session()
         session.trust_env = False       # a .netrc would replace the Authorization header
         session.verify = False          # the connection is verified

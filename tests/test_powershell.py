@@ -397,6 +397,22 @@ def test_a_refusal_counts_whatever_its_page_is(scheme: str, auth: str, more: byt
         assert guard.refusals == 1
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_refusal_that_carries_a_token_is_one(scheme: str) -> None:
+    """pypsrp would log in again for each token (here RFC 4178's `reject`), which is one more wrong password."""
+    reject = b"Negotiate " + base64.b64encode(bytes.fromhex("a1073005a0030a0102"))
+
+    def spoil(octets: bytes) -> bytes:
+        if server.logins < 3:   # the first 401 asks for a login, the second one is a step
+            return octets
+        return octets.replace(b"Authenticate: Negotiate\r\n", b"Authenticate: %b\r\n" % reject)
+
+    with CountingServer(scheme, "ntlm", spoil=spoil) as server:
+        guard = LoginGuard()
+        assert poll(target(server, password="wrong"), guard).cause == "auth"
+        assert (guard.refusals, server.logins) == (1, 3)
+
+
 # === Misbehaviour ============================================================
 
 BEFORE_HTTP: dict[Misbehaviour, str] = {
