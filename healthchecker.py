@@ -5619,6 +5619,18 @@ STEP = re.compile(r"(?i)(?:^|,)\s*(?:negotiate|ntlm|kerberos|credssp)\s+[^\s,]")
 LOGIN_STEPS = {"credssp": 8}    # it takes 5; else 2, for what comes after NTLM's second one is another wrong password
 UNMAPPED = "the host wants a client certificate, or refuses ours; for WinRM, map it to an account there"
 EXTRAS = {"credssp": ["requests_credssp"], "kerberos": [] if sys.platform == "win32" else ["gssapi", "krb5"]}
+KRB5 = 0x96C73A00               # where krb5's codes begin, first RFC 4120's
+NO_KDC: tuple[type[ProbeError], Cause, str] = (
+    ProbeError, "unreachable", "no domain controller answers; check krb5.conf, DNS and port 88")
+SKEWED: tuple[type[ProbeError], Cause, str] = (ProbeError, "unreachable", "the clocks differ; set them by NTP")
+NO_SPN: tuple[type[ProbeError], Cause, str] = (
+    NotAllowed, "auth", "the directory has no such host; write hostname as it does, with the SPN HOST/hostname")
+# What is said in a login by Kerberos or CredSSP and is nothing about the credential: codes of krb5, SSPI and NTSTATUS.
+LOGIN_FAULTS = {
+    **dict.fromkeys((*(KRB5 + code for code in (29, 154, 156, 217, 220, 224)), 0x80090311, 0xC000005E), NO_KDC),
+    **dict.fromkeys((KRB5 + 37, KRB5 + 148, 0x80090324, 0xC0000133), SKEWED),
+    **dict.fromkeys((KRB5 + 7, KRB5 + 35, KRB5 + 41, 0x80090303, 0x80090322), NO_SPN),
+}
 TOO_MANY_SHELLS = 2150859173
 WINRM_FAULTS: dict[int, tuple[Cause, str]] = {
     5: ("auth", "access denied: add the account to Remote Management Users, or correct configuration_name"),
@@ -5698,7 +5710,8 @@ class GuardedSocket(HostSocket):
     limit = OUTPUT_BYTES
     hint = ""
     in_step = True      # False: an answer is lost or still to come, so nothing more can be asked
-    logged_in = False
+    logged_in = False   # a request was answered otherwise than by 401
+    contexts: Mapping[str, Any] = MappingProxyType({})      # of a login by CredSSP, by host
     asks = False        # for an answer to a secret, which none came to yet
     waits = False       # somebody does for that, also after the poll
     heard: bytes | bytearray = b""      # what came since it asks
@@ -5750,12 +5763,25 @@ class GuardedSocket(HostSocket):
             with contextlib.suppress(Exception):    # whatever a host's bytes make http.client raise
                 came = FinalResponse(self)
                 came.begin()
-                is_step = self.goes_on(came.getheader("WWW-Authenticate", ""))
-                return True if 200 <= came.status < 300 else False if came.status == 401 and not is_step else None
+                if came.status == 401:
+                    return self._judge(came.getheader("WWW-Authenticate", ""))
+                return True if 200 <= came.status < 300 else None
             return None
         finally:
             self.waits = False
             self.end()
+
+    def _judge(self, challenge: str) -> bool | None:
+        """What a late 401 says: CredSSP has its errors, and that a password is right, in the token of a step."""
+        if not self.goes_on(challenge):
+            return False
+        for context in self.contexts.values():
+            try:
+                context._context.step(base64.b64decode(challenge.rpartition(" ")[2]))
+            except SpnegoError:
+                return False
+            return context._context.complete or None
+        return None
 
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
         if self.again:
@@ -5819,6 +5845,7 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
             cause = HTTP_CAUSES.get(response.status_code, "protocol")
             error = NotAllowed if cause == "auth" else ProbeError
             raise error(cause, f"HTTP {response.status_code}, which WinRM never answers; {START_WINRM}")
+        self._opened.logged_in |= response.status_code != 401
         if "Content-Encoding" in response.headers:  # 64 KB can unpack to 64 MB
             raise ProbeError("protocol", "the answer is compressed, which WinRM never does; check port and proxies")
         return response
@@ -5970,6 +5997,22 @@ class TlsConnection(Connection):
         return context
 
 
+def codes_of(error: BaseException | None) -> Iterator[int]:
+    """The codes of an error and of what it came from, as krb5, GSSAPI and Windows have them, without a sign."""
+    while error:
+        for name in ("err_code", "min_code", "winerror"):
+            yield (getattr(error, name, None) or 0) & 0xFFFFFFFF
+        error = getattr(error, "base_error", None) or error.__cause__
+
+
+def login_fault(error: BaseException, settings: ResourceSettings) -> ProbeError:
+    """Our error for whatever ends a login by Kerberos or CredSSP: a refusal, unless its code is about something else.
+    Those that nobody counts lock an account."""
+    known = (LOGIN_FAULTS[code] for code in codes_of(error) if code in LOGIN_FAULTS)
+    fault, cause, advice = next(known, (ProbeError, "auth", "check username and password"))
+    return fault(cause, f"no login as {settings.username}: {one_line(str(error), 300)}; {advice}")
+
+
 @contextlib.contextmanager
 def explained(settings: ResourceSettings, opened: GuardedSocket | None = None) -> Iterator[None]:
     """Our error for whatever the host's bytes make pypsrp raise."""
@@ -5982,18 +6025,19 @@ def explained(settings: ResourceSettings, opened: GuardedSocket | None = None) -
     except AuthenticationError as error:
         bound = guessed_binding(opened) if settings.auth in ("negotiate", "ntlm", "kerberos") else ""
         refused = f"login as {settings.username} refused; check username, password and auth{bound}"
-        raise ProbeError("auth", UNMAPPED if settings.auth == "certificate" else refused) from error
-    except SpnegoError as error:    # of Kerberos: no ticket, or a password that the KDC refuses
-        raise ProbeError("auth", f"no login as {settings.username}: {one_line(str(error))}") from error
+        fault = NotAllowed if settings.auth == "kerberos" else ProbeError   # for there the KDC has taken the password
+        raise fault("auth", UNMAPPED if settings.auth == "certificate" else refused) from error
     except WSManFaultError as error:
         unknown: tuple[Cause, str] = ("protocol", f"WinRM fault {error.code}: {error.reason}")
         fault = NotAllowed if error.code == 5 else ProbeError
         raise fault(*WINRM_FAULTS.get(error.code or 0, unknown)) from error
     except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
         raise ProbeError("unreachable", "the host closed the connection during the poll") from error
-    except Exception as error:      # pypsrp lets through whatever its parsers raise
+    except Exception as error:      # pypsrp lets through whatever its parsers raise, and those who log in for it
+        in_login = opened and not opened.logged_in and (settings.auth in EXTRAS or isinstance(error, SpnegoError))
         kind = type(error).__name__
-        raise ProbeError("protocol", f"the answer is not WinRM's; check port and proxies ({kind})") from error
+        raise login_fault(error, settings) if in_login else \
+            ProbeError("protocol", f"the answer is not WinRM's; check port and proxies ({kind})") from error
 
 
 def new_pool(wsman: WSMan, settings: ResourceSettings, keeps: bool) -> RunspacePool:
@@ -6160,11 +6204,14 @@ class PowerShellConnection(TlsConnection):
             stack.callback(opened.end)
             wsman = copy.copy(before.pool.connection if before else self.WSMAN)
             with (self._guard.attempt(self._target.name, deadline, self.record),
-                  opened.heard_out(not self._settings.locks_nothing), explained(self._settings, opened)):
+                  opened.heard_out(self._is_heard_out), explained(self._settings, opened)):
                 wsman.transport = self._transport(opened)
                 yield opened, wsman
             stack.pop_all()
-            opened.logged_in = True
+
+    @property
+    def _is_heard_out(self) -> bool:
+        return not self._settings.locks_nothing and self._settings.auth != "kerberos"   # of that the KDC tells at once
 
     def _made_from(self) -> list[Any]:
         times = []
@@ -6201,8 +6248,9 @@ class PowerShellConnection(TlsConnection):
             no_proxy=True,
             certificate_pem=settings.certificate_file and str(settings.certificate_file),
             certificate_key_pem=settings.key_file and str(settings.key_file))
+        session: Any = transport._build_session()
         opened.steps = LOGIN_STEPS.get(settings.auth, 2)
-        session = transport._build_session()
+        opened.contexts = session.auth.contexts if settings.auth == "credssp" else {}
         session.trust_env = False       # a .netrc would replace the Authorization header
         session.verify = False          # the connection is verified
         session.adapters.clear()

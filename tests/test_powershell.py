@@ -33,6 +33,7 @@ from conftest import late_logins, no_leaks, wait_for
 from cryptography.hazmat.primitives import serialization
 from pydantic import SecretStr
 from service import Service, run_cheaply, write_inventory
+from spnego.exceptions import SpnegoError
 from test_wsman_server import WAYS, man_in_the_middle
 from wsman_server import TLS_HEAD, Answer, Certificate, Misbehaviour, Script, WSManServer
 
@@ -41,9 +42,11 @@ from healthchecker import (
     AUTH_BACKOFF,
     ConnectionContext,
     Deadline,
+    GuardedSocket,
     Guards,
     KnownHosts,
     LoginGuard,
+    LoginRecord,
     Output,
     PowerShellConnection,
     ProbeError,
@@ -52,6 +55,7 @@ from healthchecker import (
     Sample,
     Target,
     Verdict,
+    explained,
     login_protocol,
     main,
     missing_package,
@@ -320,6 +324,66 @@ def test_credssp() -> None:
         assert poll(target(server)).verdict.state == "healthy"
 
 
+@needs_credssp
+def test_a_password_that_credssp_refuses_counts() -> None:
+    """By a 401 that carries a token with an error, as Windows does; it was none of WinRM's answers."""
+    with CountingServer("https", "credssp", answer=RECORDED) as server:
+        guard = LoginGuard()
+        first = poll(target(server, password="wrong"), guard)
+        assert (first.cause, "no login as monitor" in first.reason, guard.refusals) == ("auth", True, 1)
+        logins = server.logins
+        assert (poll(target(server, password="wrong"), guard).cause, server.logins) == ("auth", logins)
+
+
+@needs_credssp
+@pytest.mark.parametrize(("kind", "cause"), [("not soap", "protocol"), ("drop", "unreachable"), (503, "unreachable")])
+def test_what_is_no_answer_to_a_login_by_credssp_counts_for_none(kind: Misbehaviour, cause: str) -> None:
+    guard = LoginGuard()
+    with WSManServer("https", "credssp", misbehave={"auth": kind}) as server:
+        assert (poll(target(server), guard).cause, guard.refusals) == (cause, 0)
+
+
+class Krb5Error(Exception):
+    """In the shape of krb5's (https://pypi.org/project/krb5, _exceptions.pyi), which needs a compiler."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"Kerberos says {number}")
+        self.err_code = number - 1765328384  # of RFC 4120, or behind those of MIT krb5's krb5_err.et
+
+
+class GSSError(Exception):
+    """In the shape of gssapi's (https://pypi.org/project/gssapi, raw/misc.pyx), of GSS_S_FAILURE."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"Kerberos says {number}")
+        self.maj_code, self.min_code = 13 << 16, (number - 1765328384) % (1 << 32)
+
+
+KERBEROS_SAYS = {
+    **dict.fromkeys((6, 12, 18, 23, 24, 31, 60), ("auth", 1, "check username and password")),
+    **dict.fromkeys((29, 154, 156, 220), ("unreachable", 0, "DNS and port 88")),
+    **dict.fromkeys((37, 148), ("unreachable", 0, "NTP")),
+    **dict.fromkeys((7, 35), ("auth", 0, "HOST/hostname")),
+}
+
+
+@pytest.mark.parametrize("number", KERBEROS_SAYS)
+@pytest.mark.parametrize("shape", [Krb5Error, GSSError])
+def test_what_kerberos_says_of_a_credential_counts(shape: type[Exception], number: int) -> None:
+    """And nothing else: a KDC that is away for a moment stopped all that log in with a credential for half an hour."""
+    cause, refusals, words = KERBEROS_SAYS[number]
+    guard, error = LoginGuard(), shape(number)
+    with WSManServer("https", "negotiate") as server, GuardedSocket() as opened:
+        resource = target(server, auth="kerberos")
+        attempt = guard.attempt("win", Deadline(TIMEOUT), LoginRecord())
+        with pytest.raises(ProbeError) as caught, attempt, explained(resource.settings, opened):
+            if shape is GSSError:   # as pyspnego raises it
+                raise SpnegoError(base_error=error, context_msg="Processing security token") from error
+            raise error
+    assert (caught.value.cause, guard.refusals) == (cause, refusals)
+    assert words in str(caught.value) and f"Kerberos says {number}" in str(caught.value)
+
+
 # === Answers after the poll ==================================================
 
 
@@ -341,7 +405,7 @@ class TardyServer(WSManServer):
 
         def late(token: bytes) -> Any:
             tokens.append(token)
-            if len(tokens) == 2:
+            if len(tokens) == (4 if self.auth == "credssp" else 2):
                 self.wait()
             return step(token)
 
@@ -360,7 +424,9 @@ class SlowUsers(dict[str, str]):
 
 
 @pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
-@pytest.mark.parametrize(("scheme", "auth"), [("http", "ntlm"), ("https", "negotiate"), ("https", "basic")])
+@pytest.mark.parametrize(("scheme", "auth"), [
+    ("http", "ntlm"), ("https", "negotiate"), ("https", "basic"), pytest.param("https", "credssp", marks=needs_credssp),
+])  # fmt: skip
 def test_what_is_said_of_a_password_after_the_poll(scheme: str, auth: str, right: bool) -> None:
     """A refusal counts, or each poll would send the wrong password again, until the account is locked."""
     with no_leaks(), TardyServer(scheme, auth, answer=RECORDED) as server:
