@@ -4225,8 +4225,8 @@ class LateLogin(ProbeError):
     """A host had not answered to a password when its poll was over: whatever delays refusals may take longer.
     `outcome` waits for the answer so many seconds and ends the connection: accepted, refused, or None, no answer."""
 
-    def __init__(self, deadline: Deadline, outcome: Callable[[float], bool | None]) -> None:
-        super().__init__("timeout", f"no answer within {deadline.seconds:g} s")
+    def __init__(self, deadline: Deadline, outcome: Callable[[float], bool | None], whose: str = "") -> None:
+        super().__init__("timeout", f"no answer{whose} within {deadline.seconds:g} s")
         self.outcome = outcome
 
 
@@ -6040,6 +6040,35 @@ def explained(settings: ResourceSettings, opened: GuardedSocket | None = None) -
             ProbeError("protocol", f"the answer is not WinRM's; check port and proxies ({kind})") from error
 
 
+def send_beside(opened: GuardedSocket, settings: ResourceSettings, send: Callable[..., Any], *args: Any,
+                **more: Any) -> Any:
+    """What `send` gives, in another thread until it is logged in: krb5 waits for a silent KDC longer than polls do.
+    Raises LateLogin, whose outcome is that of the thread, so that there is one at a time."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            future.set_result(send(*args, **more))
+        except BaseException as error:  # noqa: BLE001  # it is for whoever waits
+            future.set_exception(error)
+
+    def outcome(_: float) -> bool | None:
+        try:
+            with explained(settings, opened):
+                future.result()
+        except ProbeError as error:
+            return False if error.cause == "auth" and not isinstance(error, NotAllowed) else None
+        return True
+
+    if opened.logged_in:
+        return send(*args, **more)
+    threading.Thread(target=work, daemon=True).start()
+    concurrent.futures.wait([future], opened.deadline.left() + 0.5)     # what the host is late with ends by itself
+    if not future.done():
+        raise LateLogin(opened.deadline, outcome, " of a KDC")
+    return future.result()
+
+
 def new_pool(wsman: WSMan, settings: ResourceSettings, keeps: bool) -> RunspacePool:
     """Room for a script behind each check that cannot be stopped. A host drops a forgotten shell after the idle time,
     and takes no less than 60 seconds."""
@@ -6255,6 +6284,8 @@ class PowerShellConnection(TlsConnection):
         session.verify = False          # the connection is verified
         session.adapters.clear()
         session.mount("http", WinrmAdapter(settings.hostname, settings.connect_port, opened))
+        if protocol == "kerberos":
+            session.send = functools.partial(send_beside, opened, settings, session.send)
         transport.session = session
         return transport
 

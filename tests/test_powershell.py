@@ -60,6 +60,7 @@ from healthchecker import (
     main,
     missing_package,
     poll_once,
+    send_beside,
     tls_fault,
 )
 
@@ -382,6 +383,31 @@ def test_what_kerberos_says_of_a_credential_counts(shape: type[Exception], numbe
             raise error
     assert (caught.value.cause, guard.refusals) == (cause, refusals)
     assert words in str(caught.value) and f"Kerberos says {number}" in str(caught.value)
+
+
+def test_a_silent_kdc_is_not_waited_for() -> None:
+    """What it says at last of the password counts, and until then no other thread asks it."""
+    guard, may_answer = LoginGuard(), threading.Event()
+
+    def send() -> None:     # as krb5 does, which asks each KDC several times
+        may_answer.wait(60)
+        raise Krb5Error(24)
+
+    def login() -> None:
+        opened.begin(Deadline(1))
+        with guard.attempt("win", Deadline(1), LoginRecord()), explained(settings, opened):
+            send_beside(opened, settings, send)
+
+    with WSManServer("https", "negotiate") as server, no_leaks(), GuardedSocket() as opened:
+        settings = target(server, auth="kerberos").settings
+        for reason in ("no answer of a KDC within 1 s", "not tried: the host has not answered to the login before"):
+            begin = time.monotonic()
+            with pytest.raises(ProbeError, match=reason) as caught:
+                login()
+            assert (caught.value.cause, time.monotonic() - begin < 1 + LATE) == ("timeout", True)
+        may_answer.set()
+        wait_for(lambda: not late_logins())
+        assert guard.refusals == 1
 
 
 # === Answers after the poll ==================================================
