@@ -319,6 +319,14 @@ def test_credssp_shows_a_password_by_one_protocol(
     assert login_protocol(settings) == protocol
 
 
+def test_the_readme_names_the_spn_that_kerberos_asks_for() -> None:
+    """Not HTTP/, which may belong to an application of IIS; a directory derives that from HOST/."""
+    said = (Path(healthchecker.__file__).parent / "README.md").read_text(encoding="utf-8")
+    with WSManServer("https", "negotiate") as server, GuardedSocket() as opened:
+        service = connection_to(target(server, auth="kerberos"))._transport(opened).session.auth.service
+    assert re.findall(r"SPN (\w+)/`hostname`", said) == [service.upper()]
+
+
 @needs_credssp
 def test_credssp() -> None:
     with no_leaks(), ListeningServer("https", "credssp", answer=RECORDED) as server:
