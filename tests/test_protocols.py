@@ -394,8 +394,8 @@ HEADS: dict[str, tuple[bytes, dict[str, int]]] = {
     "many words": (b"X: " + b"a " * 32_000 + b"\r\n" + b"Y: " + b"b " * 32_000 + b"\r\n", {"refused": 1}),
     "form feed": (b"X: a\x0cB: c\r\n", {"refused": 1}),
     "long number": (b"Content-Type: multipart/mixed; boundary*" + b"1" * 5000 + b"=x\r\n", {}),
-    "step": (b"WWW-Authenticate: Negotiate oRQw\xe9\r\n", {}),
-    "step among ways": (b"WWW-Authenticate: Basic realm=y, NTLM TlRM\r\n", {}),
+    "step": (b"WWW-Authenticate: Negotiate oRQw\xe9\r\n", {"refused": 1}),     # of a login that this one is not
+    "step among ways": (b"WWW-Authenticate: Basic realm=y, NTLM TlRM\r\n", {"refused": 1}),
 }
 
 
