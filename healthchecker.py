@@ -5617,6 +5617,8 @@ START_WINRM = "run `winrm quickconfig` there and check port and tls"
 # of a 401 that is a step of a login, not a refusal: it goes on with a token
 STEP = re.compile(r"(?i)(?:^|,)\s*(?:negotiate|ntlm|kerberos|credssp)\s+[^\s,]")
 LOGIN_STEPS = {"credssp": 8}    # it takes 5; else 2, for what comes after NTLM's second one is another wrong password
+OFFERS = {"negotiate": "(?i)negotiate|ntlm", "ntlm": "(?i)negotiate|ntlm", "kerberos": "(?i)negotiate|kerberos",
+          "credssp": "(?i)credssp"}
 UNMAPPED = "the host wants a client certificate, or refuses ours; for WinRM, map it to an account there"
 EXTRAS = {"credssp": ["requests_credssp"], "kerberos": [] if sys.platform == "win32" else ["gssapi", "krb5"]}
 KRB5 = 0x96C73A00               # where krb5's codes begin, first RFC 4120's
@@ -5716,6 +5718,7 @@ class GuardedSocket(HostSocket):
     waits = False       # somebody does for that, also after the poll
     heard: bytes | bytearray = b""      # what came since it asks
     again: bytes | bytearray = b""      # what of that is read once more
+    takes = ""          # by which offers of a host it may be (a pattern)
     steps = 0           # times that a login may still be asked for: after the last one it goes on with no token
 
     def goes_on(self, challenge: str) -> bool:
@@ -5837,7 +5840,10 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
         self._opened.steps -= asks
         response = super().send(request, *args, **settings)
         self._opened.asks = False
-        refused = asks and not self._opened.goes_on(response.headers.get("WWW-Authenticate", ""))   # whatever its page
+        offered = response.headers.get("WWW-Authenticate", "")
+        refused = asks and not self._opened.goes_on(offered)    # whatever its page is
+        if response.status_code == 401 and not (asks or logged_in or re.search(self._opened.takes, offered)):
+            raise NotAllowed("auth", f"the host offers no such login, but: {offered[:99] or 'none'}; correct auth")
         if response.status_code == 401 and (refused or logged_in):      # or it would be done unasked
             self._opened.in_step = False
             raise AuthenticationError("the host wants another login")
@@ -6278,7 +6284,7 @@ class PowerShellConnection(TlsConnection):
             certificate_pem=settings.certificate_file and str(settings.certificate_file),
             certificate_key_pem=settings.key_file and str(settings.key_file))
         session: Any = transport._build_session()
-        opened.steps = LOGIN_STEPS.get(settings.auth, 2)
+        opened.steps, opened.takes = LOGIN_STEPS.get(settings.auth, 2), OFFERS.get(settings.auth, "")
         opened.contexts = session.auth.contexts if settings.auth == "credssp" else {}
         session.trust_env = False       # a .netrc would replace the Authorization header
         session.verify = False          # the connection is verified

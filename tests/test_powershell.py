@@ -333,6 +333,20 @@ def test_credssp() -> None:
         assert poll(target(server)).verdict.state == "healthy"
 
 
+@pytest.mark.parametrize(("auth", "offered"), [
+    ("negotiate", "Kerberos"), ("ntlm", "Basic"), pytest.param("credssp", "Negotiate", marks=needs_credssp),
+])  # fmt: skip
+def test_a_host_that_offers_no_such_login_has_refused_no_password(auth: str, offered: str) -> None:
+    def spoil(octets: bytes) -> bytes:
+        return octets.replace(b"Authenticate: Negotiate\r\n", b"Authenticate: %b\r\n" % offered.encode())
+
+    with WSManServer("https", "negotiate", spoil=spoil) as server:
+        guard = LoginGuard()
+        polled = poll(target(server, auth=auth), guard)
+        assert (polled.cause, f"offers no such login, but: {offered}; correct auth" in polled.reason) == ("auth", True)
+        assert guard.refusals == 0
+
+
 @needs_credssp
 def test_a_password_that_credssp_refuses_counts() -> None:
     """By a 401 that carries a token with an error, as Windows does; it was none of WinRM's answers."""
