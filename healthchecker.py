@@ -5675,7 +5675,10 @@ def missing_package(auth: str) -> str | None:
 
 def login_protocol(settings: ResourceSettings) -> str:
     """The one protocol that a password is shown by. Left to choose, pyspnego asks a KDC first and then logs in by NTLM:
-    one login would be two wrong passwords, a local account's one for the domain account of that name."""
+    one login would be two wrong passwords, a local account's one for the domain account of that name. On Windows SSPI
+    chooses: a domain may know no NTLM."""
+    if sys.platform == "win32":
+        return {"credssp": "auto"}.get(settings.auth, settings.auth)
     by_realm = settings.auth == "credssp" and "@" in (settings.username or "") and not missing_package("kerberos")
     return "kerberos" if by_realm or settings.auth == "kerberos" else "ntlm"
 

@@ -54,7 +54,7 @@ WHEELS = ("--platform=win_amd64", "--python-version=3.11", "--implementation=cp"
 # requirements with its own system in mind).
 TEST_PACKAGES = (
     *("aiosmtpd", "apprise", "hypothesis", "psrpcore", "psutil", "pyspnego", "pytest-timeout", "pytest-xdist"),
-    "typing_extensions",
+    *("requests-credssp", "typing_extensions"),
     *("tree-sitter", "tree-sitter-powershell", "tree-sitter-pwsh"),
     *("sspilib", "colorama", "tzdata"),
 )
