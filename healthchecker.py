@@ -3979,7 +3979,10 @@ def load_targets(session: Session, vault: Vault, known: Mapping[str, Target] = M
 # What every way to a host is built from: a deadline on the monotonic clock for the whole poll, a cap of what a host
 # may send, look-up of names, TCP. What fails raises ProbeError with a cause. Runs in the threads of the pollers;
 # the resolver has a thread for each look-up that is under way.
-# Gives: OUTPUT_BYTES, READ_BYTES, Deadline, Output, Resolver, Wire, HostSocket, connect_tcp
+# Gives: Address, LOOPBACK_NETWORKS, OUTPUT_BYTES, OWN_NETWORKS, READ_BYTES, Deadline, Output, Resolver, Wire,
+#   HostSocket, plain_address, is_within, connect_tcp
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
 READ_BYTES = 1 << 16            # bytes taken from a host at once
 FIRST_BYTES = 1 << 11           # bytes that are kept of what a host says first
@@ -3989,6 +3992,7 @@ IDLE = 1e6                      # seconds, for ever: what is open and serves no 
 # Alibaba, Azure and Oracle, as far as those are no addresses of the link).
 OWN_NETWORKS = tuple(map(ipaddress.ip_network, (
     "169.254.0.0/16", "fe80::/10", "fd00:ec2::/32", "fd20:ce::254", "100.100.100.200", "168.63.129.16", "192.0.0.192")))
+LOOPBACK_NETWORKS = tuple(map(ipaddress.ip_network, ("127.0.0.0/8", "0.0.0.0/32", "::/127")))
 SEND_TURN = 0.5                 # seconds for a host to take something, then one looks whether anybody waits in vain
 
 
@@ -4162,17 +4166,22 @@ class HostSocket(Wire, socket.socket):
         return self.give(self.settimeout, lambda: socket.socket.send(self, octets, flags))
 
 
-def is_own(text: str) -> bool:
-    """Whether an address, however it is written, is one of OWN_NETWORKS."""
+def plain_address(text: str) -> Address:
+    """An IP address; an IPv4 address written as an IPv6 one is the IPv4 address. Raises ValueError."""
     address = ipaddress.ip_address(text)
-    address = getattr(address, "ipv4_mapped", None) or address
-    return any(address in network for network in OWN_NETWORKS)
+    return getattr(address, "ipv4_mapped", None) or address
 
 
-def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline, *, is_added: bool = False) -> HostSocket:
-    """A TCP connection without Nagle's delay to the first address that answers; for what `is_added`, none of
-    OWN_NETWORKS. Raises ProbeError."""
-    addresses = [found for found in resolver.resolve(host, port, deadline) if not (is_added and is_own(found[4][0]))]
+def is_within(address: Address, networks: Iterable[Network]) -> bool:
+    return any(address in network for network in networks)
+
+
+def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline, *, closed: Sequence[Network] = (),
+                ) -> HostSocket:
+    """A TCP connection without Nagle's delay to the first address that answers and is in no network that is `closed`.
+    Raises ProbeError."""
+    addresses = [found for found in resolver.resolve(host, port, deadline)
+                 if not is_within(plain_address(found[4][0]), closed)]
     if not addresses:
         raise ProbeError("unreachable", f"{host} is an address that only this machine reaches: write the resource into "
                          "the inventory")
@@ -4822,6 +4831,7 @@ class Connection:
     def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
         self._target, self._guard, self._context = target, guard, context
         self._settings = target.settings
+        self._closed = OWN_NETWORKS if target.is_added else ()
         self.host_key = target.host_key     # what the host is known by; SSH learns it at the first contact
         self.keeper, self.blank = SessionKeeper(target.settings.relogin), SecretFilter(target.settings).blank
         self.record = context.record_of(target)
@@ -5540,7 +5550,7 @@ class SshConnection(SshLogin):
         """TCP to the host; or a channel of the last bastion, which stays logged in as long as `stack`."""
         host, port = self._settings.hostname, self._settings.connect_port
         if not chain:
-            return connect_tcp(self._context.resolver, host, port, deadline, is_added=self._target.is_added)
+            return connect_tcp(self._context.resolver, host, port, deadline, closed=self._closed)
         bastion, name = chain[-1], chain[-1]._settings.name
         try:
             if bastion._target.fault:
@@ -5940,7 +5950,7 @@ class TlsConnection(Connection):
         settings = self._settings
         try:
             plain = connect_tcp(self._context.resolver, settings.hostname, settings.connect_port, deadline,
-                                is_added=self._target.is_added)
+                                closed=self._closed)
         except ProbeError as error:
             hint = self.HINT if "port" in str(error) else ""
             raise ProbeError(error.cause, f"{error}{hint}") from error
@@ -8023,7 +8033,7 @@ class HttpConnection(ProtocolConnection):
         for _ in range(self._settings.redirects):
             if answer.status not in REDIRECTS or not answer.location:
                 break
-            here = here._redirected(answer.location)
+            here = here._redirected(answer.location, opened.address)
             method = method if answer.status in (307, 308) or method == "HEAD" else "GET"
             with here._opened(deadline, {}) as opened:
                 answer = here._ask(opened, method)
@@ -8039,8 +8049,9 @@ class HttpConnection(ProtocolConnection):
         is_met = any(first <= str(status) <= (last or first) for first, _, last in spans)
         return "" if is_met else ", ".join(wanted)
 
-    def _redirected(self, location: str) -> HttpConnection:
-        """The connection for where an answer leads; at another origin it has nothing to lose. Raises ProbeError."""
+    def _redirected(self, location: str, address: str) -> HttpConnection:
+        """The connection for where an answer leads: at another origin it has nothing to lose, and none but an `address`
+        of loopback leads to loopback. Raises ProbeError."""
         settings, there = self._settings, copy.copy(self)
         try:
             target = urljoin(settings.url or "", location.partition("#")[0])
@@ -8050,8 +8061,11 @@ class HttpConnection(ProtocolConnection):
         is_own = (settings.scheme, settings.hostname, settings.connect_port) == url[:3]
         there._settings = settings.model_copy(update={
             **({} if is_own else OWN), **of_url({"url": target}), "url": target})
-        is_added = self._target.is_added or url.host != settings.hostname   # no editor of the inventory names that host
-        there._target = self._target if is_own else replace(self._target, host_key=None, is_added=is_added)
+        there._target = self._target if is_own else replace(self._target, host_key=None)
+        if url.host != settings.hostname:       # no editor of the inventory names that host
+            there._closed += OWN_NETWORKS
+        if not is_within(plain_address(address), LOOPBACK_NETWORKS):
+            there._closed += LOOPBACK_NETWORKS
         return there
 
     def _ask(self, opened: GuardedSocket, method: str) -> HttpAnswer:
@@ -12164,7 +12178,7 @@ class LeaseFile:
 # Requests, read more strictly than by waitress, whose own parser lets pass what hides one request in another: what two
 # programs could understand in two ways is refused, and what is too large. The loop's thread feeds the parser what has
 # come. And who asks, behind a proxy: a WSGI middleware, for the application's door and for the console's.
-# Gives: Address, BadRequest, ForwardedHeaders, GateParser, is_within, plain_address
+# Gives: BadRequest, ForwardedHeaders, GateParser
 HEADER_BYTES = 16 << 10         # bytes of a request's line and headers, or of what is between two chunks of its body
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Z-]{1,32}) ([!\"$-~\x80-\xff]+) HTTP/(1\.[01])")
@@ -12179,14 +12193,6 @@ CHUNK_LINE = rb"([0-9A-Fa-f]{1,16})(?:;%b+(?:=(?:%b+|%b))?)*\r\n" % (TOKEN, TOKE
 FRAMING = re.compile(rb"\r\n(?:%b(\r\n)?)?" % CHUNK_LINE)  # the end of a chunk, the size of the next, the end of all
 FORWARDED_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
 FORWARDED = re.compile("HTTP_(?:X_FORWARDED.*|FORWARDED)")
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-
-def plain_address(text: str) -> Address:
-    """An IP address; an IPv4 address written as an IPv6 one is the IPv4 address. Raises ValueError."""
-    address = ipaddress.ip_address(text)
-    return getattr(address, "ipv4_mapped", None) or address
 
 
 class BadRequest(HealthCheckerError):
@@ -12223,10 +12229,6 @@ def is_host(text: str) -> bool:
 def nearest(words: str) -> str:
     """Of several values the last: the proxy has added it to what the client may have sent."""
     return words.rpartition(",")[2].strip(" \t")
-
-
-def is_within(address: Address, networks: Iterable[Network]) -> bool:
-    return any(address in network for network in networks)
 
 
 class ForwardedHeaders:

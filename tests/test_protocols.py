@@ -1127,6 +1127,27 @@ def test_no_host_leads_to_what_only_this_machine_reaches(address: str, folder: P
         assert FOR_THE_INVENTORY in outcome(Asker(folder, **asked))[2]
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "2130706433", "[::ffff:127.0.0.1]", "127.9.9.9"])
+def test_no_host_leads_to_loopback_that_is_not_there(host: str, folder: Path) -> None:
+    """Of what answers there the reason shows the beginning. The host is this machine by its address on the network,
+    where nothing is sent."""
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("this machine has no address but loopback")
+        address = sock.getsockname()[0]
+    with Server(answers(answer(b"a local secret"))) as local, \
+            Server(answers(leads(f"http://{host}:{local.port}/")), host=address) as server:
+        asked = {"platform": "http", "redirects": 2, "timeout": SHORT, "expect": {"contains": "welcome"}}
+        assert FOR_THE_INVENTORY in outcome(Asker(folder, **asked, url=server.origin))[2]
+        assert not local.requests
+        with Server(answers(leads(server.origin))) as first:    # nor by a way round
+            assert FOR_THE_INVENTORY in outcome(Asker(folder, **asked, url=first.origin))[2]
+        with Server(answers(leads(local.origin))) as first:     # what is there may
+            assert "a local secret" in outcome(Asker(folder, **asked, url=first.origin))[2]
+
+
 def test_the_inventory_reaches_what_only_this_machine_reaches(tmp_path: Path) -> None:
     """Of this machine alone, so that nothing leaves it."""
     rows = "  - {name: one, platform: tcp, hostname: fe80::1%lo, port: 1, timeout: 1}\n"
