@@ -15719,7 +15719,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <div id="work">{% if turns %}
 {% call table("Planned maintenance", ("State", "Begins", "For", "What", "Why", "End"), "events") %}
 {% for turn in turns[:20] %}
-<tr id="turn-{{ turn.id or (turn.scope ~ turn.start)|urlencode }}">
+<tr id="turn-{{ turn.id or 'ahead' ~ loop.index }}">
 <td>{{ state("maintenance", "runs") if turn.state == "begun" else "ahead" }}</td>
 <td>{{ turn.start|time_tag }}</td><td>{{ (turn.until - turn.start)|duration_text }}</td>
 <td>{{ turn.scope }}</td><td>{{ turn.reason }} <small>{{ turn.actor or turn.schedule }}</small></td>

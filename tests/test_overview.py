@@ -59,6 +59,19 @@ def machine(folder: Path, more: str) -> Iterator[tuple[Local, Path]]:
         yield local, flag
 
 
+def test_each_turn_has_a_row_of_its_own(tmp_path: Path) -> None:
+    """Also of plans that begin at once with the same tags: a refresh keeps one element for each id."""
+    plan = '  - {schedule: "0 2 * * *", for: %s, tags: [db], reason: %s%s}\n'
+    plans = [("1h", "patches", ""), ("3h", "patches", ""), ("1h", "backup", ""), ("1h", "patches", ", zone: Etc/UTC")]
+    rows = "  - {name: one, platform: simulated, tags: [db]}\nmaintenance:\n" + "".join(plan % each for each in plans)
+    with local_console(tmp_path, rows, clock=time.time) as local:
+        local.log_in_as(NAME)
+        now = {"tags": ["db"], "for": "1h", "reason": "now"}
+        assert local.api("POST", "maintenance", now, headers={"Origin": "http://localhost"}).status == 201
+        ids = re.findall(r'<tr id="(turn-.*?)">', local.ask("GET", "/-/").body)
+        assert len(ids) == len({*ids}) == 1 + len(plans)
+
+
 @pytest.mark.long
 def test_between_confirmations(tmp_path: Path) -> None:
     """What does not count yet is said all the same, with its cause, and so is the way back."""
