@@ -16384,6 +16384,7 @@ PAGE_SCRIPT = r"""
 const PERIOD = 2000, PATIENCE = 10000, SENDING = 90000;      // milliseconds
 const [main, lost] = ["main", "lost"].map(id => document.getElementById(id));
 let attended = true;    // somebody is here: only that keeps a session alive
+let aged = false;       // title and icon show no state
 let turn = 0;           // counts questions; the answer to an earlier one than the last is dropped
 
 const warn = text => Object.assign(lost, { textContent: text, hidden: false });
@@ -16455,6 +16456,7 @@ async function ask(url, options) {
 
 function show(page, sent) {
   const focused = document.activeElement;
+  aged = false;
   document.title = page.title;
   const icon = head => head.querySelector("link[rel=icon]");
   if (icon(document).href !== icon(page).href) icon(document).href = icon(page).href;
@@ -16472,6 +16474,7 @@ function leave() {
 
 // Nor do title and icon show a state that may be over.
 function age(why) {
+  aged = true;
   warn(`${why} What is shown is old.`);
   document.title = "not known · HealthChecker";
   document.querySelector("link[rel=icon]").href = lost.dataset.icon;
@@ -16485,7 +16488,7 @@ async function refresh() {
     if (!late) show(page);
     lost.hidden = true;
   } catch {
-    if (lost.hidden) age(`No answer since ${serverTime(Date.now() / 1000 + skew)}.`);
+    if (lost.hidden || !aged) age(`No answer since ${serverTime(Date.now() / 1000 + skew)}.`);
   }
 }
 
@@ -16518,7 +16521,7 @@ async function send(form, button) {
     }
     show(page, true);
   } catch {
-    warn("No answer: it may not have been done.");
+    age("No answer: it may not have been done.");
   } finally {
     button.disabled = false;    // which took the focus away
     if (document.activeElement === document.body) (button.isConnected ? button : main).focus({ preventScroll: true });

@@ -28,7 +28,7 @@ from sshd import ParamikoSshd, Sshd
 from healthchecker import DAMAGED, Resource, ResourceRow, Sample, SqliteFile, Status
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator, Page
+    from playwright.sync_api import Browser, Locator, Page, Route
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the pages are the same there, but no chromium is")
 PAYLOAD = "<img src=x onerror=alert(1)>"
@@ -776,6 +776,32 @@ def test_what_is_old_says_so(page: Page, watched: Service, browser: Browser) -> 
         page.get_by_text("No answer since").wait_for()
         context.set_offline(False)
         page.get_by_text("No answer since").wait_for(state="hidden")
+    context.close()
+
+
+@pytest.mark.parametrize(("status", "said"), [(0, "it may not have been done"), (409, "not now")])
+def test_what_is_old_says_so_behind_a_notice(status: int, said: str, watched: Service, browser: Browser) -> None:
+    """In title and icon, where somebody has just clicked when the service goes; and until it is there again."""
+    context, page, _ = visit(browser, watched)
+    enter(page, watched)
+    page.goto(resource("steady"))
+    state(page, "healthy")
+    notice, head = page.locator("#lost"), "[document.title, document.querySelector('link[rel=icon]').href]"
+    was = page.evaluate(head)
+    old = page.evaluate("['not known \u00b7 HealthChecker', new URL(lost.dataset.icon, location).href]")
+
+    def answer(route: Route) -> None:
+        context.set_offline(True)   # from here on nothing else is answered
+        route.fulfill(status=status, body=f"<main><p>{said}</p></main>") if status else route.abort()
+
+    page.route("**/check", answer)
+    page.locator("form[action$='/check'] button").click()
+    notice.get_by_text(said).wait_for()
+    until(lambda: page.evaluate(head) == old)
+    assert "What is shown is old." in notice.inner_text()
+    context.set_offline(False)
+    notice.wait_for(state="hidden")
+    assert page.evaluate(head) == was != old
     context.close()
 
 
