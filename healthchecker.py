@@ -7467,10 +7467,14 @@ $note = if ($full) { '' } else { ' (Constrained Language Mode)' }
 $r = @{ details = @{ hostname = [string]$env:COMPUTERNAME }; amounts = @{}; problems = @{} }
 function Fault($Name, $Why) { $r.problems[$Name] = (@($r.problems[$Name]) + $Why -ne $null) -join '; ' }
 function Part($Name, $Body) { try { $null = & $Body } catch { Fault $Name "$_$note" } }
-function Put($Name, $Total, $Free) { $r.amounts[$Name] = @(([int64]$Total - [int64]$Free), [int64]$Total) }
+function Known { if ($null -in $args) { throw 'a value is missing' } }    # which would count as zero
+function Put($Name, $Total, $Free) {
+    Known $Total $Free
+    $r.amounts[$Name] = @(([int64]$Total - [int64]$Free), [int64]$Total)
+}
 function Disk($Path, $Total, $Free) {
     $name = $Path.TrimEnd('\')
-    if ($Total) { Put "disk_percent $name" $Total $Free; return }
+    if ($Total -and $null -ne $Free) { Put "disk_percent $name" $Total $Free; return }
     $why = 'locked or not formatted'    # a list of its names needs the right that its size needs
     try { $null = [IO.Directory]::GetFileSystemEntries("$name\") } catch { $why = Reason $_.Exception.InnerException }
     Fault 'disk_percent' "$name has no size: $why"
@@ -7519,8 +7523,10 @@ if ($wmi.use) {
     }
     Part 'swap_percent' {
         $size = $used = [int64]0
-        Rows 'SELECT AllocatedBaseSize, CurrentUsage FROM Win32_PageFileUsage' |
-            ForEach-Object { $size += $_.AllocatedBaseSize; $used += $_.CurrentUsage }
+        Rows 'SELECT AllocatedBaseSize, CurrentUsage FROM Win32_PageFileUsage' | ForEach-Object {
+            Known $_.AllocatedBaseSize $_.CurrentUsage
+            $size += $_.AllocatedBaseSize; $used += $_.CurrentUsage
+        }
         if ($size) { Put 'swap_percent' $size ($size - $used) }
     }
     Part 'disk_percent' {    # what has neither letter nor path is the system's own

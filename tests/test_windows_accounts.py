@@ -100,6 +100,36 @@ def test_processors_of_an_older_windows_and_volumes_without_size(engine: Engine,
     assert re.fullmatch(r"Q: has no size: .*Q:\\.*; R: has no size: .*R:\\.*", sample.problems["disk_percent"])
 
 
+MISSING = {
+    "memory_percent": ("Win32_OperatingSystem", "FreePhysicalMemory"),
+    "commit_percent": ("Win32_OperatingSystem", "TotalVirtualMemorySize"),
+    "swap_percent": ("Win32_PageFileUsage", "CurrentUsage"),
+    "cpu_percent": (PROCESSORS, "PercentProcessorTime"),
+}
+
+
+@pytest.mark.parametrize("metric", MISSING)
+def test_a_value_that_is_missing_is_not_zero(engine: Engine, constrained: WSManServer, metric: str) -> None:
+    """Or memory without a figure would be full, and a page file empty."""
+    name, key = MISSING[metric]
+    rows = {one: [dict(row) for row in ROWS[one]] for one, _ in MISSING.values()}
+    rows["Win32_OperatingSystem"][0] |= {"TotalVirtualMemorySize": 20_000_000, "FreeVirtualMemory": 5_000_000}
+    rows[name][0][key] = None
+    engine.set_rows(**rows)
+    sample = sample_of(constrained)
+    assert sample.problems == {metric: "a value is missing (Constrained Language Mode)"}
+    assert metric not in sample.metrics and (sample.ticks is None) is (metric == "cpu_percent")
+
+
+def test_a_volume_without_free_space_is_not_full(engine: Engine, host: WSManServer) -> None:
+    """And it costs the others nothing."""
+    lost = {**ROWS["Win32_Volume"][0], "Name": "Q:\\", "FreeSpace": None}
+    engine.set_rows(Win32_Volume=[lost, *ROWS["Win32_Volume"]])
+    sample = sample_of(host)
+    assert disks(sample) == {"C:": 40.16, "C:\\mnt\\sqldata": 97.0, "C:\\ClusterStorage\\Volume1": 45.0}
+    assert sample.problems["disk_percent"].startswith("Q: has no size: ")
+
+
 def test_denied_processors_are_asked_for_once(engine: Engine, host: WSManServer) -> None:
     engine.set_rows(**{PROCESSORS: "denied"})
     sample = sample_of(host)
@@ -135,7 +165,7 @@ def test_constrained_language_reads_cim(engine: Engine, constrained: WSManServer
 def test_commit_charge_that_cannot_be_read(constrained: WSManServer) -> None:
     polled = poll(target(constrained, timeout=TIMEOUT, limits={"commit_percent": "70"}))
     assert polled.verdict.state == "degraded"
-    assert polled.reason == "commit_percent cannot be read: 0 of 0 is no share"
+    assert polled.reason == "commit_percent cannot be read: a value is missing (Constrained Language Mode)"
 
 
 # --- plain accounts ---
