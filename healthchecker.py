@@ -7281,7 +7281,7 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
 # === Windows =================================================================
 # The same for Windows: one script, COLLECT, with services and checks written into it, and its answer as a sample.
 # Pure. A metric that could not be read is a problem; an answer that is not whole is none.
-# Gives: build_windows_script, WINDOWS_PATH, WindowsOutput, parse_windows
+# Gives: build_windows_script, WINDOWS_MOUNT, WindowsOutput, parse_windows
 
 # For Windows PowerShell 5.1 and PowerShell 7. Prints a line of JSON for itself and one for each check from number
 # $first on, ASCII and whole numbers only, which no code page or language changes. A check that does not end, or ends
@@ -7551,7 +7551,8 @@ if ($wmi.use) {
     Part 'disk_percent' {
         [IO.DriveInfo]::GetDrives() | Where-Object { [string]$_.DriveType -eq 'Fixed' } |
             ForEach-Object { Disk $_.Name $_.TotalSize $_.TotalFreeSpace }
-        foreach ($path in $wanted.mounts) {
+        foreach ($path in $wanted.mounts) {    # a folder without a volume has the size of its drive; nothing has -1
+            if (-not (([IO.DirectoryInfo]$path).Attributes -band [IO.FileAttributes]::ReparsePoint)) { continue }
             $mine = $size = $free = [int64]0
             $null = (Native)::GetDiskFreeSpaceExW("$path\", [ref]$mine, [ref]$size, [ref]$free)
             Disk $path $size $free
@@ -7598,7 +7599,7 @@ for ($number = $first; $number -le $wanted.checks.Count; $number++) { Judge $num
 """
 
 
-WINDOWS_PATH = re.compile(r"[A-Za-z]:\\[^*?[]+")      # no drive, which is found anyway, and no pattern
+WINDOWS_MOUNT = re.compile(r"[A-Za-z]:(\\[^*?[]*)?")   # no pattern
 
 
 def build_windows_script(settings: ResourceSettings, first: int = 0) -> str:
@@ -7607,7 +7608,8 @@ def build_windows_script(settings: ResourceSettings, first: int = 0) -> str:
     commands = [{"name": check.name, "command": check.command} for check in settings.checks]
     names = [re.sub(r"([][*?`])", r"`\1", name) for name in settings.services]     # Get-Service takes patterns
     wanted = json.dumps({"services": names, "checks": commands,
-                         "mounts": [path for path in settings.limited_mounts if WINDOWS_PATH.fullmatch(path)]})
+                         "mounts": [path for path in settings.limited_mounts
+                                    if WINDOWS_MOUNT.fullmatch(path) and path[3:]]})    # drives are found anyway
     return f"$first = {first}" + COLLECT.replace("WANTED", wanted.replace("'", r"\u0027"), 1)
 
 
@@ -8193,8 +8195,8 @@ def complete(sample: Sample, settings: ResourceSettings) -> Sample:
     problems = {name: why for name, why in sample.problems.items()
                 if name in settings.limits.by_metric() or (why != NOT_KNOWN and name != "inode_percent")}
     read = [name.partition(" ")[2] for name, _ in sample.readings("disk_percent")]
-    if lost := [path for path in settings.limited_mounts
-                if WINDOWS_PATH.fullmatch(path) and not any(matching_key([path], mount) for mount in read)]:
+    if lost := [path for path in settings.limited_mounts if settings.platform in POWERSHELL
+                and WINDOWS_MOUNT.fullmatch(path) and not any(matching_key([path], mount) for mount in read)]:
         problems.setdefault("disk_percent", f"not there: {', '.join(lost)}"[:PROBLEM_CHARS])
     return replace(sample, services=services, checks={**sample.checks, **checks}, problems=problems)
 

@@ -169,14 +169,27 @@ def test_commit_charge_that_cannot_be_read(constrained: WSManServer) -> None:
 
 
 # --- plain accounts ---
-def test_plain_accounts_ask_kernel32(engine: Engine, host: WSManServer) -> None:
+@pytest.fixture
+def mount_point(engine: Engine) -> Iterator[str]:
+    """A folder that leads to another volume, as Windows calls it: on Windows itself one that leads to a folder."""
+    if not engine.wine:
+        yield "C:\\Documents and Settings"
+        return
+    link = engine.wine.prefix / "drive_c" / "mnt of a test"
+    link.symlink_to("windows")
+    yield "C:\\mnt of a test"
+    link.unlink()
+
+
+def test_plain_accounts_ask_kernel32(engine: Engine, host: WSManServer, mount_point: str) -> None:
     engine.set_rows(**dict.fromkeys(ROWS, "denied"))  # WMI would take 5 s to refuse
-    mounts = dict.fromkeys(["C:\\windows", "C:\\no\\such"], "95")
+    mounts = dict.fromkeys([mount_point, "C:\\windows\\temp", "C:\\no\\such"], "95")
     limits = Limits.model_validate({"disk_percent": {"fail": "95", "mounts": mounts}})
     script = as_plain(build_windows_script(wanting(Platform.WINDOWS, limits=limits)))
     sample = parse_windows(lines(host, script)[-1], None)
     found = disks(sample)
-    assert found["C:\\windows"] == pytest.approx(found["C:"], abs=1)
+    assert found[mount_point] == pytest.approx(found["C:"], abs=1)
+    assert "C:\\windows\\temp" not in found  # no volume is there, and its drive's size is not its own
     assert 0 < sample.metrics["memory_percent"] < 100 and 0 < sample.metrics["commit_percent"] < 100
     assert sample.ticks and 0 < sample.ticks.busy < sample.ticks.total
     assert float(sample.details["uptime_seconds"]) > 0

@@ -43,6 +43,7 @@ from healthchecker import (
     WindowsOutput,
     build_windows_script,
     collect,
+    complete,
     evaluate,
     parse_windows,
 )
@@ -458,13 +459,16 @@ def test_the_text_that_is_sent_is_the_same_at_each_poll() -> None:
 
 
 def test_a_mount_point_that_a_limit_names_and_nobody_read() -> None:
-    """It is not there, or an endpoint was made before the limit."""
-    mounts = dict.fromkeys(["C:\\mnt\\data", "c:\\clusterstorage\\Volume1", "C:\\mnt\\*", "D:"], "100")
+    """It is not there, or an endpoint was made before the limit; nor is a drive."""
+    named = ["C:\\mnt\\data", "c:\\clusterstorage\\Volume1", "e:", "F:\\", "C:\\mnt\\*", "D:", "d:\\", "[XY]:", "/srv"]
+    mounts: dict[str, object] = dict.fromkeys(named, "100") | {"G:": "off"}
     settings, sample = collected("administrator", limits={"disk_percent": {"fail": "100", "mounts": mounts}})
     here = [name.partition(" ")[2].casefold() for name in sample.metrics if name.startswith("disk_percent ")]
-    lost = [mount for mount in list(mounts)[:2] if mount.casefold() not in here]
-    assert lost and sample.problems["disk_percent"] == f"not there: {', '.join(lost)}"
+    lost = [mount for mount in named[:4] if mount.casefold() not in here]
+    assert lost[-2:] == ["e:", "F:\\"] and sample.problems["disk_percent"] == f"not there: {', '.join(lost)}"
     assert evaluate(sample, settings).state == "degraded"
+    linux = settings.model_copy(update={"platform": Platform.LINUX})  # with the same `defaults`
+    assert "disk_percent" not in complete(EXPECTED["administrator"], linux).problems
 
 
 def test_a_host_names_no_problem_that_is_ours() -> None:
