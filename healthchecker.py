@@ -7465,8 +7465,7 @@ $full = [string]$ExecutionContext.SessionState.LanguageMode -eq 'FullLanguage'
 $answer = if ($first) { @{} } else { & {
 $note = if ($full) { '' } else { ' (Constrained Language Mode)' }
 $r = @{ details = @{ hostname = [string]$env:COMPUTERNAME }; amounts = @{}; problems = @{} }
-function Fault($Name, $Why) { $r.problems[$Name] = (@($r.problems[$Name]) + $Why -ne $null) -join '; ' }
-function Part($Name, $Body) { try { $null = & $Body } catch { Fault $Name "$_$note" } }
+function Part($Name, $Body) { try { $null = & $Body } catch { $r.problems[$Name] = "$_$note" } }
 function Known { if ($null -in $args) { throw 'a value is missing' } }    # which would count as zero
 function Put($Name, $Total, $Free) {
     Known $Total $Free
@@ -7477,7 +7476,7 @@ function Disk($Path, $Total, $Free) {
     if ($Total -and $null -ne $Free) { Put "disk_percent $name" $Total $Free; return }
     $why = 'locked or not formatted'    # a list of its names needs the right that its size needs
     try { $null = [IO.Directory]::GetFileSystemEntries("$name\") } catch { $why = Reason $_.Exception.InnerException }
-    Fault 'disk_percent' "$name has no size: $why"
+    $r.problems["disk_percent $name"] = "has no size: $why"
 }
 function Reason($Exception) {    # by number: texts are in the language of Windows
     $known = @{ '80070005' = 'access denied'; '800703ed' = 'not formatted' }
@@ -7763,7 +7762,7 @@ def parse_windows(text: str, previous: CpuTicks | None) -> Sample:
     rows = {name: functools.partial(_windows_reading, name, reported)
             for name, reported in {**details, **answer.amounts}.items()}
     wanted = {"cpu_percent", "memory_percent", "commit_percent", "disk_percent"}
-    silent = wanted - {name.partition(" ")[0] for name in rows}
+    silent = wanted - {name.partition(" ")[0] for name in (*rows, *answer.problems)}
     problems = dict.fromkeys(("load_per_cpu", "inode_percent"), NOT_KNOWN) | dict.fromkeys(silent, "no answer")
     problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()
                  if name.partition(" ")[0] not in ("endpoint", "service", "check")}     # which are ours to say
@@ -8185,6 +8184,18 @@ def since(sample: Sample, previous: Sample | None) -> Sample:
     return replace(sample, problems=problems, still=still, writable=(shown or frozenset(writable)).union(turned))
 
 
+def missed_disks(sample: Sample, settings: ResourceSettings) -> Iterator[str]:
+    """What is wrong with single filesystems: those that cannot be read, unless they are off, and those that a limit
+    names and nobody found."""
+    disk, unread = settings.limits.disk_percent, {
+        name.partition(" ")[2]: why for name, why in sample.problems.items() if name.startswith("disk_percent ")}
+    yield from (f"{mount} {why}" for mount, why in unread.items() if not disk or disk.at(mount))
+    found = [*unread, *(name.partition(" ")[2] for name, _ in sample.readings("disk_percent"))]
+    if lost := [path for path in settings.limited_mounts if settings.platform in POWERSHELL
+                and WINDOWS_MOUNT.fullmatch(path) and not any(matching_key([path], mount) for mount in found)]:
+        yield f"not there: {', '.join(lost)}"
+
+
 def complete(sample: Sample, settings: ResourceSettings) -> Sample:
     """What was asked for and not answered is bad, too; what nobody asked for is no problem."""
     silent = Outcome(False, "no answer")
@@ -8193,11 +8204,10 @@ def complete(sample: Sample, settings: ResourceSettings) -> Sample:
     checks = {check.name: sample.checks.get(check.name, silent) for check in settings.checks
               if f"check {check.name}" not in sample.problems}
     problems = {name: why for name, why in sample.problems.items()
-                if name in settings.limits.by_metric() or (why != NOT_KNOWN and name != "inode_percent")}
-    read = [name.partition(" ")[2] for name, _ in sample.readings("disk_percent")]
-    if lost := [path for path in settings.limited_mounts if settings.platform in POWERSHELL
-                and WINDOWS_MOUNT.fullmatch(path) and not any(matching_key([path], mount) for mount in read)]:
-        problems.setdefault("disk_percent", f"not there: {', '.join(lost)}"[:PROBLEM_CHARS])
+                if name in settings.limits.by_metric() or not (
+                    why == NOT_KNOWN or name == "inode_percent" or name.startswith("disk_percent "))}
+    if missed := "; ".join(missed_disks(sample, settings)):
+        problems.setdefault("disk_percent", one_line(missed)[:PROBLEM_CHARS])
     return replace(sample, services=services, checks={**sample.checks, **checks}, problems=problems)
 
 

@@ -471,6 +471,25 @@ def test_a_mount_point_that_a_limit_names_and_nobody_read() -> None:
     assert "disk_percent" not in complete(EXPECTED["administrator"], linux).problems
 
 
+LOCKED = {"disk_percent D:": "has no size: locked", "disk_percent E:\\mnt": "has no size: not\nformatted"}
+
+
+@pytest.mark.parametrize(("mounts", "problem"), [
+    ({"d:": "off", "E:\\*": "off"}, None), ({"D:": "off"}, "E:\\mnt has no size: not formatted"),
+    ({}, "D: has no size: locked; E:\\mnt has no size: not formatted"),
+    ({"D:": "9", "E:\\mnt": "off", "F:": "9"}, "D: has no size: locked; not there: F:"),
+])  # fmt: skip
+def test_a_filesystem_that_is_off_may_be_locked(mounts: dict[str, str], problem: str | None) -> None:
+    """It degraded its host for good. And what nobody may read is not gone."""
+    read = {"disk_percent C:": [1, 2], "memory_percent": [1, 2], "commit_percent": [1, 2], "cpu_percent": [1, 2]}
+    for amounts in (read, {name: amount for name, amount in read.items() if "disk" not in name}):
+        limits = {"disk_percent": {"fail": "95", "mounts": mounts}}
+        settings, sample = collected("", answer(amounts=amounts, problems=LOCKED) + "\n", limits=limits)
+        assert sample.problems == ({"disk_percent": problem} if problem else {})
+        assert evaluate(sample, settings).state == ("degraded" if problem else "healthy")
+    assert "disk_percent" in collected("", answer(amounts=read, problems=LOCKED) + "\n")[1].problems
+
+
 def test_a_host_names_no_problem_that_is_ours() -> None:
     """A service or check that is missing would count as one that an endpoint does not know."""
     problems = {"service S": NOT_KNOWN, "check a": NOT_KNOWN, "endpoint": "x"}
