@@ -19488,22 +19488,39 @@ def be_discreet() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
+def complain(text: str, inventory: Path) -> None:
+    """On stderr; where there is none, as under pythonw, in the log, also of an inventory that cannot be used."""
+    if sys.stderr:
+        return print(text, file=sys.stderr)
+    paths = [inventory.with_name("healthchecker.log")]
+    with contextlib.suppress(InventoryError, LookupError, TypeError, ValueError):
+        said: Any = read_document(inventory).value
+        paths.insert(0, absolute(said["service"]["log_file"], inventory.parent))
+    for path in paths:
+        with contextlib.suppress(UsageError):
+            set_up_logging(path)
+            for line in text.splitlines():
+                log.error("%s", line)
+            break
+
+
 def run_command(argv: Sequence[str] | None) -> int:
     arguments = parsed(command_line(), sys.argv[1:] if argv is None else argv)
+    inventory = arguments.inventory.absolute()
     for name in ("paramiko", "pypsrp", "urllib3", "spnego", "psycopg"):    # they repeat what we report
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return int(arguments.run(arguments))
     except HealthCheckerError as error:
-        print(error, file=sys.stderr)
+        complain(str(error), inventory)
         return error.exit_code
     except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
-        print(f"the database cannot be used: {one_line(str(getattr(error, 'orig', error)))}", file=sys.stderr)
+        complain(f"the database cannot be used: {one_line(str(getattr(error, 'orig', error)))}", inventory)
         return StorageError.exit_code
     except BrokenPipeError:
         raise
     except OSError as error:
-        print(one_line(f"{error.filename}: {error.strerror}" if error.filename else str(error)), file=sys.stderr)
+        complain(one_line(f"{error.filename}: {error.strerror}" if error.filename else str(error)), inventory)
         return 1
     except (KeyboardInterrupt, EOFError):       # Ctrl-C, or Ctrl-D at a question
         return 130

@@ -851,6 +851,32 @@ def bad_start(case: str, folder: Path) -> tuple[Path, int, str]:
     return write_inventory(folder, CALM, service=f"  {setting}"), code, message
 
 
+WITHOUT_STREAMS = "import sys; sys.stdout = sys.stderr = None; import healthchecker; sys.exit(healthchecker.main())"
+
+
+@pytest.mark.parametrize(("text", "log_file", "code", "words"), [
+    ("service: {log_file: logs/hc.log}\nresources: [{name: a, platform: no}, {name: b, platform: no}]",
+     "logs/hc.log", 2, ["inventory.yaml:2:33: ", "inventory.yaml:2:58: "]),
+    ("service: {log_file: logs/hc.log, keys: inventory.yaml}\nresources: []", "logs/hc.log", 3, ["inventory.yaml"]),
+    ("service: {log_file: no/hc.log}\nresources: []", "healthchecker.log", 2, ["service.log_file"]),
+    ("service: {listen: '192.0.2.1:0'}\nresources: []", "healthchecker.log", 2, ["this machine has no such address"]),
+    ("service: [", "healthchecker.log", 2, ["not valid YAML"]), ("", "healthchecker.log", 2, ["cannot be read"]),
+])  # fmt: skip
+def test_a_start_without_streams_says_in_the_log_why_it_ends(
+        text: str, log_file: str, code: int, words: list[str], tmp_path: Path) -> None:
+    """As under pythonw, where nobody sees anything else."""
+    prepared_keys(tmp_path)
+    (tmp_path / "logs").mkdir()
+    path = tmp_path / "inventory.yaml"
+    if text:
+        path.write_text(text, encoding="utf-8")
+    program = [sys.executable, "-c", WITHOUT_STREAMS, "--inventory", str(path)]
+    done = subprocess.run(program, cwd=PROGRAM.parent, env=environment(), capture_output=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+    lines = [line for line in (tmp_path / log_file).read_text(encoding="utf-8").splitlines() if " ERROR " in line]
+    assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True)), lines
+
+
 @pytest.mark.parametrize("case", BAD_STARTS)
 def test_check_of_a_start_that_cannot_be(case: str, tmp_path: Path) -> None:
     """It says what the start would say, and leaves nothing behind."""
