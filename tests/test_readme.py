@@ -119,6 +119,14 @@ def test_powershell_takes_its_block(grammar: str) -> None:
     assert not re.search(r"`[ \t]+$", block, re.MULTILINE)  # it would continue no line
 
 
+def test_windows_lets_nobody_else_write_there() -> None:
+    """What a folder below C: gives to everybody is gone before the account of the service gets its right."""
+    (block,) = POWERSHELL
+    first, second = re.findall(r"^icacls C:\\healthchecker (.*?)(?: *#.*)?$", block, re.MULTILINE)
+    assert first.split() == ["/inheritance:r", "/grant:r", '"*S-1-5-18:(OI)(CI)F"', '"*S-1-5-32-544:(OI)(CI)F"']
+    assert second.split() == ["/grant", '"${account}:(OI)(CI)M"', "/T"]
+
+
 @pytest.mark.parametrize("grammar", GRAMMARS)
 def test_powershell_takes_its_line(grammar: str) -> None:
     (line,) = re.findall(r"`(Invoke-RestMethod .+?)`", README)
