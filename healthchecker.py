@@ -2179,14 +2179,16 @@ def load_inventory(path: Path) -> Inventory:
 # === Vault ===================================================================
 # Secrets at rest: in come passwords and what they belong to, out go tokens, and the other way round. Called in any
 # thread of the main process; only the start and `keys rotate` write key files. A secret never shows in an error.
-# Gives: length_prefixed, create_private, ensure_private, give, let_read, make_folder, private_file, take_place, Vault,
-#   hash_password
+# Gives: length_prefixed, create_private, ensure_private, everybody_changes, give, let_read, make_folder, private_file,
+#   take_place, Vault, hash_password
 RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"HealthChecker/HC1")
 SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
 # Windows' access lists as SDDL writes them ([MS-DTYP] 2.5.1): an entry, and those whose entries restricted puts away
 ACCESS = re.compile(r"\((A|D);[^;()]*;([^;()]*;[^;()]*;[^;()]*;([^;()]*))\)")
 EVERYBODY = frozenset(("WD", "AN", "AU", "IU", "NU", "BU", "BG", "CO"))
+# Rights to write, append, delete, or take more: all, to write, to delete, to change list and owner; and their bits
+CHANGES, CHANGE_BITS = frozenset(("FA", "FW", "GA", "GW", "DC", "LC", "SD", "WD", "WO")), 0x500D0006
 OWNERS = ("S-1-3-4", "SY", "BA")      # the file's owner ("OW"), the system, the administrators
 OPEN_ELSEWHERE = 2.0    # seconds that a scanner may keep a file open on Windows, where nothing replaces it meanwhile
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -2205,6 +2207,14 @@ def restricted(access: str) -> str:
             if kind == "D" or who not in EVERYBODY.union(OWNERS, ["OW"])]
     kept.sort(key=lambda entry: entry[1] != "D")    # denials come first
     return "D:P" + "".join([*kept, *(f"(A;;FA;;;{who})" for who in OWNERS)])
+
+
+def open_to_changes(access: str) -> bool:
+    """Whether an access list lets everybody change its file."""
+    rights = [rest.partition(";")[0] for kind, rest, who in ACCESS.findall(access) if kind == "A" and who in EVERYBODY]
+    return "NO_ACCESS_CONTROL" in access or any(
+        int(right, 16) & CHANGE_BITS if right.startswith("0x") else CHANGES.intersection(re.findall("..", right))
+        for right in rights)
 
 
 def still_of(owner: str, access: str) -> str:
@@ -2251,6 +2261,11 @@ def restrict(path: Path) -> None:
     """Windows knows no file mode: a file keeps the accounts that its folder was given for, and loses everybody else."""
     if sys.platform == "win32":
         set_access(path, restricted(access_of(path)[1]))
+
+
+def everybody_changes(path: Path) -> bool:
+    """Whether every account of this machine may change a file. Raises OSError."""
+    return open_to_changes(access_of(path)[1]) if sys.platform == "win32" else bool(path.stat().st_mode & stat.S_IWOTH)
 
 
 def let_read(path: Path) -> None:
@@ -19072,7 +19087,7 @@ def check_app(installation: Installation) -> int:
 
 
 def show_readable(installation: Installation) -> None:
-    """Names the files with secrets that every account of this machine can read (POSIX)."""
+    """Names the files with secrets that every account of this machine can read (POSIX), and what it can change."""
     inventory, service = installation.inventory, installation.service
     files = {service.metrics_token_file, *(receiver.url_file for receiver in inventory.receivers),
              service.heartbeat_file, service.status_token_file, service.database_password_file, service.database_path}
@@ -19087,6 +19102,9 @@ def show_readable(installation: Installation) -> None:
     for path in sorted(filter(None, files)) if sys.platform != "win32" else ():
         if path.exists() and path.stat().st_mode & 0o007:
             print(f"{path} holds secrets, and is open to other users; run: chmod o= {path}")
+    for path in filter(everybody_changes, (Path(__file__), installation.path)):
+        how = "see icacls in the README" if sys.platform == "win32" else f"run: chmod o-w {path}"
+        print(f"{path} can be changed by all other users, who could run what they like as the service's account; {how}")
 
 
 def check(arguments: argparse.Namespace) -> int:

@@ -623,6 +623,19 @@ def test_seal_says_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert load_inventory(path).resources[-1].secrets["password"].startswith("HC2.")
 
 
+def test_check_names_what_everybody_can_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a secret in it, too: whoever writes there has a command run by the service's account."""
+    prepared_keys(tmp_path)
+    path = write_inventory(tmp_path, CALM)
+    for access, mode, said in (("D:P(A;;FA;;;BA)(A;;FR;;;WD)", 0o604, 0), ("D:P(A;;FA;;;BA)(A;;FW;;;WD)", 0o606, 1)):
+        if sys.platform == "win32":
+            healthchecker.set_access(path, access)
+        else:
+            path.chmod(mode)
+        assert main(["--inventory", str(path), "check"]) == 0
+        assert capsys.readouterr().out.count(f"{path} can be changed by all other users") == said
+
+
 @POSIX_ONLY
 def test_seal_keeps_link_and_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     real = tmp_path / "real"

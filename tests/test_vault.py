@@ -226,6 +226,16 @@ def test_who_keeps_access_on_windows(access: str) -> None:
     assert healthchecker.restricted(access) == f"D:P{kept}(A;;FA;;;S-1-3-4)(A;;FA;;;SY)(A;;FA;;;BA)"
 
 
+@pytest.mark.parametrize(("access", "is_open"), [
+    ("D:AI(A;ID;0x1301bf;;;AU)(A;ID;FA;;;SY)(A;ID;FA;;;BA)(A;ID;0x1200a9;;;BU)", True),   # below C:
+    ("D:AI(A;ID;0x1301bf;;;LS)(A;ID;FA;;;SY)(A;ID;FA;;;BA)", False),     # below a folder as the README makes it
+    ("D:(A;;FR;;;WD)(A;;FX;;;BU)(A;;GR;;;AU)(D;;FA;;;BG)", False), ("D:(A;;SDGXGWGR;;;AU)", True), ("D:", False),
+    ("D:(A;;0x1200ad;;;WD)", True), ("D:(A;;CCLCRC;;;BU)", True), ("D:NO_ACCESS_CONTROL", True),
+])  # fmt: skip
+def test_whether_everybody_changes_a_file_on_windows(access: str, is_open: bool) -> None:
+    assert healthchecker.open_to_changes(access) is is_open
+
+
 def test_the_old_owner_keeps_access_on_windows() -> None:
     """What `keys rotate` replaces is an administrator's from then on, to whom OWNER RIGHTS (OW, S-1-3-4) go then."""
     service = "S-1-5-21-1-2-3-1104"
