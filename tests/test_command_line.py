@@ -870,7 +870,8 @@ WITHOUT_STREAMS = "import sys; sys.stdout = sys.stderr = None; import healthchec
 @pytest.mark.parametrize(("text", "log_file", "code", "words"), [
     ("service: {log_file: logs/hc.log}\nresources: [{name: a, platform: no}, {name: b, platform: no}]",
      "logs/hc.log", 2, ["inventory.yaml:2:33: ", "inventory.yaml:2:58: "]),
-    ("service: {log_file: logs/hc.log, keys: inventory.yaml}\nresources: []", "logs/hc.log", 3, ["inventory.yaml"]),
+    ("service: {listen: '127.0.0.1:0', console: off, log_file: logs/hc.log, keys: inventory.yaml}\nresources: []",
+     "logs/hc.log", 3, ["inventory.yaml"]),
     ("service: {log_file: no/hc.log}\nresources: []", "healthchecker.log", 2, ["service.log_file"]),
     ("service: {listen: '192.0.2.1:0'}\nresources: []", "healthchecker.log", 2, ["this machine has no such address"]),
     ("service: [", "healthchecker.log", 2, ["not valid YAML"]), ("", "healthchecker.log", 2, ["cannot be read"]),
