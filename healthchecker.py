@@ -6722,7 +6722,7 @@ def make_sample(rows: Mapping[str, Callable[[], Reading]], problems: dict[str, s
         try:
             value = read()
         except ValueError as error:
-            problems[name.partition(" ")[0]] = " ".join(str(error).split())[:PROBLEM_CHARS]
+            problems[name] = " ".join(str(error).split())[:PROBLEM_CHARS]
             continue
         if isinstance(value, CpuTicks):
             ticks, value = value, cpu_percent(previous, value)
