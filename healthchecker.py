@@ -8204,7 +8204,7 @@ def missed_disks(sample: Sample, settings: ResourceSettings) -> Iterator[str]:
     names and nobody found."""
     disk, unread = settings.limits.disk_percent, {
         name.partition(" ")[2]: why for name, why in sample.problems.items() if name.startswith("disk_percent ")}
-    yield from (f"{mount} {why}" for mount, why in unread.items() if not disk or disk.at(mount))
+    yield from (f"{mount} {why}" for mount, why in sorted(unread.items()) if not disk or disk.at(mount))
     found = [*unread, *(name.partition(" ")[2] for name, _ in sample.readings("disk_percent"))]
     if lost := [path for path in settings.limited_mounts if settings.platform in POWERSHELL
                 and WINDOWS_MOUNT.fullmatch(path) and not any(matching_key([path], mount) for mount in found)]:

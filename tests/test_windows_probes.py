@@ -480,11 +480,12 @@ LOCKED = {"disk_percent D:": "has no size: locked", "disk_percent E:\\mnt": "has
     ({"D:": "9", "E:\\mnt": "off", "F:": "9"}, "D: has no size: locked; not there: F:"),
 ])  # fmt: skip
 def test_a_filesystem_that_is_off_may_be_locked(mounts: dict[str, str], problem: str | None) -> None:
-    """It degraded its host for good. And what nobody may read is not gone."""
+    """It degraded its host for good. What nobody may read is not gone; and a hash table has no order that lasts."""
     read = {"disk_percent C:": [1, 2], "memory_percent": [1, 2], "commit_percent": [1, 2], "cpu_percent": [1, 2]}
+    locked = dict(reversed(LOCKED.items()))
     for amounts in (read, {name: amount for name, amount in read.items() if "disk" not in name}):
         limits = {"disk_percent": {"fail": "95", "mounts": mounts}}
-        settings, sample = collected("", answer(amounts=amounts, problems=LOCKED) + "\n", limits=limits)
+        settings, sample = collected("", answer(amounts=amounts, problems=locked) + "\n", limits=limits)
         assert sample.problems == ({"disk_percent": problem} if problem else {})
         assert evaluate(sample, settings).state == ("degraded" if problem else "healthy")
     assert "disk_percent" in collected("", answer(amounts=read, problems=LOCKED) + "\n")[1].problems
