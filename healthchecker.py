@@ -2488,9 +2488,9 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # The tables, and how those of an older version are migrated. Secrets are stored sealed only. Here as everywhere else
 # stands SQL that both SQLite and PostgreSQL have, but for migrations before schema 6, the first one on PostgreSQL.
 # In any thread of the main process, within the transaction of whoever calls.
-# Gives: Acknowledgement, APPLICATION, Base, BIG_INTEGER, binding, db, Event, LoginSession, LOOKED_AT, Machine,
-# Maintenance, migrate, Notice, own_name, Receiver, remembered, REMOVED, Resource, Result, revise, revision, SCHEMA,
-# Setting, Status, User, YEAR_3000
+# Gives: Acknowledgement, APPLICATION, Base, BIG_INTEGER, binding, columns_in, db, Event, LoginSession, LOOKED_AT,
+# Machine, Maintenance, migrate, Notice, own_name, Receiver, remembered, REMOVED, Resource, Result, revise, revision,
+# SCHEMA, Setting, Status, User, YEAR_3000
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 YEAR_3000 = 32_503_680_000      # Unix time, the last one that Windows can show
 
@@ -2863,17 +2863,15 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
                "UPDATE event SET state = 'closed' WHERE kind = 'gate'",
                "UPDATE event SET state = 'open' WHERE kind = 'gate' AND text LIKE 'closed -> open%'"),
               ("ALTER TABLE status ADD COLUMN read VARCHAR NOT NULL DEFAULT 'null'",
-               "ALTER TABLE status ADD COLUMN read_at DOUBLE NOT NULL DEFAULT 0",
-               "CREATE TABLE maintenance (id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, state VARCHAR NOT NULL, "
-               "start_at DOUBLE NOT NULL, until_at DOUBLE NOT NULL, scope VARCHAR NOT NULL, reason VARCHAR NOT NULL, "
-               "actor VARCHAR NOT NULL, plan VARCHAR NOT NULL, turn_at DOUBLE NOT NULL)",
-               "INSERT INTO maintenance (state, start_at, until_at, scope, reason, actor, plan, turn_at) "
-               "SELECT 'begun', min(maintenance, strftime('%s', 'now') + 0.0), maintenance, '{\"resources\": [\"' || "
-               "replace(name, '\"', '\\\"') || '\"]}', maintenance_reason, '', '', 0 FROM resource "
-               "WHERE maintenance > 0 AND maintenance < 1e11",
-               "ALTER TABLE resource DROP COLUMN maintenance",
-               "ALTER TABLE resource DROP COLUMN maintenance_reason"),
+               "ALTER TABLE status ADD COLUMN read_at DOUBLE NOT NULL DEFAULT 0"),
               ())
+# Of a schema 5 whose maintenance stands at the resources yet: of both kinds some were written.
+TO_MAINTENANCE = ("INSERT INTO maintenance (state, start_at, until_at, scope, reason, actor, plan, turn_at) "
+                  "SELECT 'begun', min(maintenance, strftime('%s', 'now') + 0.0), maintenance, '{\"resources\": "
+                  "[\"' || replace(name, '\"', '\\\"') || '\"]}', maintenance_reason, '', '', 0 FROM resource "
+                  "WHERE maintenance > 0 AND maintenance < 1e11",
+                  "ALTER TABLE resource DROP COLUMN maintenance",
+                  "ALTER TABLE resource DROP COLUMN maintenance_reason")
 # Schema 2 packed the numbers of a row, 65535 for a reading that is missing: what is selected, with them last.
 PACKED = {"sample": ("resource_id, at, reason, CAST(substr(packed, 1, 1) AS TEXT), CAST(substr(packed, 2, 1) AS TEXT), "
                      "substr(packed, 3)", struct.Struct("<I6H")),
@@ -2900,6 +2898,12 @@ def number_anew(connection: sqlalchemy.Connection) -> None:
         connection.execute(sqlalchemy.text(statement))
 
 
+def columns_in(connection: sqlalchemy.Connection) -> set[tuple[str, str]]:
+    """Its tables' columns."""
+    tables = sqlalchemy.inspect(connection).get_multi_columns()
+    return {(table, column["name"]) for (_, table), columns in tables.items() for column in columns}
+
+
 def migrate(session: Session, version: int) -> None:
     """Brings the tables from schema `version`, 0 for none, to SCHEMA, within the caller's transaction, which checks no
     foreign keys."""
@@ -2908,7 +2912,12 @@ def migrate(session: Session, version: int) -> None:
         for statement in statements:
             session.execute(sqlalchemy.text(statement))
     connection = session.connection()
+    found = columns_in(connection)
+    if ("machine", "able") not in found:    # schema 6 had none; there is in it what lives now, and nothing else
+        connection.execute(sqlalchemy.text("DROP TABLE IF EXISTS machine"))
     Base.metadata.create_all(connection)
+    for statement in TO_MAINTENANCE if ("resource", "maintenance") in found else ():
+        session.execute(sqlalchemy.text(statement))
     if version < 3:
         unpack_history(cast(sqlite3.Connection, connection.connection.driver_connection))
     if version < 4:
@@ -3531,17 +3540,19 @@ class Store:
             with contextlib.nullcontext() if locked or not version else database.lock(), \
                     self.writing(migrates=True, long=True) as session:
                 migrate(session, database.version(session))
-                tables = sqlalchemy.inspect(session.connection()).get_multi_columns()
-                found = {(table, column["name"]) for (_, table), columns in tables.items() for column in columns}
-                if fault := fault_of_schema(found, SCHEMA, ours=True):      # it stays as it was, for the version before
-                    raise sqlalchemy.exc.SQLAlchemyError(f"it {fault}")
+                if fault_of_schema(columns_in(session.connection()), SCHEMA, ours=True):
+                    raise sqlalchemy.exc.SQLAlchemyError("columns are missing then")
                 database.mark(session)
             self.close()        # from the next connection on foreign keys are checked
             database.ensure()       # the files that went with the last connection
         except (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
             self.close()
             reason = one_line(str(getattr(error, "orig", error)))
-            raise StorageError(f"database {database} cannot be opened: {reason}") from error
+            told = f"cannot be opened: {reason}"
+            if version and not database.may_pass(error):
+                told = (f"is of schema {version}, which this version cannot bring to {SCHEMA} ({reason}); nothing was "
+                        "changed: the version before goes on with it, and with a backup that it made")
+            raise StorageError(f"database {database} {told}") from error
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Session]:

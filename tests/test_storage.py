@@ -432,17 +432,47 @@ def test_database_of_schema_6(tmp_path: Path) -> None:
     assert SqliteFile(path).inspect() == healthchecker.SCHEMA
 
 
-@pytest.mark.parametrize("lost", [("status", "read"), ("machine", "able")], ids=".".join)
-def test_what_no_migration_brings_stays_as_it_was(tmp_path: Path, lost: tuple[str, str]) -> None:
-    """Such as a column that a version between two releases had not: the version that wrote it can go on with it."""
+# As all versions of schema 6 made it, and as some of schema 5 made maintenance already.
+MACHINE_6 = ("DROP TABLE machine", "CREATE TABLE machine (instance VARCHAR NOT NULL PRIMARY KEY, name VARCHAR NOT NULL,"
+             " version VARCHAR NOT NULL, started_at DOUBLE NOT NULL, seen_at DOUBLE NOT NULL)",
+             "INSERT INTO machine VALUES ('0', '', '1', 0, 0)", "PRAGMA user_version = 6")  # fmt: skip
+MAINTAINED_5 = ("ALTER TABLE status DROP COLUMN read", "ALTER TABLE status DROP COLUMN read_at", "DROP TABLE machine",
+                "DROP TABLE result", "PRAGMA user_version = 5")  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", [MACHINE_6, MAINTAINED_5], ids=["6", "5"])
+def test_what_was_there_before_its_time(tmp_path: Path, schema: tuple[str, ...]) -> None:
+    """A table that came within a schema: everything stays, and the tables are those of a new database."""
+    path, new = tmp_path / "healthchecker.db", tmp_path / "new.db"
+    for each in (path, new):
+        with closing(Store(each)) as store, store.writing() as session:
+            session.add(Maintenance(id=7, state="begun", start_at=1, until_at=9e9, scope='{"all": true}', reason="x"))
+    executed(path, *schema)
+    Store(path).close()
+    with closing(sqlite3.connect(path)) as one, closing(sqlite3.connect(new)) as other:
+        for table in healthchecker.Base.metadata.tables:
+            columns, rows = f"PRAGMA table_info({table})", f'SELECT * FROM "{table}"'
+            found, wanted = ({row[1:] for row in each.execute(columns)} for each in (one, other))
+            assert {row[:2] for row in found} == {row[:2] for row in wanted}, table
+            assert one.execute(rows).fetchall() == other.execute(rows).fetchall(), table
+
+
+@pytest.mark.parametrize(("change", "why"), [
+    ("ALTER TABLE status DROP COLUMN read", "columns are missing then"),
+    ("PRAGMA user_version = 5", "duplicate column name: read"),
+], ids=["lacking", "known"])
+def test_what_no_migration_brings_stays_as_it_was(tmp_path: Path, change: str, why: str) -> None:
+    """Such as a column that a version between two releases had not: the version that wrote it can go on with it, so
+    nobody is told to throw it away."""
     path = tmp_path / "healthchecker.db"
     Store(path).close()
-    executed(path, "ALTER TABLE {} DROP COLUMN {}".format(*lost), "PRAGMA user_version = 6")
-    before = dump(path)
+    executed(path, "PRAGMA user_version = 6", change)
+    before, version = dump(path), SqliteFile(path).inspect()
     for _ in range(2):
-        with pytest.raises(StorageError, match="is damaged; restore it from a backup or move it away"):
+        with pytest.raises(StorageError, match=f"cannot bring to {healthchecker.SCHEMA} ") as refused:
             Store(path)
-    assert dump(path) == before and SqliteFile(path).inspect() == 6
+        assert f"({why}); nothing was changed" in str(refused.value) and "move it away" not in str(refused.value)
+    assert dump(path) == before and SqliteFile(path).inspect() == version
 
 
 def test_damaged_rows_of_history_do_not_stop_the_migration(tmp_path: Path) -> None:
