@@ -2857,14 +2857,16 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
                "ALTER TABLE average RENAME TO packed_average"),
               ("ALTER TABLE setting ADD COLUMN text VARCHAR NOT NULL DEFAULT ''",
                "ALTER TABLE resource ADD COLUMN place VARCHAR NOT NULL DEFAULT ''"),
-              ("DROP TABLE IF EXISTS login_session",      # who was logged in logs in once more
-               'ALTER TABLE event ADD COLUMN "group" VARCHAR NOT NULL DEFAULT \'\'',
+              ('ALTER TABLE event ADD COLUMN "group" VARCHAR NOT NULL DEFAULT \'\'',
                "ALTER TABLE event ADD COLUMN state VARCHAR NOT NULL DEFAULT ''",
                "UPDATE event SET state = 'closed' WHERE kind = 'gate'",
                "UPDATE event SET state = 'open' WHERE kind = 'gate' AND text LIKE 'closed -> open%'"),
-              ("ALTER TABLE status ADD COLUMN read VARCHAR NOT NULL DEFAULT 'null'",
-               "ALTER TABLE status ADD COLUMN read_at DOUBLE NOT NULL DEFAULT 0"),
-              ())
+              (), ())
+# What is to be done where a table lacks a column that came to some versions of a schema and not to others.
+LACKING = {("login_session", "expires_at"): ("DROP TABLE login_session",),      # who was logged in logs in once more
+           ("machine", "able"): ("DROP TABLE machine",),        # in it is what lives now, and nothing else
+           ("status", "read"): ("ALTER TABLE status ADD COLUMN read VARCHAR NOT NULL DEFAULT 'null'",
+                                "ALTER TABLE status ADD COLUMN read_at DOUBLE NOT NULL DEFAULT 0")}
 # Of a schema 5 whose maintenance stands at the resources yet: of both kinds some were written.
 TO_MAINTENANCE = ("INSERT INTO maintenance (state, start_at, until_at, scope, reason, actor, plan, turn_at) "
                   "SELECT 'begun', min(maintenance, strftime('%s', 'now') + 0.0), maintenance, '{\"resources\": "
@@ -2907,14 +2909,15 @@ def columns_in(connection: sqlalchemy.Connection) -> set[tuple[str, str]]:
 def migrate(session: Session, version: int) -> None:
     """Brings the tables from schema `version`, 0 for none, to SCHEMA, within the caller's transaction, which checks no
     foreign keys."""
-    begin, version = time.monotonic(), version or SCHEMA
+    version = version or SCHEMA
     for statements in MIGRATIONS[version - 1:]:
         for statement in statements:
             session.execute(sqlalchemy.text(statement))
     connection = session.connection()
     found = columns_in(connection)
-    if ("machine", "able") not in found:    # schema 6 had none; there is in it what lives now, and nothing else
-        connection.execute(sqlalchemy.text("DROP TABLE IF EXISTS machine"))
+    for place, remedy in LACKING.items():
+        for statement in remedy if place not in found and place[0] in dict(found) else ():
+            session.execute(sqlalchemy.text(statement))
     Base.metadata.create_all(connection)
     for statement in TO_MAINTENANCE if ("resource", "maintenance") in found else ():
         session.execute(sqlalchemy.text(statement))
@@ -2922,8 +2925,6 @@ def migrate(session: Session, version: int) -> None:
         unpack_history(cast(sqlite3.Connection, connection.connection.driver_connection))
     if version < 4:
         number_anew(connection)
-    if version < SCHEMA:
-        log.info("database: migrated from schema %d to %d in %.1f s", version, SCHEMA, time.monotonic() - begin)
 
 
 def remembered(session: Session, name: str) -> Setting:
@@ -3539,10 +3540,14 @@ class Store:
             # never under a service of an older version, which would fail from then on
             with contextlib.nullcontext() if locked or not version else database.lock(), \
                     self.writing(migrates=True, long=True) as session:
+                begun_mono = time.monotonic()
                 migrate(session, database.version(session))
                 if fault_of_schema(columns_in(session.connection()), SCHEMA, ours=True):
                     raise sqlalchemy.exc.SQLAlchemyError("columns are missing then")
                 database.mark(session)
+            if version:
+                log.info("database: migrated from schema %d to %d in %.1f s", version, SCHEMA,
+                         time.monotonic() - begun_mono)
             self.close()        # from the next connection on foreign keys are checked
             database.ensure()       # the files that went with the last connection
         except (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
