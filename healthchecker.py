@@ -2999,13 +2999,27 @@ def read_schema(path: Path, *, whole: bool, mode: str = "ro") -> tuple[set[tuple
         return read_schema(path, mode="rw", whole=whole)    # which rolls back what a crash cut short
 
 
-def reason_of(error: Exception, path: Path) -> str:
-    """Why a file cannot be used, and what to do."""
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what it was made of."""
+    while error:
+        yield error
+        error = getattr(error, "orig", None) or error.__cause__
+
+
+def passing_reason(error: BaseException, path: Path) -> str:
+    """Why a file cannot be used now, and what to do; empty where that does not end by itself."""
     refused = isinstance(error, sqlite3.OperationalError)
     if refused and "locked" in str(error):
         return "another program has it for itself; try again"
-    if (refused and shutil.disk_usage(path.parent).free < MIN_ROOM) or getattr(error, "errno", 0) == errno.ENOSPC:
-        return "the disk is full; make room on it"
+    is_full = refused and path.parent.is_dir() and (
+        "disk is full" in str(error) or shutil.disk_usage(path.parent).free < MIN_ROOM)
+    return "the disk is full; make room on it" if is_full or getattr(error, "errno", 0) == errno.ENOSPC else ""
+
+
+def reason_of(error: Exception, path: Path) -> str:
+    """Why a file cannot be used, and what to do."""
+    if passing := passing_reason(error, path):
+        return passing
     remedy = ("restore it from a backup or " if path.exists() else "") + "set service.database"
     return f"{getattr(error, 'strerror', None) or error}; {remedy}"
 
@@ -3016,13 +3030,16 @@ class SqliteFile:
     insert = staticmethod(sqlite.insert)
     wall = staticmethod(time.time)
     end_of = staticmethod(lambda text, count: func.substr(text, -count))
-    may_pass = staticmethod(lambda _: False)    # a file is there, or it is not
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def may_pass(self, error: BaseException | None) -> bool:
+        """Whether it is a failure that ends by itself: another program holds the file, or the disk is full."""
+        return any(passing_reason(each, self.path) for each in causes_of(error))
 
     def inspect(self, *, whole: bool = True) -> int:
         """The schema of the database, 0 while there is none. Raises StorageError for what is not ours and sound; not
@@ -3065,7 +3082,7 @@ class SqliteFile:
                 connection.close()
             if connection is None or "locked" not in str(error):
                 raise StorageError(f"database {path} cannot be used: {reason_of(error, path)}") from error
-            raise StorageError(f"another HealthChecker is using database {path}; stop that one first") from error
+            raise StorageError(f"another HealthChecker is using database {path}; stop that one first") from None
         return contextlib.closing(connection)
 
     def is_running(self, machine: str = "") -> bool:
@@ -3403,11 +3420,8 @@ class PostgresServer:
 
     def may_pass(self, error: BaseException | None) -> bool:
         """Whether it is a failure that ends by itself, as far as words tell: the server is away, starts, or is busy."""
-        while error:
-            if isinstance(error, self._operational_error):
-                return not LASTING.search(str(error))
-            error = getattr(error, "orig", None) or error.__cause__
-        return False
+        found = next((each for each in causes_of(error) if isinstance(each, self._operational_error)), None)
+        return found is not None and not LASTING.search(str(found))
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:

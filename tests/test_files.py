@@ -319,19 +319,23 @@ def fill(folder: Path, room: int = 0) -> None:
 
 @pytest.mark.parametrize("known", [False, True], ids=["first start", "database is there"])
 def test_a_start_on_a_full_disk(small_disk: Path, known: bool) -> None:
-    """It is no damaged database: nobody must bring back an old one for that."""
+    """It is no damaged database: nobody must bring back an old one for that, nor start the service again."""
     path = write_inventory(small_disk, CALM)
     prepared_keys(small_disk)
     if known:
         with closing(healthchecker.Store(small_disk / "healthchecker.db")):
             pass
     fill(small_disk)
-    code, output = run_cheaply("--inventory", str(path))
-    said = [line for line in output.splitlines() if "worker processes are ready" not in line]
-    assert code == 4 and len(said) == 1 and "the disk is full" in said[0] and "backup" not in said[0]
-    (small_disk / "filler").unlink()
-    with Service(path) as service:
-        service.wait_status("/-/readyz", 200)
+    service = Service(path)
+    service.begin()
+    try:
+        said = service.wait_line("the gate stays closed until the database can be used: ")
+        assert "the disk is full" in said and "backup" not in said
+        (small_disk / "filler").unlink()
+        service.wait_line("serving on http://")
+        assert service.stop() == 0
+    finally:
+        service.kill()
 
 
 def test_a_shell_needs_no_room_for_temporary_files(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

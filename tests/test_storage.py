@@ -321,6 +321,27 @@ def test_a_database_that_another_program_holds(
     assert len(asked) == 1
 
 
+@pytest.mark.of_files
+@pytest.mark.parametrize("lock", ["IMMEDIATE", "EXCLUSIVE"])
+def test_a_start_waits_for_who_holds_the_database(bench: Bench, lock: str) -> None:
+    """A shell of SQLite, or what copies the file: nobody starts the service again that has said that it has none."""
+    bench.load(FIRST)
+    service = Service(write_inventory(bench.folder, FIRST))
+    with contextlib.closing(sqlite3.connect(bench.database, isolation_level=None)) as holder:
+        if lock == "EXCLUSIVE":
+            holder.execute("PRAGMA locking_mode = EXCLUSIVE")
+        for statement in f"BEGIN {lock}", "DELETE FROM notice":
+            holder.execute(statement)
+        service.begin()
+        try:
+            service.wait_line("the gate stays closed until the database can be used: ")
+            holder.close()
+            service.wait_line("serving on http://")
+            assert service.stop() == 0
+        finally:
+            service.kill()
+
+
 TRACE = """
 import os, sqlite3
 def connect(*given, genuine=sqlite3.connect, **options):
