@@ -12118,7 +12118,8 @@ def place_fault(path: Path) -> str:
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode):
         return "is a folder, a link or a device"
-    if found.st_uid not in (account, *([] if account else [folder.st_uid])):
+    both = {0, folder.st_uid} if account in (0, folder.st_uid) else {account}   # whoever of them started it before
+    if found.st_uid not in both:
         return "belongs to another account"
     with path.open("rb") as file:
         head = file.read(SLOTS * CELL)
@@ -12202,7 +12203,8 @@ class LeaseFile:
     def _open(self) -> None:
         content = self._content()
         if self._path.exists():     # who has it mapped sees at once that it holds no longer
-            cells_of(self._path, SLOTS * CELL)[GENERATION] = 0.0
+            with contextlib.suppress(PermissionError):      # root's, which said so at its end
+                cells_of(self._path, SLOTS * CELL)[GENERATION] = 0.0
         self._publish(self._path, content)
         cells, self._number = cells_of(self._path), file_number(self._path)
         with self._lock:

@@ -19,6 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -137,6 +138,22 @@ def test_file_of_somebody_else(tmp_path: Path) -> None:
     os.chown(tmp_path / "lease", 12345, 12345)
     with pytest.raises(UsageError, match="belongs to another account"):
         LeaseFile(tmp_path / "lease", [])
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="becomes another account, as only root can")
+def test_file_of_a_start_by_root() -> None:
+    """Somebody ran it by hand: the service goes on in its own folder, and root then with the service's file."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chown(folder, 12345, 12345)
+        path = Path(folder) / "lease"
+        for account, owner in ((0, 0), (12345, 12345), (0, 0)):
+            os.seteuid(account)
+            try:
+                with contextlib.closing(LeaseFile(path, [])) as file:
+                    file.put("", math.inf, 0.0)
+                    assert path.stat().st_uid == owner
+            finally:
+                os.seteuid(0)
 
 
 @pytest.mark.parametrize("command", [[], ["check"]], ids=["a start", "check"])
