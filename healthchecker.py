@@ -1086,9 +1086,10 @@ def fits_platform(expect: Expect, info: Any) -> Expect:
 # out go settings in which every path is absolute, or a ValidationError. A validation's context is the inventory's
 # folder. Pure.
 # Gives: COMPANIONS, conflicts, CREDENTIALS, FILES, foreign_fields, HOSTLESS, KEY_FILES, LEASE_GRACE, LOCAL_SERVICES,
-# LOOPBACK, of_url, PASSPHRASES, ReceiverSettings, ResourceSettings, Retention, SECRETS, ServiceSettings, USUAL
+# LOOPBACK, of_url, PASSPHRASES, ReceiverSettings, ResourceSettings, Retention, SECRETS, ServiceSettings, STARTED, USUAL
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 KEY_FILES = ("private.pem", "public.pem", "next.pem")
+STARTED = "started"             # beside them: the name of the database that a start has begun
 COMPANIONS = ("-wal", "-shm", "-journal", ".lock")      # files beside the database
 TOKEN_CHARS = 16                # of a password that has to be shown by whoever reports, or looks
 WORKERS_MAX = 8                 # worker processes that `auto` starts at most
@@ -2074,7 +2075,7 @@ class InventoryLoader:
         """A log that is written into another file of the service would destroy it, by whatever name it is called."""
         database, log_file = service.database_path, service.log_file
         ours = [("", "the inventory", self.path), ("", "the program", Path(__file__)),
-                *(("", f"{service.keys.name}/{name}", service.keys / name) for name in KEY_FILES),
+                *(("", f"{service.keys.name}/{name}", service.keys / name) for name in (*KEY_FILES, STARTED)),
                 *([("database", "service.database", database)] if database else ()),
                 *(("", database.name + end, Path(f"{database}{end}")) for end in COMPANIONS if database)]
         ours += [(name, f"service.{name}", path) for name, path in service
@@ -18488,13 +18489,30 @@ class Installation:
         self.inventory = InventoryLoader(self.path, document).load()
         return document
 
+    def schema(self, *, whole: bool = True) -> int:
+        """That of the database, 0 before the first start alone: without what was added and said in the console, its
+        gate would be open. Raises StorageError."""
+        version, mark = self.database.inspect(whole=whole), self.service.keys / STARTED
+        if not version and mark.is_file() and mark.read_bytes() == os.fsencode(str(self.database)):
+            raise StorageError(f"database {self.database} of an earlier start is not there: mount or restore it; or "
+                               f"remove {mark} to begin anew")
+        return version
+
+    def mark(self) -> None:
+        """Notes that the database has begun, but in keys that are not the service's own to write."""
+        mark, name = self.service.keys / STARTED, os.fsencode(str(self.database))
+        with contextlib.suppress(OSError):
+            if not mark.exists() or mark.read_bytes() != name:
+                mark.unlink(missing_ok=True)
+                create_private(mark, name)
+
     @contextlib.contextmanager
     def store(self, *, scratch: bool = False, locked: bool = False, whole: bool = True) -> Iterator[Store]:
         """The database, made when there is none, an older one migrated; `scratch`: that only for this once, in a file
         of its own; `locked`: see Store; not `whole`: not all of it is read first, for a look that is taken often."""
         with contextlib.ExitStack() as stack:
             database = self.database
-            if (version := database.inspect(whole=whole and not locked)) != SCHEMA and scratch:
+            if (version := self.schema(whole=whole and not locked)) != SCHEMA and scratch:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
                 database = SqliteFile(Path(folder) / DATABASE)
                 if version:
@@ -18504,7 +18522,7 @@ class Installation:
 
     def require_database(self) -> None:
         """Raises UsageError where there is none."""
-        if not self.database.inspect(whole=False):
+        if not self.schema(whole=False):
             raise UsageError("there is no database yet; start the service first")
 
     @property
@@ -18618,6 +18636,7 @@ def prepare(installation: Installation, store: Store) -> Vault:
         changes = "" if owner else installation.take_over(session, vault)
         if owner:
             import_receivers(session, installation.inventory, vault, secrets_only=True)
+    installation.mark()
     log.log(logging.ERROR if differs else logging.INFO, "inventory: %s", changes or (
         f"that of {owner} is watched" + (f", and {installation.path.name} here differs from it: `reload` here takes it "
                                          "over once that machine is gone" if differs else "")))
@@ -18742,7 +18761,7 @@ def serve_with(installation: Installation, console: Sequence[socket.socket], sup
     handle_signals(supervisor.stop, hangups)    # from here on: an interrupt would leave a worker that nobody knows
     while not supervisor.stopping:
         try:
-            database.inspect()
+            installation.schema()
             with installation.serving(leave):
                 supervisor.start()
                 if not supervisor.stopping:

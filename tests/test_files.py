@@ -67,7 +67,8 @@ def test_nothing_is_writable_for_others(tmp_path: Path) -> None:
             found = {name: mode for name, mode in modes(tmp_path).items() if name not in given}
     finally:
         os.umask(before)
-    private = {name for name in found if name.startswith("healthchecker.db")} | {"inventory.yaml", "keys/private.pem"}
+    private = {name for name in found if name.startswith("healthchecker.db")} | {
+        "inventory.yaml", "keys/private.pem", "keys/started"}  # fmt: skip
     assert found.keys() == private | {"log", "keys/public.pem"} and {"healthchecker.db-wal"} < private
     assert {name: oct(mode) for name, mode in found.items() if mode & 0o022} == {}
     assert {name: oct(found[name]) for name in private} == dict.fromkeys(private, "0o600")

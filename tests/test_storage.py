@@ -1332,6 +1332,42 @@ def test_failed_start(make: Callable[[Path], Path], code: int, message: str, tmp
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("case", ["missing", "empty"])
+def test_the_database_of_an_earlier_start_is_gone(
+    case: str, bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its mount is missing, or a crash left nothing in it: no start takes that for the first one, which would open the
+    gate without what was added in the console, and to the documented password."""
+    path, mark = write_inventory(bench.folder, C), bench.folder / "keys" / "started"
+    assert healthchecker.main(["--inventory", str(path), "seal"]) == 0 and not mark.exists()
+    with Service(path):
+        pass
+    if isinstance(bench.place, SqliteFile):
+        for left in bench.folder.glob("healthchecker.db*"):
+            left.unlink()
+        if case == "empty":
+            bench.database.touch()
+    else:
+        execute(bench.place, "DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
+    before = snapshot(bench.folder)
+    for command in [], ["check"], ["user", "list"]:
+        code, said = run_cheaply("--inventory", str(path), *command)
+        assert code == 4 and len(said.splitlines()) == 1, said
+        assert f"of an earlier start is not there: mount or restore it; or remove {mark} to begin anew" in said
+        assert snapshot(bench.folder) == before
+    mark.unlink()
+    with Service(path):
+        assert mark.exists()
+
+
+@pytest.mark.of_files
+def test_another_database_begins_anew(bench: Bench) -> None:
+    """Whoever names it says so; and the one before is known still."""
+    for name in "one", "other", "one":
+        with Service(write_inventory(bench.folder, C, service=f"  database: sqlite:///{name}.db")):
+            assert (bench.folder / f"{name}.db").exists()
+
+
 def test_second_service_on_one_database(bench: Bench) -> None:
     """It ends with one line; the first goes on."""
     path = write_inventory(bench.folder, C)
