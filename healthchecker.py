@@ -2180,8 +2180,8 @@ def load_inventory(path: Path) -> Inventory:
 # === Vault ===================================================================
 # Secrets at rest: in come passwords and what they belong to, out go tokens, and the other way round. Called in any
 # thread of the main process; only the start and `keys rotate` write key files. A secret never shows in an error.
-# Gives: length_prefixed, create_private, ensure_private, everybody_changes, give, let_read, make_folder, private_file,
-#   take_place, Vault, hash_password
+# Gives: length_prefixed, create_private, denial, ensure_private, everybody_changes, give, is_read_only, let_read,
+#   make_folder, private_file, take_place, Vault, hash_password
 RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"HealthChecker/HC1")
 SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
@@ -2282,6 +2282,27 @@ def give(path: Path | int, like: Path) -> None:
     if sys.platform != "win32" and os.geteuid() == 0:
         with contextlib.suppress(OSError):      # a root without that right, or in a namespace without that owner
             os.chown(path, like.stat().st_uid, like.stat().st_gid)
+
+
+def denial(path: Path, verb: str) -> str:
+    """Of what this account may not read, or write: who may, and what to do."""
+    if sys.platform == "win32":
+        return f"this account ({getpass.getuser()}) may not {verb} it; give it the right to"
+    import pwd  # noqa: PLC0415  # POSIX only
+    names, place = [], next(each for each in (path, *path.parents) if os.path.exists(each))
+    for number in (os.geteuid(), place.stat().st_uid):
+        try:
+            names.append(pwd.getpwuid(number).pw_name)
+        except KeyError:
+            names.append(str(number))
+    me, owner = names
+    return f"this account ({me}) may not {verb} it; " + (
+        f"run as {owner}, or give it to {me}" if me != owner else f"run: chmod u+{verb[0]} {path}")
+
+
+def is_read_only(folder: Path) -> bool:
+    """Whether nobody can write there, as where a disk failed."""
+    return sys.platform != "win32" and bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
 def put_name(temporary: Path, path: Path) -> None:
@@ -2398,6 +2419,8 @@ class Vault:
             key = serialization.load_pem_private_key(path.read_bytes(), None, unsafe_skip_rsa_key_validation=True)
         except FileNotFoundError:
             return
+        except PermissionError as error:
+            raise SecretError(f"{path}: {denial(path, 'read')}") from error
         except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise SecretError(f"{path} cannot be read as a private key; put the right one back") from error
         if not isinstance(key, rsa.RSAPrivateKey):
@@ -2983,13 +3006,19 @@ def fault_of_schema(found: Collection[tuple[str, str]], version: int, *, ours: b
     return ""
 
 
+def address_of(path: Path, mode: str) -> str:
+    """As a URI of SQLite, which has to be told where it can write nothing, or it would make its log."""
+    frozen = is_read_only(path.parent) and not Path(f"{path}-wal").exists()
+    return f"{path.absolute().as_uri()}?mode={'ro&immutable=1' if frozen else mode}"
+
+
 def read_schema(path: Path, *, whole: bool, mode: str = "ro") -> tuple[set[tuple[str, str]], int, int, bool]:
     """Its tables' columns, whose it is (application_id), its version, and whether it is sound; `whole`: all of it."""
     with open(path, "rb") as file:
         if file.read(16) not in (b"", b"SQLite format 3\0"):    # SQLite takes a short text for an empty database
             raise sqlite3.DatabaseError("it is no SQLite database")
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)) as connection:
+        with contextlib.closing(sqlite3.connect(address_of(path, mode), uri=True)) as connection:
             columns = set(connection.execute("SELECT tables.name, columns.name FROM sqlite_master AS tables, "
                                              "pragma_table_info(tables.name) AS columns WHERE tables.type = 'table'"))
             [ours] = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version")
@@ -3021,7 +3050,12 @@ def reason_of(error: Exception, path: Path) -> str:
     """Why a file cannot be used, and what to do."""
     if passing := passing_reason(error, path):
         return passing
-    remedy = ("restore it from a backup or " if path.exists() else "") + "set service.database"
+    if path.parent.exists() and is_read_only(path.parent):
+        return "the file system is read-only"
+    if isinstance(error, PermissionError):
+        return denial(path, "read") if error.filename == str(path) else f"its folder: {denial(path.parent, 'write')}"
+    is_damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+    remedy = ("restore it from a backup or " if is_damaged else "") + "set service.database"
     return f"{getattr(error, 'strerror', None) or error}; {remedy}"
 
 
@@ -3102,7 +3136,8 @@ class SqliteFile:
 
     def copy(self, place: Path) -> None:
         """Copies it as of one moment, also under a service."""
-        with contextlib.closing(sqlite3.connect(self.path, timeout=BUSY_TIMEOUT)) as source, \
+        address = address_of(self.path, "rw")
+        with contextlib.closing(sqlite3.connect(address, timeout=BUSY_TIMEOUT, uri=True)) as source, \
                 contextlib.closing(sqlite3.connect(place)) as target:
             source.backup(target)
 

@@ -952,6 +952,7 @@ def test_without_the_right_to(case: str, tmp_path: Path) -> None:
         (tmp_path / "keys").chmod(0o755)
         (tmp_path / "healthchecker.db").chmod(0o644)
     assert code in codes and one_line(output), output
+    assert "backup" not in output and "the right one" not in output     # for nothing is damaged
     assert contents(tmp_path) == before
 
 

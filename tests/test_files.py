@@ -339,6 +339,21 @@ def test_a_start_on_a_full_disk(small_disk: Path, known: bool) -> None:
         service.kill()
 
 
+def test_a_disk_that_became_read_only(small_disk: Path, tmp_path: Path) -> None:
+    """As a Linux does with one that fails: that is said, nothing is called damaged, and a backup can be made."""
+    path, saved, new = write_inventory(small_disk, HOST), tmp_path / "saved.tgz", tmp_path / "new" / "inventory.yaml"
+    new.parent.mkdir()
+    with Service(path):
+        pass
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for arguments in [], ["check"]:
+        code, output = run_cheaply("--inventory", str(path), *arguments)
+        assert code == 4 and "the file system is read-only" in output and "restore" not in output, output
+    assert run_cheaply("--inventory", str(path), "backup", str(saved))[0] == 0
+    assert run_cheaply("--inventory", str(new), "restore", str(saved))[0] == 0
+    assert "0 added, 0 changed, 0 removed, 1 kept" in run_cheaply("--inventory", str(new), "check")[1]
+
+
 def test_a_shell_needs_no_room_for_temporary_files(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or any account of this machine could close the gate."""
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rights import ROOT, without_root_rights
 from service import fresh_processes, prepared_keys, write_inventory
 
 import healthchecker
@@ -462,6 +463,19 @@ def test_a_private_key_whose_numbers_do_not_belong_together(changed: str, tmp_pa
     (folder / PRIVATE).write_bytes(armoured(der))
     with pytest.raises(SecretError, match=r"private\.pem .*; put the right one back"):
         open_vault(folder, [])
+
+
+@pytest.mark.skipif(not ROOT or sys.platform != "linux", reason="gives a file away, and drops rights as Linux has them")
+@pytest.mark.parametrize(("owner", "remedy"), [
+    (65534, "run as nobody, or give it to root"), (54321, "run as 54321, or give it to root"), (0, "run: chmod u+r ")])
+def test_a_private_key_that_this_account_may_not_read(owner: int, remedy: str, tmp_path: Path) -> None:
+    """It is sound: nobody must look for another one."""
+    path = prepared_keys(tmp_path) / "private.pem"
+    path.chmod(0o200)
+    os.chown(path, owner, owner)
+    with without_root_rights(), pytest.raises(SecretError) as refused:
+        Vault(tmp_path / "keys")
+    assert str(refused.value).startswith(f"{path}: this account (root) may not read it; {remedy}")
 
 
 def test_private_key_is_a_folder(tmp_path: Path) -> None:
