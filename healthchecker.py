@@ -19138,8 +19138,25 @@ def find_target(targets: Mapping[str, Target], name: str) -> Target:
     return targets[name]
 
 
+def check_folders(service: ServiceSettings) -> Iterator[HealthCheckerError]:
+    """Which of its folders a start needs and could not write to."""
+    found: list[tuple[str, Path, type[HealthCheckerError]]] = []
+    if path := service.database_path:
+        found.append((f"database {path}: its folder", path.parent, StorageError))
+    if not os.path.exists(service.keys / KEY_FILES[0]):     # which is made, and the folder
+        place = next(place for place in (service.keys, *service.keys.parents) if os.path.exists(place))
+        found.append((f"service.keys {service.keys}: {place}", place, SecretError))
+    for what, folder, error in found:
+        if not folder.exists():
+            yield error(f"{what} is not there; make or mount it")
+        elif is_read_only(folder):
+            yield error(f"{what}: the file system is read-only")
+        elif not os.access(folder, os.W_OK):
+            yield error(f"{what}: {denial(folder, 'write')}")
+
+
 def check_doors(installation: Installation) -> Iterator[HealthCheckerError]:
-    """What a start would say of its ports, its log and the word of the metrics."""
+    """What a start would say of its ports, its folders, its log and the word of the metrics."""
     service = installation.service
     for setting, value in ((installation.listen_name, service.listen), ("service.console", service.console)):
         try:
@@ -19155,6 +19172,7 @@ def check_doors(installation: Installation) -> Iterator[HealthCheckerError]:
     if path and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
         yield UsageError(f"service.log_file {path} cannot be written")
     yield from check_files(service)
+    yield from check_folders(service)
 
 
 def check_app(installation: Installation) -> int:

@@ -845,6 +845,7 @@ BAD_STARTS: dict[str, tuple[str, int, str]] = {
     "log file is a folder": ("log_file: .", 2, "service.log_file"),
     "keys is a file": ("keys: inventory.yaml", 3, "inventory.yaml"),
     "database is a folder": ("database: sqlite:///keys", 4, "keys"),
+    "database in a missing folder": ("database: sqlite:///nowhere/x.db", 4, "nowhere/x.db"),
 }
 
 

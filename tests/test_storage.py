@@ -1240,8 +1240,7 @@ def test_a_valid_but_empty_file_becomes_the_database(bench: Bench) -> None:
 def test_database_in_an_impossible_place(url: str, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_inventory(bench.folder, C, service=f"  database: sqlite:///{url}")
     for command in (["keys", "rotate"], ["check"]):
-        code = healthchecker.main(["--inventory", str(path), *command])
-        assert code == 4 or (command == ["check"] and url == "nowhere/x.db" and code == 0)
+        assert healthchecker.main(["--inventory", str(path), *command]) == 4
         assert len(capsys.readouterr().err.splitlines()) <= 1
     assert not (bench.folder / "nowhere").exists()
 
