@@ -326,7 +326,8 @@ class UsageError(HealthCheckerError):
 
 
 class KilledError(HealthCheckerError):
-    """A worker was killed before it could serve, by whoever lacked memory, say: another start may go well."""
+    """A worker was killed before it could serve, by whoever lacked memory, say, or there are no more threads: another
+    start may go well."""
 
     exit_code = 1
 
@@ -11282,10 +11283,11 @@ class Poller(ResourceLease, threading.Thread):
 # === Monitor =================================================================
 # One thread makes the pollers follow the rows and share the work with other machines, replaces dead ones and sees
 # leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
-# Gives: CLOCK_STEP, Monitor, stop_slow_polls
+# Gives: CLOCK_STEP, Monitor, MORE_THREADS, stop_slow_polls
 FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 END_TIME = 10.0                 # seconds that an end may take beside the drain
+MORE_THREADS = "raise TasksMax= of the unit, or `ulimit -u` of the account"
 OWN_FILES, HOST_FILES = 100, 2  # that are open: database, console, workers; for a host, whose connection is made anew
 
 
@@ -11303,7 +11305,7 @@ def start_new(pollers: Iterable[Poller]) -> None:
             try:
                 poller.start()
             except RuntimeError as error:   # no more threads: the others are watched all the same
-                poller.died = one_line(str(error))
+                poller.died = f"{error}: {MORE_THREADS}"
 
 
 def counts_on(before: Target, target: Target) -> bool:
@@ -11461,7 +11463,7 @@ class Monitor(threading.Thread):
         self._ending, self._trouble = threading.Event(), Trouble("the configuration cannot be taken over")
 
     def begin(self) -> None:
-        """Registers every resource, takes over fresh stored states and starts everything."""
+        """Registers every resource and takes over fresh stored states; all begins, but polls, which `start` does."""
         now_at = self._zero_at
         with self._store.reading() as session:
             if remembered(session, self._store.own("boot")).value == boot_number() != 0:    # whatever the clock became
@@ -11472,10 +11474,10 @@ class Monitor(threading.Thread):
         self._context.aggregator.start()
         self._context.uplink.begin(self._context.urge, self._report_again, self._context.recorder.note)
         self._context.recorder.start()
-        self.start()
 
     def run(self) -> None:
         PATIENCE.set(IMPATIENCE)
+        start_new(self.pollers.values())
         while not self._ending.wait(MONITOR_INTERVAL):
             with self._trouble.caught():
                 self._sweep()
@@ -11613,7 +11615,7 @@ class Monitor(threading.Thread):
             self._recount(covered)
             for name in gone:
                 self._context.aggregator.deregister(name)
-        start_new(self.pollers.values())
+        start_new(self.pollers.values() if self.is_alive() else ())
         with self._followed:
             self._revision, self._looked_mono, self.targets = current, lease_clock(), targets
             self._followed.notify_all()
@@ -18677,6 +18679,8 @@ def prepare(installation: Installation, store: Store) -> Vault:
                                          "over once that machine is gone" if differs else "")))
     if initial:
         log.warning("the password of %s is the documented one: change it at /-/password or by `user passwd`", initial)
+    if installation.service.mode == "observe":
+        log.warning("service.mode is observe: nothing is refused")
     return vault
 
 
@@ -18741,12 +18745,23 @@ def console_url(service: ServiceSettings) -> str:
     return service.console_url or ("" if service.console == "off" else f"http://{service.console}{PREFIX}")
 
 
+@contextlib.contextmanager
+def threads_begun() -> Iterator[None]:
+    """Around what begins threads: raises KilledError where there are no more."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        raise KilledError(f"{error}: {MORE_THREADS}") from error
+
+
 def watch(installation: Installation, store: Store, console: Sequence[socket.socket], supervisor: Supervisor,
           hangups: queue.SimpleQueue[bool]) -> None:
     """Takes the inventory over, watches it and lets the workers serve until a signal comes."""
     inventory, service, members = installation.inventory, supervisor.service, installation.members
     access = installation.access(keeps=True)
-    with contextlib.ExitStack() as stack:
+    with threads_begun(), contextlib.ExitStack() as stack:
         file = service.lease_file and LeaseFile(service.lease_file, supervisor.lease.parts)
         if file:
             stack.enter_context(contextlib.closing(file)).begin()
@@ -18778,8 +18793,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
         log.info("HealthChecker %s", VERSION)
         log.info("serving on http://%s, console %s", service.listen,
                  f"on http://{service.console}/-/" if console else "off")
-        if service.mode == "observe":
-            log.warning("service.mode is observe: nothing is refused")
+        monitor.start()     # after all others, for pollers may take every thread that there is
         supervisor.serve(lambda: stop_slow_polls(list(monitor.pollers.values()), service.drain))
 
 

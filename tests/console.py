@@ -309,6 +309,7 @@ def local_console(
     context = ConsoleContext(store, inventory, aggregator.lease, vault, monitor, access, clock)
     context.throttle = LoginThrottle(Clock())
     monitor.begin()
+    monitor.start()
     try:
         yield Local(context, clock)
     finally:

@@ -179,6 +179,7 @@ class House:
         watch = PollContext(self.aggregator, recorder, access, random.Random(1), uplink or Uplink())
         self.monitor = Monitor(self.store, self.vault, watch, wall)
         self.monitor.begin()
+        self.monitor.start()
         try:
             yield self
         finally:
@@ -508,7 +509,7 @@ def test_no_thread_for_one_poller(
     with house.watching():
         wait_for(house.aggregator.is_healthy)
         house.write("name: db1, interval: 1", "name: extra, critical: false, interval: 1")
-        wait_for(lambda: "extra: its poller died (can't start new thread)" in caplog.text)
+        wait_for(lambda: "extra: its poller died (can't start new thread: raise TasksMax=" in caplog.text)
         before = house.aggregator.beats["monitor"]
         wait_for(lambda: house.aggregator.beats["monitor"] > before)
         limited[0] = False

@@ -72,6 +72,45 @@ class Request(threading.Thread):
                 self.answer = repr(error)
 
 
+# As an account that may have so many threads (for root no such limit holds).
+FEW_THREADS = """
+import _thread, threading
+def start(*given, genuine=_thread.start_new_thread, **more):
+    if _thread._count() >= %d:
+        raise RuntimeError("can't start new thread")
+    return genuine(*given, **more)
+_thread.start_new_thread = threading._start_new_thread = start
+"""
+MANY = '  - {hostname: "sim[001:100].example.com", platform: simulated, mean_healthy: 1000000, seed: 1}\n'
+
+
+def with_threads(folder: Path, number: int) -> dict[str, str]:
+    (folder / "sitecustomize.py").write_text(FEW_THREADS % number, encoding="utf-8")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
+
+def test_more_hosts_than_threads(tmp_path: Path) -> None:
+    """Pollers take what the others leave, and what has none says what to raise; a restart would change nothing."""
+    path = write_inventory(tmp_path, MANY, "  workers: 1")
+    with Program(path, env=with_threads(tmp_path, 60)) as service:
+        service.wait_line("its poller died (can't start new thread: raise TasksMax= of the unit, or `ulimit -u` of")
+        service.wait_status("/-/livez", 200)
+        assert service.get_console("/-/livez").status == 200
+        assert service.get("/-/readyz").status == 503
+
+
+def test_no_threads_at_all(tmp_path: Path) -> None:
+    """One line, and an exit code after which a service manager tries again."""
+    service = Program(write_inventory(tmp_path, MANY, "  workers: 1"), env=with_threads(tmp_path, 3))
+    service.begin()
+    try:
+        assert service.process.wait(60) == 1
+        service.wait_line("can't start new thread: raise TasksMax= of the unit, or `ulimit -u` of the account")
+        assert "Traceback" not in service.output
+    finally:
+        service.kill()
+
+
 # --- the start ---
 def test_serves_at_the_first_start(tmp_path: Path) -> None:
     """With the example beside it where there is one, as shipped but for the ports; this machine is watched."""
