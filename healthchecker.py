@@ -2342,8 +2342,10 @@ def private_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         put_name(temporary, path)
     except OSError as error:
-        if error.filename == str(temporary):
+        if error.filename in (None, str(temporary)):
             error.filename, error.filename2 = str(path), None   # which is what a user knows
+        if error.errno == errno.ENOSPC:
+            error.strerror = "the disk is full; make room on it"
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -3140,7 +3142,12 @@ class SqliteFile:
         address = address_of(self.path, "rw")
         with contextlib.closing(sqlite3.connect(address, timeout=BUSY_TIMEOUT, uri=True)) as source, \
                 contextlib.closing(sqlite3.connect(place)) as target:
-            source.backup(target)
+            try:
+                source.backup(target)
+            except sqlite3.OperationalError as error:
+                if "disk is full" in str(error):    # that of temporary files
+                    raise StorageError(f"{place.parent}: {passing_reason(error, place)}, or set TMPDIR") from error
+                raise
 
     def engine_options(self) -> dict[str, Any]:
         """What SQLAlchemy is to open it with."""

@@ -362,6 +362,27 @@ def test_a_shell_needs_no_room_for_temporary_files(small_disk: Path, monkeypatch
         assert shell.communicate(timeout=60)[0] == b"here\n"
 
 
+def test_a_backup_and_the_way_back_without_room(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said where there is none, and what to do."""
+    old, saved, told = tmp_path / "old", tmp_path / "saved.tgz", "the disk is full; make room on it"
+    old.mkdir()
+    path = installation(old)
+    assert healthchecker.main(["--inventory", str(path), "backup", str(saved)]) == 0
+    fill(small_disk)
+    capsys.readouterr()
+    assert healthchecker.main(["--inventory", str(path), "backup", str(small_disk / "x.tgz")]) == 1
+    assert capsys.readouterr().err == f"{small_disk / 'x.tgz'}: {told}\n"
+    assert healthchecker.main(["--inventory", str(small_disk / "inventory.yaml"), "restore", str(saved)]) == 1
+    assert capsys.readouterr().err == f"{small_disk / 'healthchecker.db'}: {told}\n"
+    assert {found.name for found in small_disk.iterdir()} <= {"filler", "keys"}
+    fill(small_disk, 16384)
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    assert healthchecker.main(["--inventory", str(path), "backup", str(tmp_path / "x.tgz")]) == 4
+    assert re.fullmatch(f"{small_disk}/.*: {told}, or set TMPDIR\n", capsys.readouterr().err)
+
+
 UPLOADED = """
 def app(environ, start_response):
     head = int(environ["QUERY_STRING"])
