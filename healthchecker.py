@@ -3229,6 +3229,9 @@ READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY; {BOUNDS}'{ABANDONE
 WRITING = (f"BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; {BOUNDS}'{CLAIM_LIFE:.0f}s'; "
            f"SET LOCAL lock_timeout = '{BUSY_TIMEOUT:.0f}s'; SELECT pg_advisory_xact_lock({WRITE_LOCK})")
 WRITING_LONG = f"{WRITING}; {BOUNDS}'{ABANDONED:.0f}s'"
+# What waits for a lock ends with the connection that its client has given up, or they would pile up.
+LIVING_ON = (f"BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; {BOUNDS}'{CLAIM_LIFE:.0f}s'; "
+             f"SET LOCAL statement_timeout = '{IMPATIENCE:.0f}s'")
 POSTGRES_COLUMNS = """SELECT relname, attname FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
     JOIN pg_namespace ON pg_namespace.oid = relnamespace
     WHERE nspname = current_schema() AND relkind IN ('r', 'p') AND attnum > 0 AND NOT attisdropped"""
@@ -3359,12 +3362,14 @@ class Claim(threading.Thread):
             self._connection = self._connect()
         try:
             asked_mono, before = lease_clock(), self._stamp
+            self._connection.execute(LIVING_ON)
             lives = self._connection.execute(GO_ON, [self.is_able(), self._instance]).rowcount
             if self._connection.execute("SELECT to_regclass('setting')").fetchone() != (None,):
                 self._stamp = self._connection.execute(STAMP).fetchall()
             if lives:
                 self._hear(asked_mono)
                 self._take_clock(self._connection)
+            self._connection.commit()
             return bool(lives) or (before in (None, self._stamp) and not self._try())
         except BaseException:       # it may be one to a server that others have left
             self._connection.close()
@@ -3469,9 +3474,10 @@ class PostgresServer:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:
-        """Around a connection of its own. Raises StorageError."""
+        """Around a connection of its own, which reads one state. Raises StorageError."""
         try:
             with contextlib.closing(self.connect()) as connection:
+                connection.execute(READING)
                 yield connection
         except self._error as error:
             raise StorageError(f"database {self} cannot be used: {plain_reason(error)}") from error
@@ -3514,12 +3520,11 @@ class PostgresServer:
         return contextlib.closing(claim)
 
     def is_running(self, machine: str = "") -> bool:
-        """Whether a service is on the database, that of a `machine` or any, as far as can be told without a change."""
-        try:
-            with self._connected() as connection:
-                return any(machine in ("", name) for name, *_ in connection.execute(LIVING).fetchall())
-        except StorageError:    # or there is no such table yet
-            return False
+        """Whether a service is on the database, that of a `machine` or any, without a change. Raises StorageError."""
+        with self._connected() as connection:
+            is_made = connection.execute("SELECT to_regclass('machine')").fetchone() != (None,)
+            rows = connection.execute(LIVING).fetchall() if is_made else ()
+        return any(machine in ("", name) for name, *_ in rows)
 
     def copy(self, place: Path) -> None:
         """Raises StorageError."""

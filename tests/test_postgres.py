@@ -277,12 +277,11 @@ def test_servers_that_cannot_be_reached(postgres: Postgres, caplog: pytest.LogCa
              "does not exist": PostgresServer(postgres.url("nobody"), SecretStr(PASSWORD))}  # fmt: skip
     with caplog.at_level(logging.DEBUG):
         for why, server in cases.items():
-            for use in (Store, PostgresServer.lock, PostgresServer.inspect):
+            for use in (Store, PostgresServer.lock, PostgresServer.inspect, PostgresServer.is_running):
                 with pytest.raises(StorageError, match=why) as caught:
                     use(server)
                 assert "\n" not in str(caught.value)
                 assert not [word for word in ("wr0ng", PASSWORD) if word in str(caught.value) + caplog.text]
-            assert not server.is_running()
             assert "wr0ng" not in repr(server) + repr(vars(server))
 
 
@@ -500,6 +499,26 @@ def test_a_row_whose_commit_came_late_is_no_other_machine(server: PostgresServer
         assert execute(server, "SELECT instance FROM machine WHERE name = 'a'") == [(claim.company.epoch,)]
         assert claim.company.epoch != before
         claim.close()
+
+
+@pytest.mark.long
+def test_a_locked_table_gathers_no_connections(server: PostgresServer, postgres: Postgres) -> None:
+    """The server gives up what waits for the lock as soon as we do; nor does a command take that for a service that does
+    not run."""
+    seen: list[Any] = []
+    with opened(server), server.lock(machine="a") as claim, contextlib.closing(server.connect()) as locker:
+        locker.execute("BEGIN; LOCK TABLE machine IN ACCESS EXCLUSIVE MODE")
+
+        def is_fourth() -> bool:
+            seen.extend({claim._connection}.difference(seen))
+            return len(seen) > 3
+
+        wait_for(is_fourth, 60)
+        assert len(postgres.execute("SELECT pid FROM pg_locks WHERE NOT granted AND relation IS NOT NULL")) <= 1
+        with pytest.raises(StorageError, match="cannot be used"):
+            server.is_running()
+        locker.execute("COMMIT")
+        wait_for(lambda: server.is_running("a"), 60)
 
 
 @contextlib.contextmanager
