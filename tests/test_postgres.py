@@ -503,8 +503,7 @@ def test_a_row_whose_commit_came_late_is_no_other_machine(server: PostgresServer
 
 @pytest.mark.long
 def test_a_locked_table_gathers_no_connections(server: PostgresServer, postgres: Postgres) -> None:
-    """The server gives up what waits for the lock as soon as we do; nor does a command take that for a service that does
-    not run."""
+    """The server gives up what waits for the lock as soon as we do; and no command says that no service runs."""
     seen: list[Any] = []
     with opened(server), server.lock(machine="a") as claim, contextlib.closing(server.connect()) as locker:
         locker.execute("BEGIN; LOCK TABLE machine IN ACCESS EXCLUSIVE MODE")
