@@ -10039,8 +10039,9 @@ class MaintenanceKeeper:
 # days: one resource that flaps pushes the others out. In come transitions and what the workers count; rows go out. In
 # the recorder's thread; any thread reads. The start waits for first results and is no incident if the gate opens then.
 # Gives: gate_strip, Incident, IncidentLog, incidents, IncidentsQuery, IncidentView, PartView, prune_incidents,
-# refusals, ServiceView, STANDING, told_by_service, UptimeQuery, UPTIMES, uptime, UptimeView
+# refusals, retold, ServiceView, STANDING, told_by_service, UptimeQuery, UPTIMES, uptime, UptimeView
 WATCH_INTERVAL = 5.0            # seconds after which what lasts is written again
+SEEN_AGAIN = 2 * WATCH_INTERVAL     # seconds within which a machine that lives has done so
 WATCH_GAP = 60.0                # seconds without a look, of a suspended machine: of those nothing is known
 START_PATIENCE = 60.0           # seconds for which a start may wait for first results
 CAUSES = 900.0, 3               # seconds before an incident in which changes may have led to it; how many are told
@@ -10163,6 +10164,26 @@ def changes_before(session: Session, at: float) -> str:
                      for one in found)
 
 
+def seen_by_others(session: Session, since: float) -> list[tuple[float, float]]:
+    """From when until when another machine saw what the gate did that began to after `since` (Unix time), when this one
+    wrote that the last time: it took this one for dead."""
+    return [(from_at, to_at) for from_at, to_at in session.execute(
+        sqlalchemy.select(WatchedTime.from_at, WatchedTime.to_at).where(WatchedTime.from_at > since))]
+
+
+def is_seen(at: float, seen: Sequence[tuple[float, float]]) -> bool:
+    return any(begin <= at <= end + SEEN_AGAIN for begin, end in seen)
+
+
+def retold(session: Session, turns: Sequence[dict[str, Any]], since: float) -> list[dict[str, Any]]:
+    """Of events of what has opened or closed those that another machine has told, for it saw what came next."""
+    found, next_at, seen = list[dict[str, Any]](), dict[str, float](), seen_by_others(session, since) if turns else []
+    for turn in reversed(turns):
+        found += [turn] * is_seen(next_at.get(turn["group"], turn["at"]), seen)
+        next_at[turn["group"]] = turn["at"]
+    return found
+
+
 class IncidentLog:
     """What lasts and what is over. What was not written yet is kept, and written whole: all is repeatable."""
 
@@ -10178,7 +10199,8 @@ class IncidentLog:
         self._numbered: list[Incident | WatchedTime] = []       # since what was written last is safe
         self._given: set[str] = set()       # groups of which an incident has what was counted since the last look
         self._before = self._now = counted()
-        self._ends, self._takes_over, self._speaks, self._begun = False, False, True, False
+        self._ends, self._takes_over, self._begun = False, False, False
+        self._speaks, self._waits = True, False
         # how each resource stands, and whether it counts; set by who knows
         self.standings: Callable[[], Iterable[tuple[str, Standing, bool]]] = tuple
 
@@ -10187,6 +10209,11 @@ class IncidentLog:
         """Whether there is something to write."""
         is_new = bool(self._over) or any(one.id is None for one in self._lasting.values())
         return self._ends or self._clock() - self._written_mono >= WATCH_INTERVAL or (is_new and self._speaks)
+
+    @property
+    def written_at(self) -> float:
+        """Unix time of the last word of this machine, or of its start."""
+        return max(self._begun_at, self._written_mono + self._zero_at)
 
     def leave(self) -> None:
         """The service ends: the next thing that is written says so."""
@@ -10230,9 +10257,9 @@ class IncidentLog:
         for one in self._lasting.values():
             one.id = cast("Any", None)      # as of one that was not written yet
 
-    def speak(self, *, speaks: bool) -> None:
-        """Whether it is this machine that writes what the gate did."""
-        self._speaks = speaks
+    def speak(self, *, speaks: bool, waits: bool = False) -> None:
+        """Whether it is this machine that writes what the gate did; `waits`: another one does now, perhaps."""
+        self._speaks, self._waits = speaks, waits
         if not speaks:
             self._over.clear()
             self._watched = None
@@ -10251,9 +10278,23 @@ class IncidentLog:
                 one.refused += max(0, row.refused - refused)    # what others have counted
                 one.would_refuse += max(0, row.would_refuse - passed)
                 one.written = number, row.refused, row.would_refuse     # or a second try counted them again
+        if self._takes_over and (seen := seen_by_others(session, self.written_at)):
+            self._leave(seen)
         known = [one.id for one in ours if one.id]
         session.execute(sqlalchemy.update(Incident).where(
             Incident.end == "", Incident.id.not_in(known)).values(end="unseen"))
+
+    def _leave(self, seen: Sequence[tuple[float, float]]) -> None:
+        """What another machine has seen, this one does not write once more."""
+        for one in [one for one in self._over if not one.id and is_seen(one.to_at, seen)]:
+            self._over.remove(one)
+        if self._watched:
+            first_at, now_at = min(begin for begin, _ in seen), self._watched.to_at
+            from_at = max(self._watched.from_at, *(end for _, end in seen))
+            if self._watched.from_at < first_at:
+                self._watched.to_at = first_at
+                self._over.append(self._watched)
+            self._watched = WatchedTime(from_at=from_at, to_at=max(from_at, now_at))
 
     def tell(self, session: Session, since: Callable[[str], float], name: str, *, changed: bool = True) -> None:
         """Writes how everything stands to the Setting `name`, within the caller's transaction; `since`: when a group
@@ -10264,7 +10305,7 @@ class IncidentLog:
 
     def write(self, session: Session) -> None:
         """Within the caller's transaction."""
-        if not self._speaks:
+        if not self._speaks or self._waits:
             return
         for one in self._numbered:      # by what was not written in the end: others may have the numbers
             one.id = cast("Any", None)
@@ -10576,6 +10617,7 @@ UNSURE = (*NO_ANSWER, "stale")  # causes that are this machine's, perhaps
 TRY_LASTS = 30.0                # seconds after which a login of another machine is over, or that machine is
 LOGINS = "logins/"              # begins the name of a setting with what is known of logins
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
+TURN = Origin("", 0, 0.0)       # of what has opened or closed
 
 
 def origin_of(report: Report) -> Origin | None:
@@ -10768,23 +10810,26 @@ class Recorder(threading.Thread):
     def flush(self) -> bool:
         """Writes what was gathered; what cannot be written is kept. Says whether all is written."""
         with self._flushing, self._unwritten.caught():
-            speaks = self._members.speaks
+            waits, speaks = self._members.is_cut_off, self._members.speaks
             if self._epoch != (epoch := self._members.epoch):    # others may have written meanwhile
                 self._epoch, self._is_heard = epoch, False
                 self.incidents.begin_anew()
             self._is_heard = self._is_heard and speaks
-            self.incidents.speak(speaks=speaks)
+            self.incidents.speak(speaks=speaks, waits=waits)
             self._gather(speaks=speaks)
             if self.logins.gather() or self._latest or self._events or self.incidents.due:
+                turns = [event for origin, event in self._events if origin == TURN and self._members.is_shared]
                 with self._store.writing() as session:
-                    self._write(session)
+                    self._write(session, turns, waits=waits)
                     self.logins.write(session)
                     self.incidents.write(session)
                     self.incidents.tell(session, self.changed_at, self._store.own(STANDING), changed=bool(self._events))
-                self.incidents.written()
                 self.logins.written()
+                if not waits:
+                    self.incidents.written()
                 for written in (self._latest, self._samples, self._events, self._keys):
                     written.clear()
+                self._events += [(TURN, turn) for turn in turns if waits]
             return True
         return False
 
@@ -10836,7 +10881,7 @@ class Recorder(threading.Thread):
         for at, is_open, why, name in transitions:
             turn = self._turn(at, is_open, why, name)
             log.warning("%s: %s", turn["kind"], turn["text"])
-            self._events += [(None, turn)] * speaks
+            self._events += [(TURN, turn)] * speaks
             self._changed_at[name] = at
         if speaks and not self._is_heard and closed_groups(self._aggregator, ()) is not None:
             self._is_heard = True       # who spoke before may have died before it told how everything stands
@@ -10857,14 +10902,16 @@ class Recorder(threading.Thread):
                     "kind": "state", "text": report.transition, "at": report.at, "resource": report.target.name,
                     "state": report.standing.state}))
 
-    def _write(self, session: Session) -> None:
-        """Within the caller's transaction; nothing of resources that were removed."""
+    def _write(self, session: Session, turns: Sequence[dict[str, Any]], *, waits: bool) -> None:
+        """Within the caller's transaction; nothing of resources that were removed, and of `turns` nothing that another
+        machine has told, or tells, perhaps."""
         numbers = [*self._latest, *[0] * (-len(self._latest) % 100)]    # of few lengths: each statement is kept
         alive = set(session.scalars(sqlalchemy.select(Resource.id).where(Resource.id.in_(numbers))))
         pending = (*self._samples, *self._events)
         refuted = self._members.refuted(session, [origin for origin, _ in pending if origin])
         samples = [row for origin, row in self._samples if row["resource_id"] in alive and origin not in refuted]
-        events = [event for origin, event in self._events if origin not in refuted]
+        told = turns if waits else retold(session, turns, self.incidents.written_at)
+        events = [event for origin, event in self._events if origin not in refuted and event not in told]
         strips: dict[int, str] = collections.defaultdict(str)
         for row in samples:
             strips[row["resource_id"]] += row["poll"]

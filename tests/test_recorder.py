@@ -11,13 +11,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import pytest
 from conftest import wait_for
-from postgres import PASSWORD, Postgres, Program
+from postgres import PASSWORD, Postgres, Program, open_pgbouncer
 from pydantic import SecretStr
 
 from healthchecker import (
@@ -53,12 +54,13 @@ READ = Sample({}, {}, None, {}, {}, {})
 class Machine:
     """A service on the database but for its threads."""
 
-    def __init__(self, name: str, url: str, names: tuple[str, ...], **more: Any) -> None:
-        server = PostgresServer(url, SecretStr(PASSWORD))
+    def __init__(self, name: str, url: str, names: tuple[str, ...], heard: str = "", **more: Any) -> None:
+        """`heard`: the URL by which it says that it lives, if that is another one."""
+        server, place = (PostgresServer(each, SecretStr(PASSWORD)) for each in (url, heard or url))
         self.name, self.url, self.stack = name, url, contextlib.ExitStack()
         self.store = Store(server, machine=name)
         self.stack.callback(self.store.close)
-        self.claim = self.stack.enter_context(server.lock(machine=name))
+        self.claim = self.stack.enter_context(place.lock(machine=name))
         assert isinstance(self.claim, Claim)
         self.claim.is_able = lambda: True
         self.members = Membership(self.claim)
@@ -301,6 +303,42 @@ def test_what_was_found_before_another_machine_joined(two: Two) -> None:
         a.recorder.flush()
     assert all(a.pollers[name].rests for name in names)
     assert [state for _, state in events(a, "state")] == ["healthy"] * 2 + ["unhealthy"] * 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["cut off", "wakes", "all are"])
+def test_what_the_gate_does_while_the_speaker_is_cut_off(what: str, postgres: Postgres) -> None:
+    """Is told and written once: by the machine that took its place, where there is one. Who wakes reaches the database
+    before it has heard that it was taken for dead."""
+    quiet, speaking = sorted("ab", key=lambda name: owner_of("", frozenset("ab")) == name)
+    database, [host] = postgres.prepared(), owned_by(quiet, 1)
+    with open_pgbouncer(postgres) as bouncer, contextlib.ExitStack() as stack:
+        near, far = postgres.url(database), postgres.url(database, bouncer.port)
+        places = {quiet: (far if what == "all are" else near, ""), speaking: (near if what == "wakes" else far, far)}
+        other, speaker = (stack.enter_context(Machine(name, url, (host,), heard, fall=1, rise=1))
+                          for name, (url, heard) in places.items())  # fmt: skip
+        wait_for(lambda: other.knows("a", "b") and speaker.knows("a", "b"), 60)
+        for verdict in (GOOD, GOOD):
+            other.find(host, verdict)
+            speaker.look()
+            speaker.recorder.flush()
+        told, epoch = events(other, "gate"), speaker.members.epoch
+        assert told[-1][1] == "open"
+        bouncer.end()
+        wait_for(lambda: speaker.members.is_cut_off and (what == "all are" or other.knows(quiet)), 60)
+        for verdict in (GOOD, DOWN, GOOD):
+            for machine in (speaker,) if what == "all are" else (other, speaker):
+                machine.find(host, verdict)
+                assert machine.aggregator.is_healthy() is verdict.healthy
+        bouncer.begin()
+        wait_for(lambda: speaker.members.epoch != epoch and speaker.knows("a", "b"), 60)
+        for _ in range(2):
+            speaker.recorder.flush()
+        assert [state for _, state in events(other, "gate")][len(told):] == ["closed", "open"]
+        assert speaker.execute("SELECT \"group\", \"end\" FROM incident") == [("", "opened")]
+        seen = speaker.execute("SELECT from_at, to_at FROM watched_time ORDER BY from_at")
+        assert len(seen) == (1 if what == "all are" else 3)
+        assert all(end <= begin for (_, end), (begin, _) in pairwise(seen))
 
 
 def polls(machine: Machine) -> str:
