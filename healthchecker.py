@@ -19543,7 +19543,11 @@ def gate_rows(installation: Installation, session: Session) -> Iterator[list[str
     started = remembered(session, own_name("service", installation.service.machine_name)).text
     mode = json.loads(started or "{}").get("mode", "enforce")   # as it was started with
     yield ["MODE", "observe: nothing is refused" if mode == "observe" else mode]
-    yield ["SERVICE", "runs" if installation.runs else f"does not run{installation.place}: the gate is closed"]
+    try:
+        runs = "runs" if installation.runs else f"does not run{installation.place}: the gate is closed"
+    except StorageError as error:
+        runs = f"not known: {error}"
+    yield ["SERVICE", runs]
 
 
 def change_and_show(arguments: argparse.Namespace, change: Callable[[Principal], object] | None,
@@ -19554,7 +19558,8 @@ def change_and_show(arguments: argparse.Namespace, change: Callable[[Principal],
     with installation.store(scratch=change is None, whole=False) as store:
         if change:
             change(console_of(installation, store))
-            time.sleep(TAKEN_UP if installation.database.is_running() else 0.0)
+            with contextlib.suppress(StorageError):     # what was changed is written
+                time.sleep(TAKEN_UP if installation.database.is_running() else 0.0)
         with store.reading() as session:
             print_table(rows(installation, session))
     return 0

@@ -502,9 +502,11 @@ def test_a_row_whose_commit_came_late_is_no_other_machine(server: PostgresServer
 
 
 @pytest.mark.long
-def test_a_locked_table_gathers_no_connections(server: PostgresServer, postgres: Postgres) -> None:
+def test_a_locked_table_gathers_no_connections(folder: Path, postgres: Postgres,
+                                               capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     """The server gives up what waits for the lock as soon as we do; and no command says that no service runs."""
-    seen: list[Any] = []
+    path, server, seen = write_inventory(folder, service="  machine: a\n"), database_in(folder), list[Any]()
+    assert isinstance(server, PostgresServer)
     with opened(server), server.lock(machine="a") as claim, contextlib.closing(server.connect()) as locker:
         locker.execute("BEGIN; LOCK TABLE machine IN ACCESS EXCLUSIVE MODE")
 
@@ -514,8 +516,9 @@ def test_a_locked_table_gathers_no_connections(server: PostgresServer, postgres:
 
         wait_for(is_fourth, 60)
         assert len(postgres.execute("SELECT pid FROM pg_locks WHERE NOT granted AND relation IS NOT NULL")) <= 1
-        with pytest.raises(StorageError, match="cannot be used"):
-            server.is_running()
+        for command, code, told in (("status", 3, "UNKNOWN: database"), ("gate", 0, "not known: database")):
+            assert healthchecker.main(["--inventory", str(path), command]) == code
+            assert told in (out := capsys.readouterr().out) and "does not run" not in out
         locker.execute("COMMIT")
         wait_for(lambda: server.is_running("a"), 60)
 
