@@ -2791,8 +2791,8 @@ class Setting(Base):
     """What the service remembers about itself: `revision` rises with every change of configuration; in JSON are
     `defaults`, `gates`, `plans` and `service` of the inventory as imported last, the service's as it was started with,
     `override`, what an operator says of the gate, `standing`, what the service said last of everything, and `logins/`,
-    with a row for each, what a LoginGuard wrote down. In ms are `moved`, by how much the clock was set, and `clock`, the
-    Unix time of lease_clock's 0 without that."""
+    with a row for each, what a LoginGuard wrote down. In ms are `moved`, by how much the clock was set, and `clock`,
+    the Unix time of lease_clock's 0 without that."""
 
     __tablename__ = "setting"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -10739,6 +10739,14 @@ def give_back() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def write_key(session: Session, report: Report) -> None:
+    """The host key of the first contact."""
+    polled = report.target.settings     # its address may be another one by now
+    session.execute(sqlalchemy.update(Resource).values(host_key=report.host_key).where(
+        Resource.id == report.target.id, Resource.host_key.is_(None), Resource.hostname == polled.hostname,
+        Resource.port == polled.connect_port, Resource.username == polled.username))
+
+
 class Recorder(threading.Thread):
     """The one writer of what polls found: gathers reports for FLUSH_INTERVAL, writes them in one transaction."""
 
@@ -10927,11 +10935,8 @@ class Recorder(threading.Thread):
             record_event(session, **event)
         well = {number for number, report in counting.items() if report.standing.healthy}
         end_acknowledgements(session, well, self.wall())
-        for resource_id, report in self._keys.items():
-            polled = report.target.settings     # its address may be another one by now
-            session.execute(sqlalchemy.update(Resource).values(host_key=report.host_key).where(
-                Resource.id == resource_id, Resource.host_key.is_(None), Resource.hostname == polled.hostname,
-                Resource.port == polled.connect_port, Resource.username == polled.username))
+        for report in self._keys.values():
+            write_key(session, report)
 
     def close(self) -> None:
         """Writes the rest and ends the thread."""
