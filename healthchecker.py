@@ -2515,9 +2515,9 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # The tables, and how those of an older version are migrated. Secrets are stored sealed only. Here as everywhere else
 # stands SQL that both SQLite and PostgreSQL have, but for migrations before schema 6, the first one on PostgreSQL.
 # In any thread of the main process, within the transaction of whoever calls.
-# Gives: Acknowledgement, APPLICATION, Base, BIG_INTEGER, binding, columns_in, db, Event, LoginSession, LOOKED_AT,
-# Machine, Maintenance, migrate, Notice, own_name, Receiver, remembered, REMOVED, Resource, Result, revise, revision,
-# SCHEMA, Setting, Status, User, YEAR_3000
+# Gives: Acknowledgement, APPLICATION, Base, BIG_INTEGER, binding, carry_logins, columns_in, db, Event, login_row,
+# LOGINS, LoginSession, LOOKED_AT, Machine, Maintenance, migrate, Notice, own_name, Receiver, remembered, REMOVED,
+# Resource, Result, revise, revision, ROW_LENGTH, SCHEMA, Setting, Status, User, YEAR_3000
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 YEAR_3000 = 32_503_680_000      # Unix time, the last one that Windows can show
 
@@ -2566,6 +2566,8 @@ Base.registry.update_type_annotation_map({str: StoredText, float: StoredNumber, 
 db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
 SCHEMA = 7                      # of a database that this program writes
 APPLICATION = 0x48434B31        # "HCK1": whose database it is
+LOGINS = "logins/"              # begins the name of a setting with what is known of logins
+ROW_LENGTH = 32                 # hexadecimal digits of it by which a resource with its credential is found again
 LOOKED_AT = 1.0                 # seconds for which a start waits for those who look whether a service runs
 REMOVED = "removed"             # origin of what the inventory had: it is kept while there is history of it
 
@@ -2957,6 +2959,18 @@ def migrate(session: Session, version: int) -> None:
 
 def remembered(session: Session, name: str) -> Setting:
     return session.get(Setting, name) or Setting(name=name, value=0, text="")
+
+
+def login_row(digest: str, name: str) -> str:
+    """By which what is written of a resource's logins is found, by the digest of its credential."""
+    return hashlib.sha256(length_prefixed(digest, name)).hexdigest()[:ROW_LENGTH]
+
+
+def carry_logins(session: Session, before: str, after: str) -> None:
+    """What is written of a resource's logins counts for it under another name or token, too."""
+    for kept in session.scalars(sqlalchemy.select(Setting).where(Setting.name.startswith(f"{LOGINS}{before}"))).all():
+        session.merge(Setting(name=kept.name.replace(before, after), value=kept.value, text=kept.text))
+        session.delete(kept)
 
 
 def own_name(name: str, machine: str) -> str:
@@ -3733,7 +3747,10 @@ def store_secret(row: Resource, kind: str, plain: str, vault: Vault) -> bool:
 def same_status(session: Session, row: Resource) -> Iterator[None]:
     """Around a change after which a row means what it meant: its stored status stays that of its settings."""
     status, before = session.get(Status, row.id), (row.settings_digest, row.credential_digest)
+    logins = login_row(row.credential_digest, row.name)
     yield
+    if logins != (now := login_row(row.credential_digest, row.name)):
+        carry_logins(session, logins, now)
     if status and (status.settings_digest, status.credential_digest) == before:
         status.settings_digest, status.credential_digest = row.settings_digest, row.credential_digest
 
@@ -4311,8 +4328,7 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline, *,
 # Asked before every login with a password and told what came of it; answers with permission, a wait, or ProbeError
 # `auth`. The threads of the pollers share a guard for each credential; what it has to know after a restart and on other
 # machines goes out to a journal, before a login whose end nobody may live to see.
-# Gives: AUTH_BACKOFF, LATE, LateLogin, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, LoginJournal, LoginRecord, Guards,
-# ROW_LENGTH
+# Gives: AUTH_BACKOFF, LATE, LateLogin, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, LoginJournal, LoginRecord, Guards
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
 SAME_REFUSAL = 5.0              # seconds between two times that may be told of one refusal, as clocks are adjusted
 AUTH_RETRY = 60.0               # seconds until the second attempt where the credential was accepted lately
@@ -4321,7 +4337,6 @@ REFUSALS = 3                    # of a host or a credential, after which nothing
 REFUSALS_ASKED = 4              # ... and by somebody who asks for it: the common policy locks at the fifth
 LOCKOUT_WINDOW = 31 * 60.0      # seconds without a wrong password after which directories count anew, and a bit
 LATE = 10.0                     # seconds after its poll for which a host may say what it thinks of a password
-ROW_LENGTH = 32                 # hexadecimal digits by which a resource with its credential is found again
 JOURNAL_TIME = 1.0              # seconds, a quarter of what is left at most, for which a login waits to be written down
 NOT_TRIED = "not tried: "       # begins the reason of what was no login
 
@@ -4487,9 +4502,7 @@ class LoginGuard:
 
     def why(self, name: str) -> str:
         """Why `name` has to wait."""
-        with self._turn:
-            refused = self._counted(self._wrong) or self._counted(self._refused.get(name, []))
-            seconds = math.ceil(self.wait(name))
+        refused, seconds = self.refusals or self.has_refused(name), math.ceil(self.wait(name))
         why = ("the same credential was refused before; check username and password" if refused else
                "before each of the last starts a login with the same credential had no outcome yet")
         return f"{NOT_TRIED}{why}; next attempt in {seconds} s"
@@ -4499,18 +4512,20 @@ class LoginGuard:
         if self.wait(name) > 0:
             raise ProbeError("auth", self.why(name))
 
+    def has_refused(self, name: str) -> bool:
+        """Whether a refusal of `name` counts."""
+        with self._turn:
+            return bool(self._counted(self._refused.get(name, [])))
+
     def ask(self, name: str) -> None:
         """Lets `name` try now, as far as that cannot lock the account."""
         with self._turn:
             self._asked.add(name)
 
     def _has_room(self) -> bool:
-        most = REFUSALS // self.rows.journal.machines() if self._was_accepted_lately and not self._wrong else 1
-        return not self._locks or self._running < max(1, most)
-
-    @property
-    def _was_accepted_lately(self) -> bool:
-        return self._clock() - self._accepted_mono < ACCEPTED_LATELY
+        most = max(2, math.ceil(REFUSALS / self.rows.journal.machines()))   # together never less than one of them alone
+        lately = self._clock() - self._accepted_mono < ACCEPTED_LATELY
+        return not self._locks or self._running < (most if lately and not self._wrong else 1)
 
     @contextlib.contextmanager
     def attempt(self, name: str, deadline: Deadline, record: LoginRecord) -> Iterator[None]:
@@ -4547,7 +4562,7 @@ class LoginGuard:
 
     def _announce(self, name: str, patience: float) -> None:
         """Writes down that a login begins, unless the credential is proven; what others write may forbid it."""
-        if not (self._is_proven and self._was_accepted_lately):
+        if not self._is_proven or self._clock() - self._accepted_mono >= ACCEPTED_LATELY:
             self.rows.tries[name] = self._clock()
             if not self.write(name, patience):
                 raise ProbeError("auth", f"{NOT_TRIED}another machine logs in with the same credential")
@@ -4609,11 +4624,9 @@ class LoginGuard:
         with self._turn:
             at, own = self._clock() - ago, self._counted(self._refused.setdefault(name, []))
             is_odd = bool(own) and own[-1] <= self._accepted_mono    # others were accepted since
-            own += [at]
-            own.sort()
+            own[:] = sorted([*own, at])
             self._good.discard(name)
-            if alone:
-                self._alone.add(name)
+            self._alone |= {name} if alone else set()
             if not (is_odd or alone) and at >= self._accepted_mono:
                 self._wrong = sorted([*self._counted(self._wrong), at])
 
@@ -4636,10 +4649,10 @@ class Guards:
         self._typed: dict[str, LoginGuard] = {}     # by user: whoever guesses has a new password each time
         self._lock = threading.Lock()               # guards which ones there are
         self._journal = LoginJournal()
-        self._before: Mapping[str, str] = {}                # what was written before the start, by row,
+        self._before: dict[str, str] = {}                   # what was written before the start, by row,
         self._others: Mapping[str, Sequence[str]] = {}      # and by other machines
 
-    def begin(self, journal: LoginJournal, before: Mapping[str, str]) -> None:
+    def begin(self, journal: LoginJournal, before: dict[str, str]) -> None:
         """All that becomes known of logins is written down from now on."""
         self._journal, self._before = journal, before
 
@@ -4661,13 +4674,19 @@ class Guards:
     def of(self, target: Target) -> LoginGuard:
         if target.settings.locks_nothing:
             return LoginGuard(locks=False)
-        guard = self._guards.setdefault(self._key(target), LoginGuard(journal=self._journal))
-        row = hashlib.sha256(length_prefixed(target.credential_digest, target.name)).hexdigest()[:ROW_LENGTH]
-        if guard.rows.of.get(target.name) != row:
+        guard, row = self._shared(target), login_row(target.credential_digest, target.name)
+        if (known := guard.rows.of.get(target.name)) != row:
             guard.rows.of[target.name] = row
-            for text in (self._before.get(row), *self._others.get(row, ())):
-                guard.hear(target.name, text or "", is_own=text == self._before.get(row))
+            if before := self._before.pop(row, None):
+                guard.hear(target.name, before, is_own=True)
+            for text in self._others.get(row, ()):
+                guard.hear(target.name, text, is_own=False)
+            if known:       # the same credential, sealed anew
+                guard.write(target.name)
         return guard
+
+    def _shared(self, target: Target) -> LoginGuard:
+        return self._guards.setdefault(self._key(target), LoginGuard(journal=self._journal))
 
     def trial(self, target: Target, record: LoginRecord) -> LoginGuard:
         """The guard of what somebody tries now, and what comes of it: that of the credential if it is watched, else of
@@ -4675,7 +4694,7 @@ class Guards:
         user, _ = key = self._key(target)
         with self._lock:
             if target.settings.locks_nothing or key in self._guards:
-                guard = self.of(target)
+                guard = LoginGuard(locks=False) if target.settings.locks_nothing else self._shared(target)
             else:
                 guard = self._typed.setdefault(user, LoginGuard())
                 guard.tried.append((key, record))
@@ -10615,7 +10634,6 @@ QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to b
 TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
 UNSURE = (*NO_ANSWER, "stale")  # causes that are this machine's, perhaps
 TRY_LASTS = 30.0                # seconds after which a login of another machine is over, or that machine is
-LOGINS = "logins/"              # begins the name of a setting with what is known of logins
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
 TURN = Origin("", 0, 0.0)       # of what has opened or closed
 
@@ -11035,8 +11053,14 @@ def restore_login(guard: LoginGuard, target: Target, stored: Status, age: float)
         since = float(json.loads(stored.sample)["details"].get("session_seconds", 0.0))
     except (ValueError, LookupError, TypeError, AttributeError):    # a refused one has none
         since = settings.interval + (2 * (settings.relogin or math.inf) if settings.keeps else 0.0)
+    had_refused = guard.has_refused(target.name)
     if before.endswith(LOGGED_IN_MARKS):    # of the refusals after it only the last one's time is known
         guard.accept(target.name, age + since)
+    if had_refused and not guard.has_refused(target.name):
+        guard.write(target.name)
+    if not (had_refused or stored.reason.startswith(NOT_TRIED)):    # by a version that wrote nothing of logins
+        for _ in range(len(stored.strip) - len(before)):
+            guard.refuse(target.name, age)
     return True
 
 
@@ -11466,7 +11490,8 @@ class Exchange:
         writer, members, self._wall = self._context.recorder.logins, self._members, wall
         self._zero_at = wall() - lease_clock()
         writer.hear = self._guards.hear
-        self._guards.begin(LoginJournal(writer.keep, wall, self._store.wall(), lambda: len(members.names) or 1), before)
+        self._guards.begin(LoginJournal(writer.keep, wall, self._store.wall(),
+                                        lambda: 1 if members.is_cut_off else len(members.names) or 1), before)
         self._guards.hear(others)
 
     def look(self, pollers: Mapping[str, Poller]) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -1113,6 +1114,75 @@ def test_refusals_of_another_machine_count(house: House) -> None:
     late.hear({row: [text] for row, text in rows.items()})
     late.keep([a, b])
     assert [late.of(one).refusals for one in (a, b)] == [2, 3], "as they become known"
+
+
+def test_a_test_of_other_settings_brings_no_old_refusals_back(house: House) -> None:
+    """With the same password, of a host that refused before the start and was accepted since."""
+    watched = one_target(house, "right")
+    row = healthchecker.login_row(watched.credential_digest, "a")
+    guards, record = Guards(), LoginRecord()
+    guards.begin(healthchecker.LoginJournal(), {row: written(900.0, 600.0, 300.0)})
+    guards.keep([watched])
+    assert guards.of(watched).refusals == 3
+    guards.of(watched).ask("a")
+    with guards.of(watched).attempt("a", Deadline(5), record):
+        pass
+    for _ in range(2):
+        with guards.trial(replace(watched, credential_digest="of another place"), record).attempt(
+                "a", Deadline(5), record):  # fmt: skip
+            pass
+        assert guards.of(watched).refusals == 0 and guards.of(watched).rows.of["a"] == row
+
+
+@pytest.mark.parametrize("how", ["rotated", "renamed"])
+def test_refusals_follow_a_resource(house: House, machines: Machines, how: str) -> None:
+    """Its token is another one then, by which the next start knows it."""
+    house.write("name: a, interval: 1")
+    machines.behaviours["a"] = machines.login("a", refused)
+    with house.watching():
+        wait_for(lambda: [len(told["refused"]) for told in kept_logins(house)] == [1])
+    with house.store.writing() as session:
+        [row] = session.scalars(sqlalchemy.select(Resource))
+        if how == "renamed":
+            healthchecker.rename_row(session, row, house.vault, "b")
+        else:
+            healthchecker.reseal(session, [row], house.vault)
+        name = row.name
+    machines.logins.clear()
+    machines.behaviours[name] = machines.login(name, refused)
+    with house.watching():
+        assert house.monitor.login_wait(name) > 200
+        wait_for(lambda: house.state(name) == ("unhealthy", "auth"))
+        assert not machines.logins
+
+
+def test_refusals_that_an_older_version_stored_count(house: House) -> None:
+    """It wrote nothing but what the last polls were. What was not tried is no refusal."""
+    target = one_target(house, "wrong")
+    for reason, strip, refusals in ("refused", "haa", 2), ("not tried: before", "haa", 0), ("", "aah", 0):
+        guard = LoginGuard()
+        stored = Status(credential_digest=target.credential_digest, strip=strip, reason=reason, sample="null")
+        assert healthchecker.restore_login(guard, target, stored, 30.0)
+        assert guard.refusals == refusals
+
+
+def test_refusals_are_written_anew_where_a_secret_is_sealed_anew(house: House) -> None:
+    """A rotation of keys gives the same password another token, by which the next start knows it."""
+    rows: dict[str, str] = {}
+
+    def keep(row: str, text: str, patience: float, siblings: Collection[str]) -> bool:
+        rows[row] = text
+        return True
+
+    guards, before = Guards(), one_target(house, "wrong")
+    guards.begin(healthchecker.LoginJournal(keep), {})
+    with contextlib.suppress(ProbeError), guards.of(before).attempt("a", Deadline(5), LoginRecord()):
+        raise ProbeError("auth", "refused")
+    after = replace(before, credential_digest="of another token")
+    assert guards.of(after) is guards.of(before)
+    later = Guards()
+    later.begin(healthchecker.LoginJournal(keep), dict(rows))
+    assert later.of(after).refusals == 1
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"refused": 1}', '{"refused": ["x"], "unseen": []}', "NaN",

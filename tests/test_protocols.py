@@ -1129,23 +1129,20 @@ def test_no_host_leads_to_what_only_this_machine_reaches(address: str, folder: P
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "2130706433", "[::ffff:127.0.0.1]", "127.9.9.9"])
 def test_no_host_leads_to_loopback_that_is_not_there(host: str, folder: Path) -> None:
-    """Of what answers there the reason shows the beginning. The host is this machine by its address on the network,
-    where nothing is sent."""
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
-        try:
-            sock.connect(("192.0.2.1", 9))
-        except OSError:
-            pytest.skip("this machine has no address but loopback")
-        address = sock.getsockname()[0]
-    with Server(answers(answer(b"a local secret"))) as local, \
-            Server(answers(leads(f"http://{host}:{local.port}/")), host=address) as server:
+    """Of what answers there the reason shows the beginning. The tests know no address but loopback: that the host has
+    another one is said."""
+    deadline, elsewhere = Deadline(SHORT), "192.0.2.1"
+    with Server(answers(answer(b"a local secret"))) as local, Server(answers(leads(local.origin))) as server:
         asked = {"platform": "http", "redirects": 2, "timeout": SHORT, "expect": {"contains": "welcome"}}
-        assert FOR_THE_INVENTORY in outcome(Asker(folder, **asked, url=server.origin))[2]
+        there = Asker(folder, **asked, url=server.origin)
+        led = there.connection._redirected(f"http://{host}:{local.port}/", elsewhere)
+        with pytest.raises(ProbeError, match=FOR_THE_INVENTORY), led._opened(deadline, {}):
+            raise AssertionError("it is open")
+        by_a_way_round = led._redirected(local.origin, "127.0.0.1")
+        with pytest.raises(ProbeError, match=FOR_THE_INVENTORY), by_a_way_round._opened(deadline, {}):
+            raise AssertionError("it is open")
         assert not local.requests
-        with Server(answers(leads(server.origin))) as first:    # nor by a way round
-            assert FOR_THE_INVENTORY in outcome(Asker(folder, **asked, url=first.origin))[2]
-        with Server(answers(leads(local.origin))) as first:     # what is there may
-            assert "a local secret" in outcome(Asker(folder, **asked, url=first.origin))[2]
+        assert "a local secret" in outcome(there)[2], "what is there may lead there"
 
 
 def test_the_inventory_reaches_what_only_this_machine_reaches(tmp_path: Path) -> None:

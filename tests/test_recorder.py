@@ -44,6 +44,7 @@ from healthchecker import (
     Target,
     Verdict,
     owner_of,
+    written_logins,
 )
 
 GOOD, DOWN = Verdict("healthy"), Verdict("unhealthy", "unreachable", "no route")
@@ -206,6 +207,20 @@ def test_all_refusals_of_another_machine_are_heard(two: Two) -> None:
     b.find(second, REFUSED, REFUSED, REFUSED)
     a.look()
     assert guard.refusals == 4 and guard.wait(second) > 1800
+
+
+def test_what_was_refuted_elsewhere_is_not_known_again_after_a_start(two: Two) -> None:
+    """Its row would last until the machine that wrote it logs in again."""
+    [name] = owned_by("b", 1)
+    a, b = two(name)
+    b.find(name, REFUSED, REFUSED, REFUSED)
+    a.look()
+    a.find(name, GOOD)
+    b.look()
+    b.recorder.flush()
+    assert b.guards.of(b.pollers[name].target).refusals == 0
+    with b.store.reading() as session:
+        assert written_logins(session, "b") == ({}, {})
 
 
 def test_one_machine_at_a_time_tries_what_is_not_proven(two: Two) -> None:
