@@ -70,7 +70,7 @@ def test_the_gate_follows_a_resource(tmp_path: Path) -> None:
             assert ("retry-after" in answer.headers) == (status == 503)
         service.wait_line("flips: healthy -> unhealthy")
     assert "ended" in service.output.splitlines()[-1]
-    assert sorted(path.name for path in (tmp_path / "keys").iterdir()) == ["private.pem", "public.pem"]
+    assert sorted(path.name for path in (tmp_path / "keys").iterdir()) == ["private.pem", "public.pem", "started"]
 
 
 @pytest.mark.long
