@@ -2991,7 +2991,7 @@ def revise(session: Session) -> None:
 # What holds the tables: a file of SQLite, or a database of PostgreSQL that several machines reach. What the two do
 # differently is in their classes, and nowhere else. The main process alone opens it, in any thread: reads see one
 # state, writes wait for each other.
-# Gives: Claim, CLAIM_INTERVAL, Database, CLAIM_LIFE, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, PATIENCE,
+# Gives: causes_of, Claim, CLAIM_INTERVAL, Database, CLAIM_LIFE, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, PATIENCE,
 # PostgresServer, SqliteFile, Store
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one, and whoever connects for a server
@@ -4210,6 +4210,7 @@ class Wire:
     deadline: Deadline
     below: Wire | None = None   # what it goes through
     address = ""    # of the host, where it is known
+    is_here = False     # that is this machine
     received = 0
     limit: float = 1 << 16      # bytes off the wire until the host has shown its key, then in a poll
     first = b""     # what came first, FIRST_BYTES at most
@@ -4296,8 +4297,8 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline, *,
     addresses = [found for found in resolver.resolve(host, port, deadline)
                  if not is_within(plain_address(found[4][0]), closed)]
     if not addresses:
-        raise ProbeError("unreachable", f"{host} is an address that only this machine reaches: write the resource into "
-                         "the inventory")
+        raise ProbeError("unreachable", f"{host} is an address that only this machine reaches: state a resource for it "
+                         "in the inventory")
     fault: OSError = OSError("no address")
     for index, (family, kind, protocol, _, address) in enumerate(addresses):
         with contextlib.ExitStack() as stack:
@@ -4311,6 +4312,7 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline, *,
                     raise ConnectionRefusedError    # nobody listens: the system gave this end that very port
                 stack.pop_all()
                 sock.address = address[0]
+                sock.is_here = own[0] == address[0] or is_within(plain_address(address[0]), LOOPBACK_NETWORKS)
                 return sock
             except OSError as error:
                 fault = error
@@ -4328,7 +4330,8 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline, *,
 # Asked before every login with a password and told what came of it; answers with permission, a wait, or ProbeError
 # `auth`. The threads of the pollers share a guard for each credential; what it has to know after a restart and on other
 # machines goes out to a journal, before a login whose end nobody may live to see.
-# Gives: AUTH_BACKOFF, LATE, LateLogin, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, LoginJournal, LoginRecord, Guards
+# Gives: AUTH_BACKOFF, begin_login, LATE, LateLogin, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, LoginJournal, LoginRecord,
+# Guards
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
 SAME_REFUSAL = 5.0              # seconds between two times that may be told of one refusal, as clocks are adjusted
 AUTH_RETRY = 60.0               # seconds until the second attempt where the credential was accepted lately
@@ -4348,6 +4351,14 @@ class LateLogin(ProbeError):
     def __init__(self, deadline: Deadline, outcome: Callable[[float], bool | None], whose: str = "") -> None:
         super().__init__("timeout", f"no answer{whose} within {deadline.seconds:g} s")
         self.outcome = outcome
+
+
+def begin_login(work: Callable[[], None]) -> None:
+    """In a thread of its own; that there is none is no refusal."""
+    try:
+        threading.Thread(target=work, daemon=True).start()
+    except RuntimeError as error:
+        raise ProbeError("protocol", f"no login was begun: {error}") from error
 
 
 @dataclass
@@ -4806,13 +4817,15 @@ class SecretFilter:
     def __init__(self, settings: ResourceSettings) -> None:
         own, said = settings.secrets, re.findall("=([^&]*)", (settings.url or "").partition("?")[2])
         said += [word for name, value in settings.headers.items() if not PUBLIC_HEADER.fullmatch(name)
-                 for word in (value, *re.split("[ ;,=]+", value))]
+                 for word in (value, *re.split("[ ;,=:\"']+", value))]
         self._shown = {settings.username, settings.hostname, settings.name, *OUR_WORDS}
         plain = {*own.values(), *(word for word in said if len(word) >= WHOLE_WORD)} - self._shown
         if "password" in own:
             plain.add(base64.b64encode(f"{settings.username}:{own['password']}".encode()).decode())
         forms = {form for one in (*plain, *map(unquote, plain)) for form in (
-            one, quote(one), quote_plus(one), html.escape(one), json.dumps(one)[1:-1])}
+            one, quote(one), quote_plus(one), html.escape(one))}
+        for _ in range(2):      # in JSON of the host's, as we quote that
+            forms |= {json.dumps(form, ensure_ascii=ascii_only)[1:-1] for form in forms for ascii_only in (True, False)}
         self._forms = sorted(forms, key=len, reverse=True)
         self._pattern = re.compile("|".join(
             re.escape(form) if len(form) >= WHOLE_WORD else rf"(?<!\w){re.escape(form)}(?!\w)"
@@ -5963,6 +5976,7 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
         return self._pool
 
     def send(self, request: Any, *args: Any, **settings: Any) -> requests.Response:
+        self._opened.deadline.left()    # a thread may go on after the poll, whose socket is closed: that is no refusal
         logged_in = self._opened.logged_in
         self._opened.asks = asks = "Authorization" in request.headers and not logged_in
         self._opened.steps -= asks
@@ -6079,7 +6093,7 @@ class TlsConnection(Connection):
                 stack.enter_context(secured)
                 if context:
                     secured.do_handshake()
-                secured.address, secured.hint = plain.address, self.HINT
+                secured.address, secured.is_here, secured.hint = plain.address, plain.is_here, self.HINT
                 stack.pop_all()     # plain is detached
                 return secured
             except ssl.SSLCertVerificationError:
@@ -6142,6 +6156,8 @@ def codes_of(error: BaseException | None) -> Iterator[int]:
 def login_fault(error: BaseException, settings: ResourceSettings) -> ProbeError:
     """Our error for whatever ends a login by Kerberos or CredSSP: a refusal, unless its code is about something else.
     Those that nobody counts lock an account."""
+    if any(isinstance(each, ssl.SSLError) for each in causes_of(error)):
+        return ProbeError("protocol", f"no TLS within CredSSP: {one_line(str(error), 300)}; is the host's too old?")
     known = (LOGIN_FAULTS[code] for code in codes_of(error) if code in LOGIN_FAULTS)
     fault, cause, advice = next(known, (ProbeError, "auth", "check username and password"))
     return fault(cause, f"no login as {settings.username}: {one_line(str(error), 300)}; {advice}")
@@ -6186,17 +6202,17 @@ def send_beside(opened: GuardedSocket, settings: ResourceSettings, send: Callabl
         except BaseException as error:  # noqa: BLE001  # it is for whoever waits
             future.set_exception(error)
 
-    def outcome(_: float) -> bool | None:
+    def outcome(seconds: float) -> bool | None:
         try:
             with explained(settings, opened):
-                future.result()
+                future.result() if seconds or future.done() else opened.deadline.left()     # nobody hears it
         except ProbeError as error:
             return False if error.cause == "auth" and not isinstance(error, NotAllowed) else None
         return True
 
     if opened.logged_in:
         return send(*args, **more)
-    threading.Thread(target=work, daemon=True).start()
+    begin_login(work)
     concurrent.futures.wait([future], opened.deadline.left() + 0.5)     # what the host is late with ends by itself
     if not future.done():
         raise LateLogin(opened.deadline, outcome, " of a KDC")
@@ -8155,7 +8171,7 @@ class HttpConnection(ProtocolConnection):
         for _ in range(self._settings.redirects):
             if answer.status not in REDIRECTS or not answer.location:
                 break
-            here = here._redirected(answer.location, opened.address)
+            here = here._redirected(answer.location, is_here=opened.is_here)
             method = method if answer.status in (307, 308) or method == "HEAD" else "GET"
             with here._opened(deadline, {}) as opened:
                 answer = here._ask(opened, method)
@@ -8171,9 +8187,9 @@ class HttpConnection(ProtocolConnection):
         is_met = any(first <= str(status) <= (last or first) for first, _, last in spans)
         return "" if is_met else ", ".join(wanted)
 
-    def _redirected(self, location: str, address: str) -> HttpConnection:
-        """The connection for where an answer leads: at another origin it has nothing to lose, and none but an `address`
-        of loopback leads to loopback. Raises ProbeError."""
+    def _redirected(self, location: str, *, is_here: bool) -> HttpConnection:
+        """The connection for where an answer leads: at another origin it has nothing to lose, and what is not this
+        machine leads to no loopback. Raises ProbeError."""
         settings, there = self._settings, copy.copy(self)
         try:
             target = urljoin(settings.url or "", location.partition("#")[0])
@@ -8186,7 +8202,7 @@ class HttpConnection(ProtocolConnection):
         there._target = self._target if is_own else replace(self._target, host_key=None)
         if url.host != settings.hostname:       # no editor of the inventory names that host
             there._closed += OWN_NETWORKS
-        if not is_within(plain_address(address), LOOPBACK_NETWORKS):
+        if not is_here:
             there._closed += LOOPBACK_NETWORKS
         return there
 
@@ -18648,8 +18664,8 @@ class Installation:
         gate would be open. Raises StorageError."""
         version, mark = self.database.inspect(whole=whole), self.service.keys / STARTED
         if not version and mark.is_file() and mark.read_bytes() == os.fsencode(str(self.database)):
-            raise StorageError(f"database {self.database} of an earlier start is not there: mount or restore it; or "
-                               f"remove {mark} to begin anew")
+            raise StorageError(f"database {self.database} of an earlier start is not there: mount it; or move "
+                               f"inventory and keys away and `restore` a backup; or remove {mark} to begin anew")
         return version
 
     def mark(self) -> None:

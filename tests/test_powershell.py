@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 
 import psutil
 import pytest
+import requests
+import wsman_server
 from conftest import late_logins, no_leaks, wait_for
 from cryptography.hazmat.primitives import serialization
 from pydantic import SecretStr
@@ -55,6 +57,7 @@ from healthchecker import (
     Sample,
     Target,
     Verdict,
+    WinrmAdapter,
     explained,
     login_protocol,
     main,
@@ -360,6 +363,44 @@ def test_what_is_no_answer_to_a_login_by_credssp_counts_for_none(kind: Misbehavi
     guard = LoginGuard()
     with WSManServer("https", "credssp", misbehave={"auth": kind}) as server:
         assert (poll(target(server), guard).cause, guard.refusals) == (cause, 0)
+
+
+@pytest.mark.parametrize("record", [b"\x15\3\3\0\2\2\x28", b"\x16\3\1\0\x10" + 16 * b"x"], ids=["alert", "damaged"])
+def test_no_tls_within_credssp_is_no_refusal(record: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cipher lockdown, say, before any password is shown."""
+    guard = LoginGuard()
+    with WSManServer("https", "credssp", answer=RECORDED) as server:
+        def step(self: Any, token: bytes) -> None:
+            raise self._unauthorized(record)
+
+        for handler in [each for each in vars(wsman_server).values() if hasattr(each, "_unauthorized")]:
+            monkeypatch.setattr(handler, "_step", step)
+        polled = poll(target(server), guard)
+    assert (polled.cause, "no TLS within CredSSP" in polled.reason, guard.refusals) == ("protocol", True, 0)
+
+
+def test_a_login_that_goes_on_after_its_poll_is_no_refusal() -> None:
+    """A ticket that came too late: the poll has closed the socket, of which urllib3 would say ValueError."""
+    with GuardedSocket() as opened:
+        opened.begin(Deadline(0))
+        adapter = WinrmAdapter("h", 1, opened)
+    with pytest.raises(ProbeError) as caught:
+        adapter.send(requests.Request("POST", "http://h/").prepare())
+    assert caught.value.cause == "timeout"
+
+
+def test_a_login_that_no_thread_begins_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with WSManServer("https", "negotiate") as server, GuardedSocket() as opened:
+        settings = target(server, auth="kerberos").settings
+        opened.begin(Deadline(5))
+        monkeypatch.setattr(threading.Thread, "start", start)
+        with pytest.raises(ProbeError) as caught, explained(settings, opened):
+            send_beside(opened, settings, lambda: None)
+        monkeypatch.undo()
+    assert caught.value.cause == "protocol"
 
 
 class Krb5Error(Exception):

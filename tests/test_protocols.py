@@ -611,6 +611,25 @@ def test_no_secret_is_shown_that_a_host_says_again(folder: Path, case: str, logi
     assert not [one for one in secrets for cut in (one, one[:6]) if cut in shown], shown
 
 
+@pytest.mark.parametrize("password", ["Pa$$w\u00f6rd2024", 'quote"inside2024', 'Gr\u00fcnes"Haus\\2024'])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_no_password_is_shown_that_json_says_again(folder: Path, password: str, ascii_only: bool) -> None:
+    """As PHP and Python write JSON, with what is beyond ASCII as \\u00f6; quoted by us that is JSON once more."""
+    page = json.dumps({"error": "bad password", "given": password}, ensure_ascii=ascii_only)
+    with Server(answers(answer(page.encode()))) as server:
+        verdict, _ = Asker(folder, platform="http", url=server.origin, username="m", password=password,
+                           expect={"contains": "no such text"}).poll()  # fmt: skip
+    assert '\\"given\\": \\"***\\"' in verdict.reason, verdict.reason
+
+
+@pytest.mark.parametrize("header", ['session="3f9a1c77e5b24d08"', "monitor:3f9a1c77e5b24d08"])
+def test_no_part_of_a_header_is_shown_that_a_host_says_again(folder: Path, header: str) -> None:
+    with Server(answers(answer(b"Invalid key 3f9a1c77e5b24d08"))) as server:
+        verdict, _ = Asker(folder, platform="http", url=server.origin, headers={"X-Key": header},
+                           expect={"contains": "no such text"}).poll()  # fmt: skip
+    assert "Invalid key ***" in verdict.reason
+
+
 def test_a_secret_that_is_a_word_of_ours(folder: Path) -> None:
     """Blanked there it would be told; and a short one is no part of other words."""
     with Server(answers(answer(b"", status="401 No"))) as server:
@@ -1094,7 +1113,7 @@ def test_in_the_console(tmp_path: Path, folder: Path) -> None:
 
 
 OWN_ADDRESSES = ["169.254.7.7", "2851997447", "::ffff:169.254.7.7", "fe80::1", "fd00:ec2::1"]
-FOR_THE_INVENTORY = "is an address that only this machine reaches: write the resource into the inventory"
+FOR_THE_INVENTORY = "is an address that only this machine reaches: state a resource for it in the inventory"
 
 
 @pytest.mark.long
@@ -1131,14 +1150,14 @@ def test_no_host_leads_to_what_only_this_machine_reaches(address: str, folder: P
 def test_no_host_leads_to_loopback_that_is_not_there(host: str, folder: Path) -> None:
     """Of what answers there the reason shows the beginning. The tests know no address but loopback: that the host has
     another one is said."""
-    deadline, elsewhere = Deadline(SHORT), "192.0.2.1"
+    deadline = Deadline(SHORT)
     with Server(answers(answer(b"a local secret"))) as local, Server(answers(leads(local.origin))) as server:
         asked = {"platform": "http", "redirects": 2, "timeout": SHORT, "expect": {"contains": "welcome"}}
         there = Asker(folder, **asked, url=server.origin)
-        led = there.connection._redirected(f"http://{host}:{local.port}/", elsewhere)
+        led = there.connection._redirected(f"http://{host}:{local.port}/", is_here=False)
         with pytest.raises(ProbeError, match=FOR_THE_INVENTORY), led._opened(deadline, {}):
             raise AssertionError("it is open")
-        by_a_way_round = led._redirected(local.origin, "127.0.0.1")
+        by_a_way_round = led._redirected(local.origin, is_here=True)
         with pytest.raises(ProbeError, match=FOR_THE_INVENTORY), by_a_way_round._opened(deadline, {}):
             raise AssertionError("it is open")
         assert not local.requests

@@ -1352,7 +1352,8 @@ def test_the_database_of_an_earlier_start_is_gone(
     for command in [], ["check"], ["user", "list"]:
         code, said = run_cheaply("--inventory", str(path), *command)
         assert code == 4 and len(said.splitlines()) == 1, said
-        assert f"of an earlier start is not there: mount or restore it; or remove {mark} to begin anew" in said
+        assert "of an earlier start is not there: mount it; or move " in said
+        assert f"or remove {mark} to begin anew" in said
         assert snapshot(bench.folder) == before
     mark.unlink()
     with Service(path):
