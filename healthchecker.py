@@ -2793,8 +2793,7 @@ class Setting(Base):
     """What the service remembers about itself: `revision` rises with every change of configuration; in JSON are
     `defaults`, `gates`, `plans` and `service` of the inventory as imported last, the service's as it was started with,
     `override`, what an operator says of the gate, `standing`, what the service said last of everything, and `logins/`,
-    with a row for each, what a LoginGuard wrote down. In ms are `moved`, by how much the clock was set, and `clock`,
-    the Unix time of lease_clock's 0 without that."""
+    with a row for each, what a LoginGuard wrote down."""
 
     __tablename__ = "setting"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -3083,7 +3082,6 @@ class SqliteFile:
     insert = staticmethod(sqlite.insert)
     wall = staticmethod(time.time)
     end_of = staticmethod(lambda text, count: func.substr(text, -count))
-    take_clock = staticmethod(lambda _: None)   # it is this machine's
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -11463,33 +11461,6 @@ def blamed(name: str, pollers: Mapping[str, Poller], context: PollContext) -> st
     return "" if poller.outage.is_cut_off or poller.news.told.state != "unhealthy" else None
 
 
-def put_clock(session: Session, store: Store, zero_at: float, moved: int) -> None:
-    for name, value in (("moved", moved), (store.own("boot"), boot_number()),
-                        (store.own("clock"), round(1000 * zero_at) - moved)):
-        session.merge(Setting(name=name, value=value))
-
-
-def take_up_clock(session: Session, store: Store, zero_at: float) -> float:
-    """The Unix time of lease_clock's 0 as it was taken down in this boot, whatever the clock became since; else
-    `zero_at`, which is taken down."""
-    boot, clock, moved = (remembered(session, name).value for name in (store.own("boot"), store.own("clock"), "moved"))
-    if boot == boot_number() != 0:
-        return (clock + moved) / 1000
-    put_clock(session, store, zero_at, moved)
-    return zero_at
-
-
-def take_down_clock(session: Session, store: Store, zero_at: float, before_at: float) -> float:
-    """Takes down that lease_clock's 0 is at another Unix time than before, within the caller's transaction; by how many
-    seconds stored times are to be moved. Of several machines that see that the database's clock was set the first one
-    moves them: what the others knew without that stays as it is."""
-    moved = remembered(session, "moved").value
-    left = zero_at - (remembered(session, store.own("clock")).value + moved) / 1000
-    left = left if min(abs(left), abs(zero_at - before_at)) > CLOCK_STEP else 0.0
-    put_clock(session, store, zero_at, moved + round(1000 * left))
-    return left
-
-
 class Exchange:
     """Which pollers work and which rest, where several machines share the work, and what the others found."""
 
@@ -11598,11 +11569,13 @@ class Monitor(threading.Thread):
 
     def begin(self) -> None:
         """Registers every resource and takes over fresh stored states; all begins, but polls, which `start` does."""
-        with self._store.writing() as session:
-            self._zero_at = take_up_clock(session, self._store, self._zero_at)
+        now_at = self._zero_at
+        with self._store.reading() as session:
+            if remembered(session, self._store.own("boot")).value == boot_number() != 0:    # whatever the clock became
+                self._zero_at = remembered(session, self._store.own("clock")).value / 1000
         self._exchange.begin(lambda: lease_clock() + self._zero_at)
         self._reconcile()
-        self._take_clock()
+        self._take_clock(now_at)
         self._context.aggregator.start()
         self._context.uplink.begin(self._context.urge, self._report_again, self._context.recorder.note)
         self._context.recorder.start()
@@ -11682,24 +11655,23 @@ class Monitor(threading.Thread):
             current = revision(session)
         if current != self._revision or lease_clock() - self._looked_mono > FOLLOW_INTERVAL:
             self._reconcile()
-        if abs(self._wall() - lease_clock() - self._zero_at) > CLOCK_DRIFT:
-            self._take_clock()
+        zero_at = self._wall() - lease_clock()
+        if abs(zero_at - self._zero_at) > CLOCK_DRIFT:
+            self._take_clock(zero_at)
         self.override.end()
 
-    def _take_clock(self) -> None:
+    def _take_clock(self, zero_at: float) -> None:
         """Takes down how the clock stands, for the next start, and notes that it was set."""
+        moved, way = zero_at - self._zero_at, "forward" if zero_at > self._zero_at else "back"
         with self._store.writing() as session:
-            self._store.database.take_clock(session.connection().connection)    # others go by what it says now
-            zero_at = self._wall() - lease_clock()
-            moved, way = zero_at - self._zero_at, "forward" if zero_at > self._zero_at else "back"
-            left = take_down_clock(session, self._store, zero_at, self._zero_at)
+            for name, value in (("boot", boot_number()), ("clock", round(1000 * zero_at))):
+                session.merge(Setting(name=self._store.own(name), value=value))
             if abs(moved) > CLOCK_DRIFT and not self._context.members.is_shared:    # else the rows have the database's
                 session.execute(sqlalchemy.update(Status).values(polled_at=Status.polled_at + moved))
-            if abs(moved) > CLOCK_STEP:
-                at, how = self.clock_step = self._wall(), f"the clock was set {way} by {abs(moved):,.0f} s"
-                log.warning("%s", how)
-                if left:
-                    move_times(session, left, lease_clock() + zero_at - left)
+                if abs(moved) > CLOCK_STEP:
+                    move_times(session, moved, lease_clock() + self._zero_at)
+                    at, how = self.clock_step = self._wall(), f"the clock was set {way} by {abs(moved):,.0f} s"
+                    log.warning("%s", how)
                     record_event(session, "clock", how, at=at)
         self._zero_at = zero_at     # now that it is written
         self.maintenance.follow(lease_clock() + zero_at)

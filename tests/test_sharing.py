@@ -268,55 +268,6 @@ def test_clocks_an_hour_apart(site: Site) -> None:
         assert [row for row in rows if not begun_at - 5 < row[-1] < time.time() + 5] == []
 
 
-def set_clock(site: Site, seconds: float) -> None:
-    """The database's clock is ahead by so many seconds from now on: of two functions of a name the first on the path
-    is meant."""
-    site.execute("SET LOCAL search_path = public, pg_catalog; CREATE OR REPLACE FUNCTION public.clock_timestamp() "
-                 "RETURNS timestamptz LANGUAGE sql VOLATILE AS "
-                 f"$$SELECT pg_catalog.clock_timestamp() + {seconds} * interval '1 second'$$")  # fmt: skip
-
-
-@pytest.mark.long
-def test_the_database_s_clock_is_set(site: Site, postgres: Postgres) -> None:
-    """For how long something does not count is time that passes; whichever machine sees it first has it moved, alone,
-    and one that starts later finds it moved."""
-    postgres.execute(f"ALTER DATABASE {site.url.rpartition('/')[2]} SET search_path = public, pg_catalog")
-    (site.folder / "a").mkdir()
-    (site.folder / "a" / URL_FILE).write_text(site.url, encoding="utf-8")
-    set_clock(site, 0)
-    site.begin("a", "b")
-    wait_for(lambda: site.shared_by("a", "b") and site.answers() == {200}, 60)
-    site.hosts[NAMES[0]].leave()
-    wait_for(lambda: site.answers() == {503}, 60)
-    client, begun_mono = Client(*site.machines["a"].console).log_in(), time.monotonic()
-    assert client.api("POST", "maintenance", {"resources": [NAMES[0]], "for": "900s", "reason": "x"}).status == 201
-    wait_for(lambda: site.answers() == {200}, 60)
-    told: list[str] = []
-
-    def is_told() -> bool:
-        return site.execute("SELECT text FROM event WHERE kind = 'clock' ORDER BY id") == [(text,) for text in told]
-
-    def left() -> float:
-        [(state, until_at, now)] = site.execute(
-            "SELECT state, until_at, extract(epoch FROM clock_timestamp())::float FROM maintenance")  # fmt: skip
-        assert state == "begun"
-        return float(until_at - now)
-
-    for ahead, text in ((-3600, "back by 3,600 s"), (7200, "forward by 10,800 s"), (7000, "back by 200 s")):
-        if ahead == 7000:
-            site.machines.pop("b").stop()
-        set_clock(site, ahead)
-        told.append(f"the clock was set {text}")
-        open_until(site, "".join(site.machines), is_told)
-        settled_mono = time.monotonic() + 8     # until the other one has seen it, too
-        open_until(site, "".join(site.machines), lambda: time.monotonic() > settled_mono)  # noqa: B023
-        assert abs(left() - (900 - (time.monotonic() - begun_mono))) < 5
-    site.begin("b")
-    open_until(site, "a", lambda: site.shared_by("a", "b"))
-    wait_for(lambda: site.answers() == {200}, 60)
-    assert is_told() and abs(left() - (900 - (time.monotonic() - begun_mono))) < 5
-
-
 @pytest.mark.long
 def test_the_database_is_away(tmp_path: Path, postgres: Postgres) -> None:
     """Each polls everything itself: no gate closes because of it, and what fails meanwhile closes all of them."""
