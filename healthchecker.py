@@ -2182,7 +2182,7 @@ def load_inventory(path: Path) -> Inventory:
 # Secrets at rest: in come passwords and what they belong to, out go tokens, and the other way round. Called in any
 # thread of the main process; only the start and `keys rotate` write key files. A secret never shows in an error.
 # Gives: length_prefixed, create_private, denial, ensure_private, everybody_changes, give, is_read_only, let_read,
-#   make_folder, private_file, take_place, Vault, hash_password
+#   make_folder, NO_ROOM, private_file, take_place, Vault, hash_password
 RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"HealthChecker/HC1")
 SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
@@ -2192,6 +2192,7 @@ EVERYBODY = frozenset(("WD", "AN", "AU", "IU", "NU", "BU", "BG", "CO"))
 # Rights to write, append, delete, or take more: all, to write, to delete, to change list and owner; and their bits
 CHANGES, CHANGE_BITS = frozenset(("FA", "FW", "GA", "GW", "DC", "LC", "SD", "WD", "WO")), 0x500D0006
 OWNERS = ("S-1-3-4", "SY", "BA")      # the file's owner ("OW"), the system, the administrators
+NO_ROOM = "the disk is full; make room on it"
 OPEN_ELSEWHERE = 2.0    # seconds that a scanner may keep a file open on Windows, where nothing replaces it meanwhile
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 SEALED = re.compile(r"HC[12]\.([0-9a-f]{16})(?:\.[^.]*){3}")    # of a sealed secret, with the id of its key
@@ -2345,7 +2346,7 @@ def private_file(path: Path) -> Iterator[IO[bytes]]:
         if error.filename in (None, str(temporary)):
             error.filename, error.filename2 = str(path), None   # which is what a user knows
         if error.errno == errno.ENOSPC:
-            error.strerror = "the disk is full; make room on it"
+            error.strerror = NO_ROOM
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -3060,7 +3061,7 @@ def passing_reason(error: BaseException, path: Path) -> str:
         return "another program has it for itself; try again"
     is_full = refused and path.parent.is_dir() and (
         "disk is full" in str(error) or shutil.disk_usage(path.parent).free < MIN_ROOM)
-    return "the disk is full; make room on it" if is_full or getattr(error, "errno", 0) == errno.ENOSPC else ""
+    return NO_ROOM if is_full or getattr(error, "errno", 0) == errno.ENOSPC else ""
 
 
 def reason_of(error: Exception, path: Path) -> str:
@@ -4681,10 +4682,8 @@ class Guards:
         return user, hashlib.blake2b(secret, key=self._salt).digest()
 
     def of(self, target: Target) -> LoginGuard:
-        if target.settings.locks_nothing:
-            return LoginGuard(locks=False)
         guard, row = self._shared(target), login_row(target.credential_digest, target.name)
-        if (known := guard.rows.of.get(target.name)) != row:
+        if not target.settings.locks_nothing and (known := guard.rows.of.get(target.name)) != row:
             guard.rows.of[target.name] = row
             if before := self._before.pop(row, None):
                 guard.hear(target.name, before, is_own=True)
@@ -4695,7 +4694,10 @@ class Guards:
         return guard
 
     def _shared(self, target: Target) -> LoginGuard:
-        return self._guards.setdefault(self._key(target), LoginGuard(journal=self._journal))
+        if target.settings.locks_nothing:
+            return LoginGuard(locks=False)
+        key = self._key(target)
+        return self._guards.get(key) or self._guards.setdefault(key, LoginGuard(journal=self._journal))
 
     def trial(self, target: Target, record: LoginRecord) -> LoginGuard:
         """The guard of what somebody tries now, and what comes of it: that of the credential if it is watched, else of
@@ -4703,7 +4705,7 @@ class Guards:
         user, _ = key = self._key(target)
         with self._lock:
             if target.settings.locks_nothing or key in self._guards:
-                guard = LoginGuard(locks=False) if target.settings.locks_nothing else self._shared(target)
+                guard = self._shared(target)
             else:
                 guard = self._typed.setdefault(user, LoginGuard())
                 guard.tried.append((key, record))
@@ -11465,7 +11467,7 @@ class Exchange:
     """Which pollers work and which rest, where several machines share the work, and what the others found."""
 
     def __init__(self, store: Store, context: PollContext) -> None:
-        self._store, self._context, self._wall, self._zero_at = store, context, store.wall, 0.0
+        self._store, self._context = store, context
         self._members, self._guards = context.members, context.access.guards
         self._found: dict[int, Found] = {}      # by others, of settings that are not followed yet
         self._epoch = ""        # in which the resources were shared
@@ -11474,18 +11476,14 @@ class Exchange:
         """Takes up what was written of logins, also by others, and has it written from now on."""
         with self._store.reading() as session:
             before, others = written_logins(session, self._store.machine)
-        writer, members, self._wall = self._context.recorder.logins, self._members, wall
-        self._zero_at = wall() - lease_clock()
+        writer, members = self._context.recorder.logins, self._members
         writer.hear = self._guards.hear
         self._guards.begin(LoginJournal(writer.keep, wall, self._store.wall(),
                                         lambda: 1 if members.is_cut_off else len(members.names) or 1), before)
         self._guards.hear(others)
 
     def look(self, pollers: Mapping[str, Poller]) -> None:
-        """Takes up what other machines found, and which resources are this one's to poll; and that a clock was set."""
-        if abs(self._wall() - lease_clock() - self._zero_at) > CLOCK_DRIFT:
-            self._zero_at = self._wall() - lease_clock()
-            self._guards.write_again()
+        """Takes up what other machines found, and which resources are this one's to poll."""
         if not self._members.is_shared:
             return
         try:        # first: this machine may have been cut off, and others know better
@@ -11560,10 +11558,9 @@ class Monitor(threading.Thread):
         self.override = OverrideKeeper(store, context.aggregator, self._wall)
         self._zero_at = self._wall() - lease_clock()    # the Unix time of lease_clock's 0, by which times are stored
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
-        self.maintenance = MaintenanceKeeper(store)
+        self.maintenance, self._exchange = MaintenanceKeeper(store), Exchange(store, context)
         context.recorder.incidents.standings = self.standings
         self._revision, self._looked_mono = -1, -math.inf   # of the rows that were followed, and when
-        self._exchange = Exchange(store, context)
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
         self._ending, self._trouble = threading.Event(), Trouble("the configuration cannot be taken over")
 
@@ -11674,6 +11671,7 @@ class Monitor(threading.Thread):
                     log.warning("%s", how)
                     record_event(session, "clock", how, at=at)
         self._zero_at = zero_at     # now that it is written
+        self.guards.write_again()
         self.maintenance.follow(lease_clock() + zero_at)
 
     def _recount(self, covered: Collection[str]) -> None:

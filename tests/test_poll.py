@@ -1064,6 +1064,19 @@ def test_refusals_behind_a_kept_session_are_known_after_a_restart(house: House, 
     assert tries == before == 4, "directories lock at the fifth"
 
 
+def test_refusals_are_written_anew_when_the_clock_is_set(house: House, machines: Machines) -> None:
+    """By the clock of before they would be older than they are, and be tried again at once after a start."""
+    house.write("name: a, interval: 1")
+    machines.behaviours["a"] = machines.login("a", refused)
+    ahead = 0.0
+    with house.watching(lambda: time.time() + ahead):
+        wait_for(lambda: kept_logins(house) and kept_logins(house)[0]["refused"])
+        [before] = kept_logins(house)[0]["refused"]
+        ahead = 900.0
+        wait_for(lambda: kept_logins(house)[0]["refused"] == [pytest.approx(before + 900, abs=LATE)])
+        assert house.monitor.login_wait("a") > 200
+
+
 def test_a_late_refusal_is_written_down(house: House, machines: Machines) -> None:
     house.write("name: a, interval: 1")
 
