@@ -18006,6 +18006,7 @@ from apprise.manager_plugins import NotificationManager
 AttachmentManager().remove("file")      # who names one then raises KeyError
 NotificationManager().disable(*asked["refused"])
 apprise.NotifyBase.overflow_mode = apprise.OverflowMode.TRUNCATE    # or a service refuses what is too long for it
+apprise.URLBase.socket_read_timeout = asked["seconds"] / 2  # of 4 s, who takes 5 would be told again and again
 asset = apprise.AppriseAsset(
     storage_mode="memory", plugin_paths=[], http_redirects=False, allow_templates=False, pgp_autogen=False,
     pem_autogen=False, async_mode=False, app_id="HealthChecker", app_desc="HealthChecker", app_url="")

@@ -523,6 +523,8 @@ class HookHandler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.requests.append(Request(self.path, body))
+        if self.server.way == "slow":
+            self.server.released.wait(4.5)      # apprise itself waits for 4
         if self.server.way == "hang":
             self.server.released.wait(60)
         if self.server.way in ("hang", "drop"):
@@ -611,6 +613,13 @@ def test_a_web_hook_that_hangs(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> N
     why = "apprise gave no answer within 3 s"
     assert deliver(f"json://{hook.place}/x?rto=60&cto=60", MESSAGE, child) == Delivery(False, why)
     assert child._process.poll() is not None
+
+
+def test_a_web_hook_that_takes_its_time(hook: Hook) -> None:
+    """It was told, and would be again and again for an hour."""
+    hook.way = "slow"
+    assert deliver(f"json://{hook.place}/x", MESSAGE, ChildProcess()) == Delivery(True)
+    assert len(hook.requests) == 1
 
 
 def test_a_web_hook_whose_answer_has_no_end(hook: Hook) -> None:
