@@ -288,6 +288,7 @@ def test_haproxy_checks_readiness(tmp_path: Path) -> None:
     with Serving(named(b"one"), 0) as one, Serving(named(b"two"), 0) as two:
         (tmp_path / "haproxy.cfg").write_text(
             "defaults\n    mode http\n    timeout connect 2s\n    timeout client 5s\n    timeout server 5s\n"
+            "    timeout check 5s\n"      # else it is that between two, which is short here
             f"frontend all\n    bind 127.0.0.1:{port}\n    default_backend shop\n"
             f"backend shop\n    {option}\n    {forward}\n    {default.replace('2s', '100ms')}\n"
             f"    server one 127.0.0.1:{one.address[1]}\n    server two 127.0.0.1:{two.address[1]}\n", encoding="utf-8")

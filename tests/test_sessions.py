@@ -728,10 +728,10 @@ def test_a_session_that_is_refused_is_opened_anew(server: Sshd) -> None:
     with settings_digest(server, "MaxSessions 1"):
         watched = on(server)
         with keeping(watched) as connection:
+            ended = server.log().count("Close session")
             assert healthy(poll(watched, connection))
             transport = session(connection)._transport
-            idle = 3 if server.password else 2
-            wait_for(lambda: len(server._sessions()) < idle)
+            wait_for(lambda: server.log().count("Close session") > ended)
             left = transport.open_session(timeout=AMPLE)
             left.exec_command("sleep 100")
             session(connection)._transport.packetizer.uninvited = False
