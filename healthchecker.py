@@ -2298,8 +2298,9 @@ def denial(path: Path, verb: str) -> str:
         except KeyError:
             names.append(str(number))
     me, owner = names
+    right = verb[0] if place == path else f"{verb[0]}x".replace("r", "")    # of a folder that hides or lacks it
     return f"this account ({me}) may not {verb} it; " + (
-        f"run as {owner}, or give it to {me}" if me != owner else f"run: chmod u+{verb[0]} {path}")
+        f"run as {owner}, or give it to {me}" if me != owner else f"run: chmod u+{right} {place}")
 
 
 def is_read_only(folder: Path) -> bool:
@@ -3184,7 +3185,7 @@ class SqliteFile:
     def _prepare(self, connection: Any, _record: object) -> None:
         connection.isolation_level = None       # SQLAlchemy's BEGIN is ours, see _begin
         connection.text_factory = lambda text: text.decode("utf-8", "replace")
-        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON", "cache_size = -64"):   # KiB
+        for pragma in ("journal_mode = WAL", "foreign_keys = ON", "cache_size = -64"):   # KiB
             connection.execute(f"PRAGMA {pragma}")
         for name, count, function in (("floor", 1, math.floor), ("least", 2, min), ("greatest", 2, max)):
             connection.create_function(name, count, function, deterministic=True)   # as others call them
@@ -3193,6 +3194,8 @@ class SqliteFile:
         options = connection.get_execution_options()
         if options.get("migrates"):     # it cannot be said later; a table made anew would take its children along
             connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
+        if options.get("immediate"):    # how safe its COMMIT is cannot be said later, either
+            connection.exec_driver_sql(f"PRAGMA synchronous = {'NORMAL' if options.get('fleeting') else 'FULL'}")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("immediate") else "BEGIN")
 
     def version(self, session: Session) -> int:
@@ -3644,12 +3647,14 @@ class Store:
             yield self._session()
 
     @contextlib.contextmanager
-    def writing(self, *, migrates: bool = False, long: bool = False) -> Iterator[Session]:
+    def writing(self, *, migrates: bool = False, long: bool = False, fleeting: bool = False) -> Iterator[Session]:
         """A session that no other writes beside; all or nothing. In SQLite that is BEGIN IMMEDIATE: a deferred one that
-        reads first fails when another writes. `long`: it asks nothing for more than CLAIM_LIFE, perhaps."""
+        reads first fails when another writes. `long`: it asks nothing for more than CLAIM_LIFE, perhaps. `fleeting`: a
+        loss of power may take it, which saves SQLite a wait for the disk."""
         with self.app.app_context():
             session = self._session()
-            session.connection(execution_options={"immediate": True, "migrates": migrates, "long": long})
+            session.connection(execution_options={
+                "immediate": True, "migrates": migrates, "long": long, "fleeting": fleeting})
             yield session
             session.commit()
 
@@ -10641,7 +10646,8 @@ class Membership:
 
 # === Recorder ================================================================
 # The one thread that writes what polls found and what the gate did: reports and transitions come from any thread,
-# rows go out, many in one transaction. A database that cannot be written is waited for, within a bounded memory.
+# rows go out, many in one transaction. A database that cannot be written is waited for, within a bounded memory. A loss
+# of power may take who was healthy, who is asked again then, and nothing else.
 # Gives: Recorder, written_logins
 FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
 WOKEN_INTERVAL = 0.05           # the same where something falls, for others may fall with it, and of logins
@@ -10859,9 +10865,9 @@ class Recorder(threading.Thread):
             self._is_heard = self._is_heard and speaks
             self.incidents.speak(speaks=speaks, waits=waits)
             self._gather(speaks=speaks)
-            if self.logins.gather() or self._latest or self._events or self.incidents.due:
+            if (logins := self.logins.gather()) or self._latest or self._events or self.incidents.due:
                 turns = [event for origin, event in self._events if origin == TURN and self._members.is_shared]
-                with self._store.writing() as session:
+                with self._store.writing(fleeting=not (logins or self._events or self.incidents.due)) as session:
                     self._write(session, turns, waits=waits)
                     self.logins.write(session)
                     self.incidents.write(session)
@@ -10894,7 +10900,7 @@ class Recorder(threading.Thread):
             for _ in range(min(TIDY_AT_ONCE, len(self._untidy))):
                 self._aggregator.beat("recorder")       # each may take seconds where the database is slow
                 resource_id = self._untidy.pop()
-                with self._store.writing() as session:
+                with self._store.writing(fleeting=True) as session:
                     roll_up(session, resource_id, self._rolled)
                     if drops:
                         prune(session, resource_id, self._retention, now)

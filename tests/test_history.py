@@ -631,6 +631,34 @@ def test_what_falls_is_written_at_once(notebook: Notebook, monkeypatch: pytest.M
     assert not notebook.recorder.is_alive()
 
 
+@pytest.mark.of_files
+def test_a_loss_of_power_takes_no_more_than_polls_that_found_nothing_new(notebook: Notebook) -> None:
+    """Of SQLite, whose commits wait for the disk only where they are told to."""
+    waits = list[bool]()
+
+    def note(session: sqlalchemy.orm.Session) -> None:
+        waits.append(session.scalar(sqlalchemy.text("PRAGMA synchronous")) == 2)
+
+    def waited(at: float, poll: str, *, is_new: bool) -> bool:
+        report = notebook.report(at, poll)
+        waits.clear()
+        notebook.write(report if is_new else dataclasses.replace(report, before=report.standing))
+        return waits == [True]
+
+    sqlalchemy.event.listen(sqlalchemy.orm.Session, "before_commit", note)
+    try:
+        assert waited(START, "h", is_new=True) and not waited(START + 1, "h", is_new=False)
+        assert waited(START + 2, "u", is_new=True) and not waited(START + 3, "u", is_new=False)
+        notebook.recorder.logins.keep("row", "a login that begins", 0, ())
+        assert waited(START + 4, "u", is_new=False)
+        waits.clear()
+        with notebook.store.writing() as session:
+            session.delete(session.get(Resource, notebook.id))
+        assert waits == [True]
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.orm.Session, "before_commit", note)
+
+
 @pytest.mark.long
 def test_summing_up_goes_in_short_transactions(tmp_path: Path) -> None:
     """Others may write in between, and in the end every resource is done."""
