@@ -6718,8 +6718,8 @@ JUDGES: Mapping[str, Judge] = {"plain": by_status, "nagios": by_nagios}    # of 
 # A platform is a table of rows: name, command, parser. One script of sh runs a whole table, so that a poll is one
 # round trip; its output goes in, a sample comes out. Parsers are pure and raise ValueError, which becomes the
 # problem shown in the metric's place.
-# Gives: INSTALLED, NOT_KNOWN, PROBLEM_CHARS, DETAILS, CpuTicks, Reading, Sample, percent, make_sample, build_script,
-# end_mark, last_section, not_run, parse_output
+# Gives: INSTALLED, NOT_KNOWN, PROBLEM_CHARS, DETAILS, BECAME_READ_ONLY, CpuTicks, Reading, Sample, percent,
+# make_sample, build_script, end_mark, last_section, not_run, parse_output
 
 NOT_KNOWN = "not known on this platform"
 PROBLEM_CHARS = 200             # characters of a problem's one line
@@ -6737,6 +6737,7 @@ DF_ROW = re.compile(r"\s*(\S+(?:\s+\S+)*?)\s+[0-9]{1,18}\s+(-?[0-9]{1,18})\s+(-?
                     r"(?:\s+([0-9]{1,18})\s+([0-9]{1,18})\s+[0-9-]+%?)?\s+(/.*)")
 # They count in their pool but are not shown: volumes with one of these flags, and parts of macOS itself.
 READ_ONLY = frozenset({"ro", "read-only"})
+BECAME_READ_ONLY = "became read-only"   # the problem of a `filesystem MOUNT`
 MACOS_PARTS = re.compile(r"/System/Volumes/(?!Data$)|/private/var/vm$")
 
 
@@ -7070,11 +7071,10 @@ def _told(shares: dict[str, float | str], mounts: Iterable[Mount], broken: Colle
     errors, uncounted = (re.findall(error, parts.get(name, "")) for name in ("space", "inodes"))
     if not shares:
         errors = [" ".join(["no local filesystem", f"(skipped: {skipped or 'nothing'})", *errors])]
-    if broken:
-        errors.insert(0, f"became read-only: {', '.join(sorted(broken))}")
     told = {"disk_percent": "".join(errors[:1]), "inode_percent": "".join(uncounted[:1]),
             "skipped_filesystems": skipped, "hidden_filesystems": hidden}
-    return shares | {name: what for name, what in told.items() if what}
+    return {**shares, **{name: what for name, what in told.items() if what},
+            **{f"filesystem {point}": BECAME_READ_ONLY for point in broken}}
 
 
 def _disk_percent(text: str) -> dict[str, float | str]:
@@ -8309,8 +8309,7 @@ def since(sample: Sample, previous: Sample | None) -> Sample:
     writable and is no longer."""
     problems, writable = dict(sample.problems), previous.writable if previous else ()
     turned = sorted(set(writable).intersection(str(sample.details.get("hidden_filesystems", "")).split(", ")))
-    if turned:
-        problems["disk_percent"] = f"became read-only: {', '.join(turned)}"[:PROBLEM_CHARS]
+    problems |= {f"filesystem {mount}": BECAME_READ_ONLY for mount in turned}
     still = 0
     if sample.ticks and "cpu_percent" not in sample.metrics:
         still = previous.still + 1 if previous else 1
@@ -8320,12 +8319,17 @@ def since(sample: Sample, previous: Sample | None) -> Sample:
     return replace(sample, problems=problems, still=still, writable=(shown or frozenset(writable)).union(turned))
 
 
+def disk_problems(kind: str, sample: Sample, settings: ResourceSettings) -> dict[str, str]:
+    """What is wrong with single filesystems, by mount point, unless they are off."""
+    disk, found = settings.limits.disk_percent, (name.partition(" ")[::2] for name in sorted(sample.problems))
+    return {mount: sample.problems[f"{kind} {mount}"] for first, mount in found
+            if first == kind and mount and (not disk or disk.at(mount))}
+
+
 def missed_disks(sample: Sample, settings: ResourceSettings) -> Iterator[str]:
-    """What is wrong with single filesystems: those that cannot be read, unless they are off, and those that a limit
-    names and nobody found."""
-    disk, unread = settings.limits.disk_percent, {
-        name.partition(" ")[2]: why for name, why in sample.problems.items() if name.startswith("disk_percent ")}
-    yield from (f"{mount} {why}" for mount, why in sorted(unread.items()) if not disk or disk.at(mount))
+    """What is wrong with filesystems that cannot be read, and those that a limit names and nobody found."""
+    yield from (f"{mount} {why}" for mount, why in disk_problems("disk_percent", sample, settings).items())
+    unread = (name.partition(" ")[2] for name in sample.problems if name.startswith("disk_percent "))
     found = [*unread, *(name.partition(" ")[2] for name, _ in sample.readings("disk_percent"))]
     if lost := [path for path in settings.limited_mounts if settings.platform in POWERSHELL
                 and WINDOWS_MOUNT.fullmatch(path) and not any(matching_key([path], mount) for mount in found)]:
@@ -8341,7 +8345,9 @@ def complete(sample: Sample, settings: ResourceSettings) -> Sample:
               if f"check {check.name}" not in sample.problems}
     problems = {name: why for name, why in sample.problems.items()
                 if name in settings.limits.by_metric() or not (
-                    why == NOT_KNOWN or name == "inode_percent" or name.startswith("disk_percent "))}
+                    why == NOT_KNOWN or name == "inode_percent" or name.startswith(("disk_percent ", "filesystem ")))}
+    if turned := ", ".join(disk_problems("filesystem", sample, settings)):      # whether or not fullness has a limit
+        problems["filesystems"] = f"{BECAME_READ_ONLY}: {turned}"[:PROBLEM_CHARS]
     if missed := "; ".join(missed_disks(sample, settings)):
         problems.setdefault("disk_percent", one_line(missed)[:PROBLEM_CHARS])
     return replace(sample, services=services, checks={**sample.checks, **checks}, problems=problems)
@@ -8472,7 +8478,7 @@ def evaluate(sample: Sample, settings: ResourceSettings) -> Verdict:
                       for name, outcome in outcomes.items() if (outcome.good, outcome.degraded) == wanted]
                      for wanted in ((False, False), (True, True)))
     doubtful += [f"{name}: {why}" for name, why in sample.problems.items()
-                 if name.partition(" ")[0] in ("endpoint", "service", "check")]
+                 if name.partition(" ")[0] in ("endpoint", "service", "check", "filesystems")]
     if failed or bad:
         return Verdict("unhealthy", "limit" if failed else "check", one_line("; ".join(failed + bad)))
     if warned or doubtful:

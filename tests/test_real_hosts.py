@@ -292,22 +292,39 @@ def test_a_backslash_in_a_place_is_no_escape_of_echo(shell: str) -> None:
 def test_what_became_read_only_is_a_problem_and_what_was_meant_so_is_none(
     name: str, bad: list[str], meant: list[str]
 ) -> None:
-    said = [why for why in sample_of(name).problems.values() if "read-only" in why]
+    said = [where for where, why in sample_of(name).problems.items() if "read-only" in why]
     named = {mount for mount in [*bad, *meant] if re.search(rf"(?<![\w/]){re.escape(mount)}(?![\w/])", " ".join(said))}
     assert named == set(bad)
 
 
-def test_a_filesystem_that_turns_read_only_between_two_polls() -> None:
-    """Without a line in fstab the first sight is what was meant."""
+READ_ONLY_LIMITS: dict[str, tuple[dict[str, Any], bool]] = {
+    "none": ({}, True),
+    "of memory": ({"memory_percent": "100"}, True),
+    "of disks": ({"disk_percent": "100"}, True),
+    "of another disk": ({"disk_percent": {"warn": 100, "mounts": {"/": "off"}}}, True),
+    "off": ({"disk_percent": {"warn": 100, "mounts": {"/var/spool": "off"}}}, False),
+    "off by a pattern": ({"disk_percent": {"warn": 100, "mounts": {"/var/*": "off", "/": 100}}}, False),
+}
+
+
+@pytest.mark.parametrize("fstab", ["", "/dev/sdb1 /var/spool ext4 defaults 0 2\n"], ids=["turned", "by fstab"])
+@pytest.mark.parametrize(("limits", "degraded"), READ_ONLY_LIMITS.values(), ids=READ_ONLY_LIMITS)
+def test_a_filesystem_that_turns_read_only_degrades_unless_it_is_off(
+    limits: dict[str, Any], degraded: bool, fstab: str
+) -> None:
+    """Whatever has a limit. Without a line in fstab the first sight is what was meant."""
     before = hosts.host("debian/12-inodes")
     mounts = before.files["proc/mounts"].replace("/dev/sdb1 /var/spool ext4 rw,", "/dev/sdb1 /var/spool ext4 ro,")
-    after = before._replace(files={**before.files, "proc/mounts": mounts})
-    settings_, kept = resource(limits={"disk_percent": "90"}), None
-    for host in (before, after, after):
+    after = before._replace(files={**before.files, "proc/mounts": mounts, "etc/fstab": fstab})
+    settings_, kept = resource(limits=limits), None
+    for host in (before, after, after) if not fstab else (after,):
         sample = kept = collect(settings_, Played(host), kept)
         if host is before:  # a poll that reads no disk forgets none
+            assert evaluate(sample, settings_).state == "healthy"
             kept = since(replace(sample, metrics={}), sample)
-    assert any("read-only" in why and "/var/spool" in why for why in sample.problems.values())
+    verdict = evaluate(sample, settings_)
+    assert (verdict.state, verdict.cause) == (("degraded", "check") if degraded else ("healthy", ""))
+    assert verdict.reason == ("filesystems: became read-only: /var/spool" if degraded else "")
 
 
 # --- Inodes ------------------------------------------------------------------
