@@ -9514,7 +9514,7 @@ class Uplink:
         own, own_total = count - len(self._extra & self._failing), total - len(self._extra)
         if 2 * own > own_total > 1:     # most of its own, or of all: what does not answer yet is none of them
             count, total = own, own_total
-        self._is_cut = is_cut = self._silent_mono <= now and 2 * count > total > 1
+        self._is_cut = is_cut = self._silent_mono <= now and 2 * count > total
         if is_cut and self.cut is None and now - self._asked_mono < UPLINK_FRESH:
             text = f"cut off: {count} of {total} machines do not answer, nor does an uplink"
             self.cut = self._last = Cut(now, self._wall(), now + self._hold, self._calm_mono, text)

@@ -533,6 +533,22 @@ def test_one_that_fails_behind_a_dead_uplink() -> None:
     assert site.outages["m1"].is_doubtful and site.uplink.cut, "now they are two of three"
 
 
+def test_the_only_machine_there_is() -> None:
+    """It is more than half of all; behind an uplink that answers it is down."""
+    site = Site(600, "m0")
+    site.cut()
+    assert site.held() == [600.0] and site.outages["m0"].is_cut_off
+    site.ask()
+    assert site.uplink.cut is None
+    site.poll(FINE, "m0")
+    site.poll(FINE, "m0")
+    site.clock.now += 60
+    site.poll(DOWN, "m0")
+    site.clock.now += 1
+    site.ask()
+    assert site.uplink.cut is None and site.held() == [0.0]
+
+
 def test_what_other_machines_poll_shows_whether_this_one_gets_through() -> None:
     """While no uplink answers: who polls one alone would never know, and would hold nothing of the others'."""
     site = Site()
@@ -668,9 +684,10 @@ def test_who_is_told_again_opens_when_it_would(house: House, machines: Machines)
 
 @pytest.mark.long
 @LINUX
-def test_a_service_that_is_cut_off(tmp_path: Path, gateway: Gateway) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_service_that_is_cut_off(tmp_path: Path, gateway: Gateway, count: int) -> None:
     """Ports that are gone, and a gateway that is silent; the console says what it is."""
-    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     rows = "".join(
         f"  - {{name: m{number}, platform: tcp, hostname: 127.0.0.1, port: {server.getsockname()[1]}, interval: 1,"
         f" retry_interval: 1}}\n" for number, server in enumerate(servers))  # fmt: skip
@@ -684,7 +701,7 @@ def test_a_service_that_is_cut_off(tmp_path: Path, gateway: Gateway) -> None:
         gateway.fall_silent()
         for server in servers:
             server.close()
-        wait_for(lambda: view("m0")["cause"] == view("m2")["cause"] == "cut_off")
+        wait_for(lambda: view("m0")["cause"] == view(f"m{count - 1}")["cause"] == "cut_off")
         service.wait_status("/", 200)
         assert view("m0")["state"] == "degraded"
         assert "cut off" in client.ask("GET", "/-/").body
