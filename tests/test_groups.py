@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import math
 import queue
 import tempfile
@@ -537,6 +538,7 @@ class Model:
         self.gates, self.real = gates, make(gates)
         self.parents = usable_parents(gates, resources)
         self.counted: dict[str, float] = dict.fromkeys(LEAVES, 0.0)  # until when each is healthy
+        self.openings: dict[str, float] = {}  # when each that is not can be healthy, by its last result
         self.unknown = set(LEAVES)  # without a result
         self.asides: set[str] = set()
         self.pending, self.beats = set(LEAVES), math.inf
@@ -585,10 +587,12 @@ class Model:
             not self.counts(name) and any(map(self.is_fresh, groups[name])))
 
     def up(self, leaf: str, seconds: int) -> None:
+        self.openings[leaf] = 0.0
         self.real[0].set_resource(leaf, True, ttl=seconds)
         self.report(leaf, self.real[1].now + seconds)
 
     def down(self, leaf: str, seconds: int) -> None:
+        self.openings[leaf] = self.real[1].now + seconds
         self.real[0].set_resource(leaf, False, "bad", opens=seconds)
         self.report(leaf, 0.0)
 
@@ -668,6 +672,28 @@ class Model:
         tops = [top for top in (*groups, *LEAVES) if top not in inside and self.counts(top)]
         return not self.pending and all(self.is_healthy(top, now) for top in tops)
 
+    def opens(self, name: str) -> float:
+        """When it can be healthy, the soonest; 0 where nothing keeps it from that, or there is no result yet."""
+        groups = {group.name: group for group in self.gates.groups}
+        if name in groups:
+            members = [member for member in groups[name].members if self.counts(member)]
+            needed = quorum_of(groups[name].healthy, len(members))
+            return min((max(map(self.opens, some)) for some in itertools.combinations(members, needed) if some),
+                       default=0.0)  # fmt: skip
+        if name in self.unknown:
+            return 0.0
+        if name in [*LEAVES]:
+            parents = (parent for parent in self.parents.get(name, ()) if parent in self.counted or (
+                parent in groups and self.counts(parent)))
+            return max([self.openings[name], *map(self.opens, parents)])
+        if name:
+            stated = self.gates.routes[name].needs
+            needs = [need for need in stated or () if self.counts(need)]
+            return 0.0 if stated == () else max(map(self.opens, ("", *needs)))
+        inside = {member for members in self.gates.members({}).values() for member in members}
+        tops = [top for top in (*groups, *LEAVES) if top not in inside and self.counts(top)]
+        return max(map(self.opens, tops), default=0.0)
+
     def is_open(self, name: str, now: float) -> bool:
         needs_nothing = name.startswith("/") and self.gates.routes[name].needs == ()
         return needs_nothing or (self.beats > now and self.is_healthy(name, now))
@@ -678,7 +704,7 @@ class Model:
 @given(TREES, PARENTS, STEPS)
 def test_any_tree_at_any_moment(tree: tuple[Any, ...], parents: Mapping[str, Sequence[str]],
                                 steps: list[tuple[str, str, int]]) -> None:  # fmt: skip
-    """As brute force says; and one more healthy member never closes anything."""
+    """As brute force says, and so when each can open again; and one more healthy member never closes anything."""
     shapes, needs = tree[: len(GROUPS)], tree[len(GROUPS) :]
     groups = [
         {"name": name, "healthy": quorum, "members": sorted(members)}
@@ -697,6 +723,7 @@ def test_any_tree_at_any_moment(tree: tuple[Any, ...], parents: Mapping[str, Seq
             for moment in {now, *model.counted.values(), model.beats} - {0.0, math.inf}:
                 for later in (moment, moment + 0.5) if not model.unknown else ():
                     assert later < now or (later < until) == model.is_open(name, later), (name, later)
+            assert (aggregator.lease.parts[name] if name else aggregator.lease).opens.value == model.opens(name), name
         assert {group.name for group in aggregator.groups() if group.state != "unhealthy"} == after - {""}
         behind = {leaf for leaf in LEAVES if any(model.is_bad(parent, now) for parent in model.parents.get(leaf, ()))}
         assert {leaf for leaf in LEAVES if aggregator.blocker(leaf)} == behind
