@@ -280,6 +280,22 @@ def test_the_script_with_other_tools(toolbox: Path, shell: str, plain: bool) -> 
     assert {"memory_percent", "load_per_cpu"} <= sample.metrics.keys() and "cpu_count" in sample.details
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("platform", [Platform.UNIX, Platform.POSIX])
+def test_a_plain_account_reads_what_root_does(shell: str, platform: Platform) -> None:
+    """With the machine's own tools, but for mounts that it may not see."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads the tables of Linux and POSIX; run on Linux")
+    script = build_script(wanting(platform, ["cron"], ODD), NONCE)
+    root, plain = (parse_output(run_script(command, script)[0], NONCE, CpuTicks(busy=0.0, total=0.0))
+                   for command in (command_of(shell), as_nobody(command_of(shell))))
+    assert_sound(plain)
+    kinds, kinds_of_root = ({name.partition(" ")[0] for name in sample.metrics} for sample in (plain, root))
+    assert {"load_per_cpu"} <= kinds == kinds_of_root
+    assert plain.checks == root.checks and plain.services.keys() == root.services.keys()
+    assert plain.problems == root.problems
+
+
 @pytest.mark.parametrize("toolbox", ["busybox", "toybox"], indirect=True)
 def test_a_service_that_says_that_it_is_stopped(toolbox: Path) -> None:
     if Path("/run/systemd/system").exists():
