@@ -205,6 +205,7 @@ try:
         BeforeValidator,
         ConfigDict,
         Field,
+        PlainSerializer,
         SecretStr,
         TypeAdapter,
         ValidationError,
@@ -14623,6 +14624,15 @@ class ResourceView(ResourceSettings, PollView):
     connection: ConnectionView | None   # None: nothing was open yet
 
 
+MadePassword = Annotated[SecretStr | None, PlainSerializer(lambda made: made and made.get_secret_value(), str | None)]
+
+
+class AddedView(ResourceView):
+    """The same as it was added."""
+
+    password: MadePassword = None   # type: ignore[assignment]  # made for what reports by itself, shown this once
+
+
 NO_SAMPLE: dict[str, Any] = {"details": {}, "metrics": {}, "services": {}, "checks": {}, "problems": {}}
 RESOURCES = sqlalchemy.select(Resource, Status).outerjoin(Status, Status.resource_id == Resource.id)
 
@@ -14834,10 +14844,16 @@ def note_other_way(who: Principal, session: Session, name: str) -> None:
                  other)
 
 
-def add_resource(who: Principal, body: Mapping[str, Any], form: Document | None = None) -> ResourceView:
+def made_token(body: Mapping[str, Any]) -> dict[str, str]:
+    """The password of what is to report by itself, where none is given."""
+    is_made = body.get("platform") == Platform.PUSH.value and not body.get("password")
+    return {"password": secrets.token_urlsafe(32)} if is_made else {}
+
+
+def add_resource(who: Principal, body: Mapping[str, Any], form: Document | None = None) -> AddedView:
     """Adds a resource; it is watched at once."""
-    row = Resource(origin="api")
-    apply_settings(who.context, row, body, form)
+    row, made = Resource(origin="api"), made_token(body)
+    apply_settings(who.context, row, {**body, **made}, form)
     with who.context.store.writing() as session:
         before = session.scalar(
             sqlalchemy.select(Resource).where(Resource.name == row.name).execution_options(removed=True))
@@ -14854,7 +14870,8 @@ def add_resource(who: Principal, body: Mapping[str, Any], form: Document | None 
         session.merge(row)
         who.note(session, "added", row.name)
         note_other_way(who, session, row.name)
-    return show_resource(who, row.name)
+    shown = {name: SecretStr(token) for name, token in made.items()}
+    return AddedView.model_construct(**{**dict(show_resource(who, row.name)), **shown})
 
 
 def names_taken(who: Principal, session: Session) -> set[str]:
@@ -14902,7 +14919,7 @@ def remove_resource(who: Principal, name: str) -> None:
 def test_settings(who: Principal, body: Mapping[str, Any], form: Document | None = None,
                   row: Resource | None = None) -> TrialView:
     """Polls a resource once that is not added yet."""
-    row = row or Resource(id=0)
+    body, row = body if row else {**body, **made_token(body)}, row or Resource(id=0)
     apply_settings(who.context, row, body, form)
     target = target_of(row, who.context.vault)
     if target.fault:
@@ -15112,7 +15129,7 @@ OPERATIONS = (
     Route("POST", API + "gate", "admin", override_gate, GateView, GateChange),
     Route("GET", API + "groups", "viewer", list_groups, list[GroupState]),
     Route("GET", API + "resources", "viewer", list_resources, list[ResourceView]),
-    Route("POST", API + "resources", "admin", add_resource, ResourceView, ResourceSettings, status=201),
+    Route("POST", API + "resources", "admin", add_resource, AddedView, ResourceSettings, status=201),
     Route("GET", RESOURCE, "viewer", show_resource, ResourceView),
     Route("PATCH", RESOURCE, "admin", change_resource, ResourceView, ResourceSettings),
     Route("DELETE", RESOURCE, "admin", remove_resource),
@@ -17261,6 +17278,9 @@ def resource_form(who: Principal, name: str = "") -> Answer:
         return form_page(name, form, outcome=trial.state, problem=found)
     saved = change_resource(who, name, body, document, form.get("shown", "")) if name else add_resource(
         who, body, document)
+    if saved.password:      # of one that was made
+        return resource_page(saved.name, outcome="healthy", problem="Its token, which is not shown again: "
+                             f"{saved.password.get_secret_value()}")
     return flask.redirect(resource_path(saved.name), 303)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
 from conftest import wait_for
 from console import Local, Reply, console, local_console
 
@@ -150,6 +151,32 @@ def test_a_report_meets_new_settings(local: Local) -> None:
     assert shown(local, "job")[0] == "unhealthy"
     assert local.api("DELETE", "resources/job").status == 204
     wait_for(lambda: push(local, "job", "f" * 16, healthy=True).status == 401)
+
+
+def test_a_token_that_is_made_is_shown_once(local: Local) -> None:
+    """By the API and on the page; sealed in the database, and in no other answer."""
+    local.log_in()
+    new = {"name": "job", "platform": "push", "interval": 3600}
+    added = local.api("POST", "resources", new)
+    token = added.json["password"]
+    assert added.status == 201 and len(token) == 43 and added.json["has_secret"]
+    wait_for(lambda: push(local, "job", token, healthy=True).status == 204)
+    fields = {"name": "page", "platform": "push", "interval": "3600"}
+    assert "not tried" in local.ask("POST", "/-/add", fields | {"do": "test"}).body, "and needs none for that"
+    page = local.ask("POST", "/-/add", fields)
+    found = re.search(r"Its token, which is not shown again: (\S{43})\n?<", page.body)
+    assert page.status == 200 and found and found[1] != token
+    wait_for(lambda: push(local, "page", found[1], healthy=True).status == 204)
+    for path in ("/-/resources/job", "/-/resources/page", "/-/api/resources/page", "/-/api/events", "/-/add?copy=job"):
+        shown_there = local.ask("GET", path)
+        assert shown_there.status == 200 and token not in shown_there.body and found[1] not in shown_there.body
+    with local.context.store.reading() as session:
+        rows = session.scalars(sqlalchemy.select(healthchecker.Resource.password).filter_by(origin="api"))
+        assert all(row and token not in str(row) for row in rows)
+    given = local.api("POST", "resources", {**new, "name": "given", "password": TOKEN})
+    assert (given.status, given.json["password"]) == (201, None)
+    assert local.api("PATCH", "resources/job", {"password": TOKEN}).json.get("password") is None
+    assert local.api("POST", "resources", {**new, "name": "x", "platform": "unix", "hostname": "h"}).status == 422
 
 
 def test_the_newest_word_holds_whatever_is_changed(local: Local) -> None:
