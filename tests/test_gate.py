@@ -268,9 +268,12 @@ class Serving:
         connections: int = 100,
         sock: socket.socket | None = None,
         tally: RequestCounters | None = None,
+        parts: Iterable[str] = (),
     ) -> None:
-        self.lease = Lease()
-        self.lease.until.value = math.inf
+        """`parts`: groups and routes, which are open as the site is."""
+        self.lease = Lease(parts)
+        for lease in (self.lease, *self.lease.parts.values()):
+            lease.until.value = math.inf
         self.app: Any = app
         sock = sock or socket.create_server(("127.0.0.1", 0))
         self.address = ("127.0.0.1", sock.getsockname()[1])

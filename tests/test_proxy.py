@@ -243,41 +243,66 @@ def named(name: bytes) -> Callable[..., Iterable[bytes]]:
     return app
 
 
+@contextlib.contextmanager
+def nginx(folder: Path, gate: Serving, shop: Serving, *more: str) -> Iterator[int]:
+    """The README's nginx before a shop, with more locations; gives its port."""
+    port = free_port()
+    user = "user root;" if sys.platform != "win32" and os.geteuid() == 0 else ""
+    http_block = replaced(block("nginx").replace("    location / ", "\n".join([*more, "    location / "])), {
+        "127.0.0.1:8080": f"127.0.0.1:{gate.address[1]}",
+        "127.0.0.1:8000": f"127.0.0.1:{shop.address[1]}",
+        "listen 80;": f"listen 127.0.0.1:{port};",
+    })  # fmt: skip
+    folders = " ".join(f"{kind}_temp_path {folder};" for kind in
+                       ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))  # fmt: skip
+    (folder / "nginx.conf").write_text(
+        f"{user} daemon off; worker_processes 1; pid {folder}/pid; error_log stderr;\n"
+        f"events {{ }}\nhttp {{ access_log off; {folders}\n{http_block}}}\n", encoding="utf-8")  # fmt: skip
+    with running([str(NGINX), "-p", str(folder), "-e", "stderr", "-c", str(folder / "nginx.conf")], port, folder):
+        yield port
+
+
+@pytest.mark.skipif(not NGINX, reason="needs nginx")
+def test_nginx_asks_for_a_route(tmp_path: Path) -> None:
+    """Each route by a location of its own: it closes alone, or stays open alone, however its path is written."""
+    (location,) = re.findall(r"`(location ~ .*?)`", README)
+    (rest,) = re.findall(r"location / \{ auth_request /-/gate; (.*) \}", block("nginx"))
+    reports = replaced(location, {"…": rest})
+    locations = reports, reports.replace("reports", "static")
+    with (serving((), hello, parts=["/reports", "/static"]) as gate, Serving(named(b"shop"), 0) as shop,
+          nginx(tmp_path, gate, shop, *locations) as port):  # fmt: skip
+        paths = ["/", "/x", "/reportsx", "/reports", "/reports/q3?a=b", "/%72eports/", "//x/..//reports/q",
+                 "/static", "/static/a.css", "/staticx"]  # fmt: skip
+        assert {fetch(port, path) for path in paths} == {(200, b"shop")}
+        gate.lease.parts["/reports"].until.value = 0.0
+        assert [fetch(port, path)[0] for path in paths] == [200] * 3 + [503] * 4 + [200] * 3
+        gate.lease.parts["/reports"].until.value = float("inf")
+        gate.lease.until.value = 0.0
+        assert [fetch(port, path)[0] for path in paths] == [503] * 3 + [200] * 6 + [503]
+        assert fetch(port, "/-/gate/reports")[0] == 404, "it is for nginx alone"
+
+
 @pytest.mark.skipif(not NGINX, reason="needs nginx")
 def test_nginx_asks_the_gate(tmp_path: Path) -> None:
     """204 lets a request pass, 403 and a gate that is not there end in 503; the connection to the gate is kept."""
-    port = free_port()
-    user = "user root;" if sys.platform != "win32" and os.geteuid() == 0 else ""
-    with serving((), hello) as gate, Serving(named(b"shop"), 0) as shop:
-        http_block = replaced(block("nginx"), {
-            "127.0.0.1:8080": f"127.0.0.1:{gate.address[1]}",
-            "127.0.0.1:8000": f"127.0.0.1:{shop.address[1]}",
-            "listen 80;": f"listen 127.0.0.1:{port};",
-        })  # fmt: skip
-        folders = " ".join(f"{kind}_temp_path {tmp_path};" for kind in
-                           ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))  # fmt: skip
-        (tmp_path / "nginx.conf").write_text(
-            f"{user} daemon off; worker_processes 1; pid {tmp_path}/pid; error_log stderr;\n"
-            f"events {{ }}\nhttp {{ access_log off; {folders}\n{http_block}}}\n", encoding="utf-8")  # fmt: skip
-        command = [str(NGINX), "-p", str(tmp_path), "-e", "stderr", "-c", str(tmp_path / "nginx.conf")]
-        with running(command, port, tmp_path):
-            assert fetch(port) == (200, b"shop")
-            channels = set(gate.server.active_channels.values())
-            for _ in range(20):
-                assert fetch(port, "/any?path") == (200, b"shop")
-                channels |= set(gate.server.active_channels.values())
-            assert len(channels) == 1, "a 204 has to keep the connection"
-            assert [fetch(port, path)[0] for path in ("/403", "/500")] == [403, 500], "its own answers stay"
-            for odd in ({"X": "x" * 20_000}, {"X" * 130: "x"}, {"X": "\x01"}):
-                assert fetch(port, headers=odd)[0] != 503, "what a client sends does not close the gate"
-            gate.lease.until.value = 0.0
-            assert fetch(port)[0] == 503
-            assert set(gate.server.active_channels.values()) == channels, "so has a 403"
-            gate.lease.until.value = float("inf")
-            assert fetch(port) == (200, b"shop")
-            gate.server.stop()
-            gate.thread.join(10)
-            assert fetch(port)[0] == 503, "nobody is there to ask"
+    with serving((), hello) as gate, Serving(named(b"shop"), 0) as shop, nginx(tmp_path, gate, shop) as port:
+        assert fetch(port) == (200, b"shop")
+        channels = set(gate.server.active_channels.values())
+        for _ in range(20):
+            assert fetch(port, "/any?path") == (200, b"shop")
+            channels |= set(gate.server.active_channels.values())
+        assert len(channels) == 1, "a 204 has to keep the connection"
+        assert [fetch(port, path)[0] for path in ("/403", "/500")] == [403, 500], "its own answers stay"
+        for odd in ({"X": "x" * 20_000}, {"X" * 130: "x"}, {"X": "\x01"}):
+            assert fetch(port, headers=odd)[0] != 503, "what a client sends does not close the gate"
+        gate.lease.until.value = 0.0
+        assert fetch(port)[0] == 503
+        assert set(gate.server.active_channels.values()) == channels, "so has a 403"
+        gate.lease.until.value = float("inf")
+        assert fetch(port) == (200, b"shop")
+        gate.server.stop()
+        gate.thread.join(10)
+        assert fetch(port)[0] == 503, "nobody is there to ask"
 
 
 @pytest.mark.skipif(not HAPROXY, reason="needs haproxy")
