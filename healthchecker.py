@@ -8543,13 +8543,22 @@ class Lease:
     """Two times of lease_clock in shared memory: until when the site is healthy, and when it can be so again; in
     `parts`, the same of groups by name and of routes by path."""
 
-    def __init__(self, parts: Iterable[str] = (), *, name: str = SITE, observes: bool = False) -> None:
-        self.name = name
-        self.until: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
-        self.opens: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
-        self.by_hand: ctypes.c_byte = multiprocessing.RawValue(ctypes.c_byte, 0)    # 1: opened, -1: closed
-        self.observes: ctypes.c_bool = multiprocessing.RawValue(ctypes.c_bool, observes)    # the mode; see Mode
-        self.parts = {part: Lease(name=part, observes=observes) for part in parts}
+    def __init__(self, parts: Iterable[str] = (), memory: Any = None, *, name: str = SITE, place: int = 0,
+                 observes: bool = False) -> None:
+        """All of them are in one `memory`, so that what strictest() found holds as long as nothing changes there."""
+        names, self.name = (*parts,), name
+        self.memory = multiprocessing.RawArray(ctypes.c_double, 4 + 4 * len(names)) if memory is None else memory
+        self.until = ctypes.c_double.from_buffer(self.memory, 32 * place)
+        self.opens = ctypes.c_double.from_buffer(self.memory, 32 * place + 8)
+        self.by_hand = ctypes.c_byte.from_buffer(self.memory, 32 * place + 16)      # 1: opened, -1: closed
+        self.observes = ctypes.c_bool.from_buffer(self.memory, 32 * place + 24)     # the mode; see Mode
+        self.observes.value = observes or self.observes.value
+        self.strictest: tuple[bytes, Lease] = b"", self
+        self.parts = {part: Lease((), self.memory, name=part, place=number, observes=observes)
+                      for number, part in enumerate(names, 1)}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Lease, ((*self.parts,), self.memory)
 
     @property
     def mode(self) -> Mode:
@@ -11919,8 +11928,8 @@ class PathGates:
         if "\\" in path or "%" in path or ("/." in path and DOTS.search(path)):  # it may lead anywhere
             return self._all
         if "//" in path or ";" in path:
-            plain = re.sub("//+", "/", re.sub(";[^/]*", "", path))
-            return self._longest(path), self._longest(plain)
+            found, other = self._longest(path), self._longest(re.sub("//+", "/", re.sub(";[^/]*", "", path)))
+            return (found,) if found == other else (found, other)
         return (self._longest(path),)
 
     def _longest(self, path: str) -> Any:
@@ -11931,11 +11940,20 @@ class PathGates:
         return self._site[0]
 
 
+def refuses_first(lease: Lease) -> tuple[bool, float]:
+    return lease.observes.value, lease.until.value
+
+
 def strictest(leases: Sequence[Lease]) -> Lease:
-    """Of several, the one that refuses first, as they are now."""
+    """Of one, two or all, the one that refuses first, as they are now. Of all, who may be many, it is remembered."""
     if len(leases) == 1:
         return leases[0]
-    return min(leases, key=lambda lease: (lease.observes.value, lease.until.value))
+    if len(leases) == 2:
+        return min(leases, key=refuses_first)
+    memory, known = bytes(leases[0].memory), leases[0].strictest
+    if known[0] != memory:      # as it was before the look
+        leases[0].strictest = known = memory, min(leases, key=refuses_first)
+    return known[1]
 
 
 class Gate:
@@ -12179,7 +12197,10 @@ class Leases:
         cells, found = table.cells, table.cells_of(path)
         end = cells[found[0]]
         if len(found) > 1:  # it can be read in several ways: the strictest counts
-            end = min([cells[cell] for cell in found], key=lambda end: (is_observed(end), end))
+            ends = [cells[cell] for cell in found]
+            end = min(ends)
+            if end <= now:
+                end = min(ends, key=lambda end: (is_observed(end), end))
         if cells[GENERATION] != table.generation:  # seen after `end`: another file's by now
             end = 0.0
         if is_observed(end):

@@ -27,6 +27,8 @@ from wsgiref.validate import validator
 
 import pytest
 from conftest import no_leaks, wait_for
+from hypothesis import given
+from hypothesis import strategies as st
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.buffers import OverflowableBuffer
@@ -53,6 +55,7 @@ from healthchecker import (
     RequestCounters,
     ServiceSettings,
     builtin_app,
+    strictest,
 )
 
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
@@ -430,6 +433,34 @@ def test_a_path_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
         status, _, _ = call(gate, path, **{healthchecker.HANDLER: way})
         assert status[:3] == "503" and len(looked) == {"/r/../s": 0, "/s;a/x": 2}.get(path, 1), path
         (lease.parts[shuts] if shuts else lease).until.value = NOW + 1
+
+
+def test_a_path_that_may_lead_anywhere_costs_no_more_than_others() -> None:
+    """As long as nothing changes: any client may ask for one, and there may be many routes."""
+    lease, calls = Lease([f"/part{number}/below" for number in range(100)]), list[str]()
+    for each in (lease, *lease.parts.values()):
+        each.until.value = NOW + 1
+    gate = Gate(hello, lease, lambda: NOW)
+    for path in ("/100%", "/part1/../part2", "/x\\y"):
+        gate.route(path)
+        calls.clear()
+        sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
+        try:
+            way = gate.route(path)
+        finally:
+            sys.setprofile(None)
+        assert way[0] == gate.admit and len(way[1]) == 101 and len(calls) < 10, calls
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, NOW, NOW + 1, math.inf]), st.booleans())))
+def test_the_strictest_of_all_is_another_as_soon_as_that_changes(changes: list[tuple[int, float, bool]]) -> None:
+    lease = Lease(["/r", "/s", "group"])
+    found = Gate(hello, lease, lambda: NOW).leases_of("/%")
+    assert [each.name for each in found] == ["", "/r", "/s"]
+    for place, until, observes in changes:
+        one = (lease, *lease.parts.values())[place]
+        one.until.value, one.observes.value = until, observes
+        assert strictest(found) is min(found, key=lambda each: (each.observes.value, each.until.value))
 
 
 @POOL
