@@ -5057,7 +5057,8 @@ CLOSE_SECONDS = 1.0             # for a bastion to hear that nobody needs a conn
 
 
 def certifier(blob: bytes, host: str) -> str | None:
-    """Who certified a host's key, when that holds for `host` now; None for anything else."""
+    """Who certified a host's key, when that holds for `host` now; None for anything else. Names are as for OpenSSH from
+    10.3 on, patterns and at least one; before, they were literal, and without one it was for any host."""
     kind = paramiko.Message(blob).get_text()
     with contextlib.suppress(ValueError, UnsupportedAlgorithm, InvalidSignature):
         found = serialization.load_ssh_public_identity(f"{kind} {base64.b64encode(blob).decode()}".encode())
@@ -5068,7 +5069,12 @@ def certifier(blob: bytes, host: str) -> str | None:
         if (found.type is serialization.SSHCertificateType.HOST and not found.critical_options
                 and found.valid_after <= time.time() < found.valid_before
                 and any(re.match(fnmatch.translate(name), host.lower()) for name in names if len(name) <= NAME_CHARS)):
-            kind, key = found.signature_key().public_bytes(
+            signer = found.signature_key()
+            if isinstance(signer, rsa.RSAPublicKey):    # its signature, the last of it, is as long as the key
+                size = (signer.key_size + 7) // 8
+                if blob[:-size].endswith(b"\0\0\0\7ssh-rsa" + size.to_bytes(4, "big")):     # with SHA-1
+                    return None
+            kind, key = signer.public_bytes(
                 serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode().split()
             return identity(kind, base64.b64decode(key))
     return None

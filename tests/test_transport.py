@@ -1584,6 +1584,9 @@ def test_hashed_names_are_lower_case(tmp_path: Path, named: str, port: int) -> N
 # how the host's key is certified, what known_hosts has more, the cause
 CERTIFICATES = {
     "good": ("-h -n 127.0.0.1 -V -1h:+1h", "", ""),
+    "by an authority of RSA": ("-h -n 127.0.0.1 -V -1h:+1h", "rsa", ""),
+    "by an authority of RSA, with SHA-1": ("-t ssh-rsa -h -n 127.0.0.1 -V -1h:+1h", "rsa", "host_key"),
+    "of no name": ("-h -V -1h:+1h", "", "host_key"),
     "one of several names": ("-h -n db1,127.0.0.* -V -1h:+1h", "", ""),
     "expired": ("-h -n 127.0.0.1 -V -2h:-1h", "", "host_key"),
     "not yet": ("-h -n 127.0.0.1 -V +1h:+2h", "", "host_key"),
@@ -1596,9 +1599,9 @@ CERTIFICATES = {
 }
 
 
-def certify(own: Sshd, folder: Path, how: str) -> str:
+def certify(own: Sshd, folder: Path, how: str, kind: str = "ecdsa") -> str:
     """Signs the host's key with that of a new authority, which is given."""
-    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-N", "", "-f", folder / "authority"], check=True)
+    subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", "", "-f", folder / "authority"], check=True)
     (own.folder / "host.pub").write_text(public_line(own.host_keys["ed25519"]) + "\n", encoding="ascii")
     sign = ["ssh-keygen", "-q", "-s", folder / "authority", "-I", "x", *how.split(), own.folder / "host.pub"]
     subprocess.run(sign, check=True)
@@ -1649,10 +1652,10 @@ def test_a_host_that_was_certified_once_is_known_by_its_key(own: Sshd, tmp_path:
 @OPENSSH
 @pytest.mark.parametrize(("how", "more", "cause"), CERTIFICATES.values(), ids=CERTIFICATES)
 def test_certified_host_keys(own: Sshd, tmp_path: Path, how: str, more: str, cause: str) -> None:
-    key, authority = public_line(own.host_keys["ed25519"]), certify(own, tmp_path, how)
-    known = tmp_path / "known_hosts"
+    key, kind = public_line(own.host_keys["ed25519"]), "rsa" if more == "rsa" else "ecdsa"
+    authority, known = certify(own, tmp_path, how, kind), tmp_path / "known_hosts"
     trusted = public_line(make_key("ecdsa")) if more == "another" else authority
-    rest = more.replace("another", "").format(authority=authority, key=key, plain=own.known_hosts())
+    rest = re.sub("another|rsa", "", more).format(authority=authority, key=key, plain=own.known_hosts())
     known.write_text(f"@cert-authority [127.0.0.*]:* {trusted}\n{rest}\n", encoding="ascii")
     with settings_digest(own, f"HostCertificate {own.folder}/host-cert.pub"):
         watched = target(own, host_key="strict", **good_login(own))
