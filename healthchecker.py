@@ -5364,21 +5364,22 @@ class SshLogin(Connection):
         self._advice = "correct host_key" if "SHA256:" in (target.settings.host_key or "") else f"trust {target.name}"
         self._learning = threading.Lock()   # guards host_key: those behind a bastion may be the first that see it
 
-    def _known(self) -> tuple[set[str], set[str], set[str]]:
-        """The keys that the host may show, none before the first contact, those that are revoked, and those of
-        authorities."""
-        settings = self._settings
+    def _known(self) -> tuple[set[str], set[str], set[str], set[str]]:
+        """The keys that the host may show, none before the first contact, those that are revoked, those of authorities,
+        and those that `strict` takes at the first contact: as OpenSSH, of its name without the port."""
+        settings, lookup = self._settings, self._context.known_hosts.lookup
         alias = settings.host_key_alias
-        place = (alias, SSH_PORT) if alias else (settings.hostname, settings.connect_port)
-        known, revoked, authorities = self._context.known_hosts.lookup(*place)
+        portless = lookup(alias or settings.hostname, SSH_PORT)
+        known, revoked, authorities = portless if alias else lookup(settings.hostname, settings.connect_port)
+        revoked = revoked | portless[1]
         if settings.host_key and settings.host_key != "strict":
-            return {settings.host_key}, revoked, set()
-        return known | ({self.host_key} if self.host_key else set()), revoked, authorities
+            return {settings.host_key}, revoked, set(), set()
+        return known | ({self.host_key} if self.host_key else set()), revoked, authorities | portless[2], portless[0]
 
     def _prefer_known_types(self, transport: SshTransport, already: Sequence[str]) -> None:
         """A host has keys of several types: asks for one that we can compare, at last for an untried one."""
-        accepted, _, authorities = self._known()
-        wanted = tuple(key.split()[0].replace("ssh-rsa", "rsa-sha2") for key in accepted if " " in key)
+        accepted, _, authorities, first = self._known()
+        wanted = tuple(key.split()[0].replace("ssh-rsa", "rsa-sha2") for key in accepted or first if " " in key)
         tried = tuple(kind.replace("ssh-rsa", "rsa-sha2") for kind in already)
         options = transport.get_security_options()
         # With GCM paramiko's packets need no HMAC, which it compares byte by byte in Python.
@@ -5390,7 +5391,7 @@ class SshLogin(Connection):
 
     def _verified(self, offered: str, transport: SshTransport, tried: list[str]) -> bool:
         """Compares the host's key before any secret is sent; False: connect again, for another type of key."""
-        (accepted, revoked, authorities), settings = self._known(), self._settings
+        (accepted, revoked, authorities, first), settings = self._known(), self._settings
         certificate = transport.get_remote_server_key().public_blob
         authority = None
         if certificate and (authorities or revoked):    # else anybody's certificate would be read
@@ -5409,9 +5410,10 @@ class SshLogin(Connection):
         if accepted:
             raise ProbeError("host_key", f"host key changed: expected {' or '.join(sorted(accepted))}, "
                              f"offered {offered}; no password was sent; if the change is right: {self._advice}")
-        if settings.host_key == "strict":
+        is_strict = settings.host_key == "strict"
+        if is_strict and offered not in first:
             raise ProbeError("host_key", f"host key unknown: offered {offered}; to accept it: {self._advice}")
-        return self._learn(offered) == offered or self._verified(offered, transport, tried)
+        return is_strict or self._learn(offered) == offered or self._verified(offered, transport, tried)
 
     def _learn(self, offered: str) -> str | None:
         """What the host is known by, from its first key on."""

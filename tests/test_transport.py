@@ -566,16 +566,6 @@ def test_known_hosts(three_keys: Server, tmp_path: Path, name: str) -> None:
         assert answer.host_key == (identities(three_keys)["ed25519"] if expected == "learned" else None)
 
 
-def test_known_hosts_at_the_registered_port(tmp_path: Path) -> None:
-    key = make_key("ed25519")
-    known = tmp_path / "known_hosts"
-    known.write_text(f"db1.example.com,192.0.2.7 {public_line(key)}\n", encoding="ascii")
-    hosts = KnownHosts(known)
-    assert hosts.lookup("db1.example.com", 22) == hosts.lookup("192.0.2.7", 22)
-    assert hosts.lookup("192.0.2.7", 22)[0]
-    assert hosts.lookup("db1.example.com", 2222) == hosts.lookup("db2.example.com", 22) == (set(), set(), set())
-
-
 def test_known_hosts_that_is_written_in_place(tmp_path: Path) -> None:
     """As `rsync -t --inplace` does: it has its old time again in the end. What is revoked meanwhile stays so."""
     known, stray, key = tmp_path / "known_hosts", public_line(make_key("ed25519")), public_line(make_key("ed25519"))
@@ -1606,6 +1596,86 @@ def certify(own: Sshd, folder: Path, how: str, kind: str = "ecdsa") -> str:
     sign = ["ssh-keygen", "-q", "-s", folder / "authority", "-I", "x", *how.split(), own.folder / "host.pub"]
     subprocess.run(sign, check=True)
     return " ".join((folder / "authority.pub").read_text(encoding="ascii").split()[:2])
+
+
+# known_hosts as people write it, for a host at another port than 22 whose key is KEY; where it is about authorities, CA
+# certified it. NAME is what OpenSSH calls the host, HASH: has a name hashed; what begins with "alias" is found as db1.
+WRITTEN = {
+    "its name": "NAME KEY",
+    "its name, hashed": "HASH:NAME KEY",
+    "its name, hashed, and line ends of Windows": "HASH:NAME KEY\r\n",
+    "a comment behind": "NAME KEY # the database",
+    "in quotes": '"NAME" KEY',
+    "several patterns": "db?.example.com,[127.0.*]:* KEY",
+    "a pattern and a negation of it": "[127.0.*]:*,!NAME KEY",
+    "a pattern and a negation of another": "!db1,[127.0.*]:* KEY",
+    "blanks behind a comma": "db1, NAME KEY",
+    "another key": "NAME OTHER",
+    "another key, then its own": "NAME OTHER\nNAME KEY",
+    "without the port": "127.0.0.1 KEY",
+    "without the port, hashed": "HASH:127.0.0.1 KEY",
+    "without the port, a pattern": "127.0.0.* KEY",
+    "without the port, several and a comment": "# all\n\ndb1,127.0.0.1 KEY me@here",
+    "without the port, line ends of Windows": "db1 OTHER\r\n127.0.0.1 KEY\r\n",
+    "without the port, left out": "*,!127.0.0.1,!NAME KEY",
+    "without the port, another key": "127.0.0.1 OTHER",
+    "without the port, another key first": "127.0.0.1 OTHER\n127.0.0.1 KEY",
+    "without the port, but with the port another": "127.0.0.1 KEY\nNAME OTHER",
+    "without the port, but with the port another, of another type": "127.0.0.1 KEY\nNAME RSA",
+    "without the port another, with the port its own": "127.0.0.1 OTHER\nNAME KEY",
+    "another port": "[127.0.0.1]:22 KEY",
+    "every host": "* KEY",
+    "revoked": "NAME KEY\n@revoked NAME KEY",
+    "revoked without the port, known without it": "127.0.0.1 KEY\n@revoked 127.0.0.1 KEY",
+    "revoked with the port, known without it": "127.0.0.1 KEY\n@revoked NAME KEY",
+    "revoked without the port, known with it": "NAME KEY\n@revoked 127.0.0.1 KEY",
+    "another is revoked": "NAME KEY\n@revoked * OTHER",
+    "an authority": "@cert-authority NAME CA",
+    "an authority without the port": "@cert-authority 127.0.0.1 CA",
+    "an authority of a pattern without the port": "@cert-authority db1,127.0.0.* CA",
+    "an authority of all": "@cert-authority * CA",
+    "an authority of others": "@cert-authority *.example.com,[127.0.0.1]:1 CA",
+    "another authority": "@cert-authority 127.0.0.1 OTHER",
+    "another authority with the port": "@cert-authority NAME OTHER\n@cert-authority 127.0.0.1 CA",
+    "another authority with the port, another key, too": "@cert-authority NAME OTHER\nNAME RSA\n127.0.0.1 KEY",
+    "another authority, the key without the port": "@cert-authority NAME OTHER\n127.0.0.1 KEY",
+    "an authority without the port, another key": "@cert-authority 127.0.0.1 CA\nNAME OTHER",
+    "an authority that is revoked": "@cert-authority NAME CA\n@revoked NAME CA",
+    "an authority that is revoked without the port": "@cert-authority 127.0.0.1 CA\n@revoked 127.0.0.1 CA",
+    "an authority that is revoked with the port": "@cert-authority 127.0.0.1 CA\n@revoked NAME CA",
+    "a marker that nobody knows": "@trusted NAME KEY",
+    "alias": "db1 KEY",
+    "alias with the port": "[db1]:PORT KEY",
+    "alias that is another": "127.0.0.1 KEY\nNAME KEY",
+    "alias of an authority": "@cert-authority db* CA",
+}
+# For ssh a key that is known with the port may be revoked without it, and who shows a certificate of anybody's is known
+# without the port even where another key is known with it. Neither is shown a password here.
+STRICTER = {"revoked without the port, known with it", "another authority with the port, another key, too"}
+
+
+@OPENSSH
+@pytest.mark.parametrize("case", WRITTEN)
+def test_known_hosts_as_openssh_reads_it(own: Sshd, tmp_path: Path, case: str) -> None:
+    ca = certify(own, tmp_path, "-h -n 127.0.0.1,db1 -V -1h:+1h")
+    words = {"KEY": public_line(own.host_keys["ed25519"]), "OTHER": public_line(make_key("ed25519")), "CA": ca,
+             "RSA": public_line(make_key("rsa")), "NAME": f"[127.0.0.1]:{own.port}", "PORT": str(own.port)}
+    text = re.sub("KEY|OTHER|CA|RSA|NAME|PORT", lambda found: words[found[0]], WRITTEN[case]) + "\n"
+    text = re.sub(r"HASH:(\S+)", lambda found: paramiko.HostKeys.hash_host(found[1]), text)
+    (known := tmp_path / "known_hosts").write_bytes(text.encode())
+    alias = {"host_key_alias": "db1"} if case.startswith("alias") else {}
+    options = ["StrictHostKeyChecking=yes", f"UserKnownHostsFile={known}", "GlobalKnownHostsFile=none", "BatchMode=yes",
+               "IdentityAgent=none", *(f"HostKeyAlias={name}" for name in alias.values())]
+    command = ["ssh", "-F", "none", "-i", own.user_key(), "-p", str(own.port), *(f"-o{option}" for option in options)]
+    with settings_digest(own, f"HostCertificate {own.folder}/host-cert.pub" if "authority" in case else "UseDNS no"):
+        theirs = subprocess.run([*command, f"{own.username}@127.0.0.1", "echo hello"], capture_output=True, timeout=60)
+        watched = target(own, host_key="strict", key_file=own.user_key(), **alias)
+        answer = poll(watched, connect(watched, known))
+        learned = target(own, key_file=own.user_key(), **alias)
+        first = poll(learned, connect(learned, known))
+    assert answer.cause == ("" if theirs.stdout == b"hello\n" and case not in STRICTER else "host_key"), theirs.stderr
+    assert (theirs.stdout == b"hello\n") or case not in STRICTER
+    assert first.cause == "" or answer.cause, "what is known to be the host's is no less so where keys are learned"
 
 
 @OPENSSH
