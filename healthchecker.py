@@ -420,9 +420,11 @@ class Trouble:
 # === Bastions ================================================================
 # How hosts behind others are named: in come words of the inventory and OpenSSH's configuration of its client, out go
 # bastions as resources' names or addresses, and what that file says of a host. Pure but for reading it, at a start.
-# Gives: hop_address, jump_fault, SshConfig, ssh_config_path, stated_hops, with_ssh_config
+# Gives: hop_address, in_patterns, jump_fault, SshConfig, ssh_config_path, stated_hops, with_ssh_config
 HOP = re.compile(r"(?:([^\s/]+)@)?(?:\[([\w.:%]+)\]|([\w.%-]+))(?::([0-9]{1,5}))?")     # user, address, name, port
 HOPS = 8                        # bastions on the way to a resource
+# As OpenSSH splits a line: a comment, a word with what is quoted in it, or a quote that is not closed.
+CONFIG_WORD = re.compile(r"""#.*|(?:\\[\\'" ]|"(?:\\[\\'"]|[^"])*"|'(?:\\[\\'"]|[^'])*'|[^\s"'])+|["']""")
 
 
 def hop_address(hop: str) -> tuple[str | None, str, int] | None:
@@ -468,36 +470,102 @@ def ssh_config_path(value: object) -> object:
     return "~/.ssh/config" if value == "true" else None if value == "false" else value
 
 
+def in_patterns(patterns: Iterable[str], name: str) -> bool:
+    """Whether one of OpenSSH's patterns is of a name, and none of those behind a `!`."""
+    found = [one for one in patterns if fnmatch.fnmatchcase(name, one.lstrip("!").replace("[", "[[]"))]
+    return bool(found) and not any(one.startswith("!") for one in found)
+
+
+def config_words(text: str) -> list[str]:
+    """What stands behind a keyword, up to a comment; most backslashes are Windows'. Raises ValueError."""
+    words = itertools.takewhile(lambda word: not word.startswith("#"), CONFIG_WORD.findall(text))
+    return [shlex.split(re.sub(r"""\\([\\'" ])?""", lambda found: found[0] if found[1] else r"\\", word))[0]
+            for word in words]
+
+
 class SshConfig(paramiko.SSHConfig):
-    """OpenSSH's configuration of its client; it runs nothing, whatever the file says."""
+    """OpenSSH's configuration of its client, as that reads it; it runs nothing, whatever the file says. Of paramiko are
+    the rounds of a look-up, and what `%h` and the like stand for."""
 
     MATCHED: ClassVar = {"all", "canonical", "final", "host", "originalhost", "user", "localuser"}
     SAID: ClassVar = {"hostname": "hostname", "port": "port", "username": "user", "proxy_jump": "proxyjump",
                       "host_key_alias": "hostkeyalias"}
+    TOKENS: ClassVar = {"hostname": ["%h"], "proxyjump": ["%h", "%n", "%p", "%r"],
+                        "identityfile": ["%d", "%h", "%L", "%n", "%p", "%r", "%u"]}
 
     def __init__(self, path: Path, user: str = "") -> None:
         """Reads the file, whose User gives way to `user`. Raises ValueError."""
         super().__init__()
+        self._user, self._is_final, self.TOKENS_BY_CONFIG_KEY = user, False, self.TOKENS
         try:
-            text = path.read_text(encoding="utf-8-sig")
-            seed = f"User {user}\n" if re.fullmatch(r"[^\s\"]+", user) else ""
-            self.parse(io.StringIO(seed + text))
+            self._lines = self._read(path)
         except OSError as error:
-            raise ValueError(f"this file cannot be read: {error.strerror}") from None
+            name = "this file" if error.filename == str(path) else error.filename
+            raise ValueError(f"{name} cannot be read: {error.strerror}") from None
         except (UnicodeError, paramiko.SSHException):
             raise ValueError("this is no configuration of OpenSSH's client") from None
-        if re.search(r"^\s*include\b", text, re.IGNORECASE | re.MULTILINE):
-            raise ValueError("Include is not followed; name the file that it includes, or write its lines there")
 
-    def _does_match(self, match_list: list[Any], *rest: Any) -> Any:
-        """Without a look into the list of accounts for each Host that is another."""
-        return bool(match_list) and super()._does_match(match_list, *rest)  # type: ignore[misc]  # the stubs lack it
+    def _read(self, *paths: Path) -> list[tuple[str, Any]]:
+        """The lines of the last file, which the first one includes through those between."""
+        lines = map(str.strip, paths[-1].read_text(encoding="utf-8-sig").split("\n"))
+        return [self._line(line, paths) for line in lines if line and not line.startswith("#")]
+
+    def _line(self, line: str, paths: tuple[Path, ...]) -> tuple[str, Any]:
+        found = self.SETTINGS_REGEX.match(line)
+        key, text = (found[1].lower(), found[2]) if found else ("", "")
+        words = [text] if key == "proxycommand" else config_words(text)     # a command's are its shell's
+        if key == "host" and found:
+            return key, words
+        if not words or (len(words) > 1 and key in (*self.SAID.values(), "identityfile")):
+            raise ValueError(f"OpenSSH does not take this line: {one_line(line)}")
+        if key == "include":
+            raise ValueError("Include is not followed; name the file that it includes, or write its lines there")
+        return key, self._get_matches(shlex.join(words)) if key == "match" else " ".join(words)
 
     def _get_matches(self, match: str) -> Any:
         found = super()._get_matches(match)     # type: ignore[misc]  # the stubs lack it
         if {one["type"] for one in found} - self.MATCHED:
             raise ValueError("Match is by host, originalhost, user and localuser alone; `exec` would run a command")
+        self._is_final |= any(one["type"] == "final" for one in found)
         return found
+
+    def _lookup(self, hostname: str, options: Any = None, canonical: bool = False, final: bool = False) -> Any:
+        said = options or ({"user": self._user} if self._user else {})
+        if not final or canonical or self._is_final:    # else OpenSSH goes through it once
+            self._apply(self._lines, hostname, said, {"all": True, "canonical": canonical, "final": final})
+        return self._expand_variables(said, hostname) if final else said    # type: ignore[attr-defined]  # as above
+
+    def _apply(self, lines: list[tuple[str, Any]], host: str, said: dict[str, Any], rounds: dict[str, bool]) -> None:
+        """Notes what the lines say of a host and none did before."""
+        inside = True
+        for key, value in lines:
+            if key == "host":
+                inside = in_patterns(value, host)
+            elif key == "match":
+                inside = all(self._is_met(one, host, said, rounds) for one in value)
+            elif inside and key == "identityfile":
+                said[key] = [*said.get(key, []), value]
+            elif inside:
+                if key == "proxycommand":   # the first of the two ways to a host counts
+                    said.setdefault("proxyjump", "none")
+                said.setdefault(key, value)
+
+    def _is_met(self, criterion: dict[str, Any], host: str, said: dict[str, Any], rounds: dict[str, bool]) -> bool:
+        kind, patterns = criterion["type"], (criterion["param"] or "").split(",")
+        if kind in rounds:
+            met = rounds[kind]
+        elif kind in ("host", "originalhost"):  # whose case does not count here
+            name = said.get("hostname", host).replace("%h", host) if kind == "host" else host
+            met = in_patterns(map(str.lower, patterns), name.lower())
+        else:
+            met = in_patterns(patterns, (kind == "user" and said.get("user")) or getpass.getuser())
+        return met is not criterion["negate"]
+
+    def _tokenize(self, config: dict[str, Any], host: str, key: str, value: str) -> Any:
+        if "%" not in value:
+            return value
+        config = config | {"hostname": config["hostname"].lower()}
+        return super()._tokenize(config, host, key, value)  # type: ignore[misc]  # the stubs lack it
 
     def of(self, host: str) -> tuple[dict[str, str], str | None, bool]:
         """What the file says of a host, in our names; its first IdentityFile that is there; whether ProxyCommand leads
@@ -506,10 +574,13 @@ class SshConfig(paramiko.SSHConfig):
             said = self.lookup(host)
         except Exception as error:  # paramiko lets through whatever its look-ups raise
             raise ValueError(f"this file says nothing clear of the host ({type(error).__name__})") from error
-        jump = said.get("proxyjump") or "none"
+        jump = said["proxyjump"] = said.get("proxyjump", "none").replace("ssh://", "")
+        files = [os.path.expanduser(file) for file in said.get("identityfile", [])]
+        if strange := next((file for file in files if re.search(r"%|\$\{", file)), None):
+            raise ValueError(f"IdentityFile {strange}: %d, %h, %L, %n, %p, %r and %u are filled in, and nothing else")
         return ({ours: said[theirs] for ours, theirs in self.SAID.items() if said.get(theirs) not in (None, "none")},
-                next(filter(os.path.isfile, said.get("identityfile", [])), None),
-                jump == "none" and said.get("proxycommand") is not None)
+                next(filter(os.path.isfile, files), None),
+                jump == "none" and said.get("proxycommand", "none").lower() != "none")
 
     def hop(self, hop: str, user: str, key: str | None) -> str:
         """A bastion as an address, for a login as `user` with this key. Raises ValueError."""
@@ -4750,7 +4821,7 @@ class Guards:
 # credential nor clears a refusal. After `relogin` seconds a new one is logged in first, then the old one ends; after
 # anything unexpected it ends at once. Here are also the keys that hosts are known by, and what all connections share.
 # In the threads of the pollers; a keeper serves one at a time.
-# Gives: identity, in_renewal, KnownHosts, HostSession, SessionKeeper, ConnectionContext, Connection
+# Gives: certifier, identity, in_renewal, KnownHosts, HostSession, SessionKeeper, ConnectionContext, Connection
 RENEWAL = 10.0                  # seconds since a file was written, for which it may be half of what is to come
 WHOLE_WORD = 8                  # characters of a secret; a shorter one is blanked as a word alone ...
 CUT_WORD = 4                    # ... and these as the end of a text that was cut in its midst
@@ -4771,9 +4842,31 @@ def names_host(patterns: str, name: str) -> bool:
             salt, digest = (base64.b64decode(part, validate=True) for part in patterns[3:].split("|"))
             return hmac.compare_digest(hmac.digest(salt, name.encode(), "sha1"), digest)
         return False
-    matched = [pattern for pattern in patterns.lower().split(",")
-               if fnmatch.fnmatchcase(name, pattern.lstrip("!").replace("[", "[[]"))]
-    return bool(matched) and not any(pattern.startswith("!") for pattern in matched)
+    return in_patterns(patterns.lower().split(","), name)
+
+
+def certifier(blob: bytes, host: str) -> str | None:
+    """Who certified a host's key, when that holds for `host` now; None for anything else. Names are as for OpenSSH from
+    10.3 on, patterns and at least one; before, they were literal, and without one it was for any host."""
+    kind = paramiko.Message(blob).get_text()
+    with contextlib.suppress(ValueError, UnsupportedAlgorithm, InvalidSignature):
+        found = serialization.load_ssh_public_identity(f"{kind} {base64.b64encode(blob).decode()}".encode())
+        if not isinstance(found, serialization.SSHCertificate):
+            return None
+        found.verify_cert_signature()
+        names = [pattern.decode().lower() for pattern in found.valid_principals]    # fnmatch would keep them for ever
+        if (found.type is serialization.SSHCertificateType.HOST and not found.critical_options
+                and found.valid_after <= time.time() < found.valid_before
+                and any(re.match(fnmatch.translate(name), host.lower()) for name in names if len(name) <= NAME_CHARS)):
+            signer = found.signature_key()
+            if isinstance(signer, rsa.RSAPublicKey):    # its signature, the last of it, is as long as the key
+                size = (signer.key_size + 7) // 8
+                if blob[:-size].endswith(b"\0\0\0\7ssh-rsa" + size.to_bytes(4, "big")):     # with SHA-1
+                    return None
+            kind, key = signer.public_bytes(
+                serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode().split()
+            return identity(kind, base64.b64decode(key))
+    return None
 
 
 def in_renewal(*files: Path | None) -> bool:
@@ -5054,30 +5147,6 @@ class Connection:
 # Gives: SshConnection
 UNREAD = 4 << 20                # bytes from a bastion that are for nobody behind it; then it is ended
 CLOSE_SECONDS = 1.0             # for a bastion to hear that nobody needs a connection any more
-
-
-def certifier(blob: bytes, host: str) -> str | None:
-    """Who certified a host's key, when that holds for `host` now; None for anything else. Names are as for OpenSSH from
-    10.3 on, patterns and at least one; before, they were literal, and without one it was for any host."""
-    kind = paramiko.Message(blob).get_text()
-    with contextlib.suppress(ValueError, UnsupportedAlgorithm, InvalidSignature):
-        found = serialization.load_ssh_public_identity(f"{kind} {base64.b64encode(blob).decode()}".encode())
-        if not isinstance(found, serialization.SSHCertificate):
-            return None
-        found.verify_cert_signature()
-        names = [pattern.decode().lower() for pattern in found.valid_principals]    # fnmatch would keep them for ever
-        if (found.type is serialization.SSHCertificateType.HOST and not found.critical_options
-                and found.valid_after <= time.time() < found.valid_before
-                and any(re.match(fnmatch.translate(name), host.lower()) for name in names if len(name) <= NAME_CHARS)):
-            signer = found.signature_key()
-            if isinstance(signer, rsa.RSAPublicKey):    # its signature, the last of it, is as long as the key
-                size = (signer.key_size + 7) // 8
-                if blob[:-size].endswith(b"\0\0\0\7ssh-rsa" + size.to_bytes(4, "big")):     # with SHA-1
-                    return None
-            kind, key = signer.public_bytes(
-                serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode().split()
-            return identity(kind, base64.b64decode(key))
-    return None
 
 
 class BoundedPacketizer(paramiko.packet.Packetizer):

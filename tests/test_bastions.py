@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
+import re
 import shutil
 import subprocess
 import threading
@@ -558,6 +560,11 @@ FAULTS = {
     "Match exec, in capitals": ("{name: a, HOST, ssh_config: ¦capitals}", "`exec` would run a command"),
     "Include": ("{name: a, HOST, ssh_config: ¦include}", "Include is not followed"),
     "ProxyCommand": ("{name: a, HOST, ssh_config: ¦command}", "ProxyCommand is not run"),
+    "ProxyCommand before ProxyJump": ("{name: a, HOST, ssh_config: ¦both}", "ProxyCommand is not run"),
+    "two words": ("{name: a, HOST, ssh_config: ¦two_words}", "OpenSSH does not take this line: User monitor read only"),
+    "no word": ("{name: a, HOST, ssh_config: ¦no_word}", "OpenSSH does not take this line: User # nobody"),
+    "a quote that is open": ("{name: a, HOST, ssh_config: ¦quote}", "No closing quotation"),
+    "a key of what is not known": ("{name: a, HOST, ssh_config: ¦token}", "id_%C: %d, %h,"),
     "a key of its own": ("{name: a, hostname: own, username: u, ssh_config: ¦keys}", "add it as a resource"),
     "a list of keys": ("{hostname: h, username: u, key_file: ¦[x], proxy_jump: g, ssh_config: keys}", "key_file"),
     "a port that is none": ("{name: a, HOST, ssh_config: port}", "port"),
@@ -571,9 +578,13 @@ def test_faults_have_their_place(tmp_path: Path, fault: str) -> None:
     (tmp_path / "strange").write_text("Host\n\0\xff", encoding="latin-1")
     for name, criterion in (("exec", f"ex'e'c \"touch {ran}\""), ("capitals", f"host a !EXEC \"touch {ran}\"")):
         (tmp_path / name).write_text(f"Match {criterion}\n  User x\n", encoding="utf-8")
-    (tmp_path / "include").write_text("Host b\n  include other\n", encoding="utf-8")
+    (tmp_path / "include").write_text("Host b\n  include include\n", encoding="utf-8")
+    both = "Host h\n  ProxyCommand nc %h %p\nHost * !gate\n  ProxyJump gate\n"
+    for name, words in {"two_words": "User monitor read only", "no_word": "User # nobody", "quote": 'User "monitor',
+                        "token": "IdentityFile ~/id_%C", "both": both}.items():
+        (tmp_path / name).write_text(words, encoding="utf-8")
     (tmp_path / "command").write_text("Host h\n  ProxyCommand ssh b -W %h:%p\n", encoding="utf-8")
-    (tmp_path / "port").write_text("Port 22 # the usual\n", encoding="utf-8")
+    (tmp_path / "port").write_text("Port 22x # the usual\n", encoding="utf-8")
     for name in ("one", "two"):
         (tmp_path / name).touch()
     (tmp_path / "keys").write_text(f"Host own\n  IdentityFile {tmp_path}/one\n  ProxyJump gate\n"
@@ -649,6 +660,82 @@ def test_ssh_config_as_openssh_reads_it(tmp_path: Path, host: str) -> None:
     assert not command
 
 
+# files as people write them
+SSH_CONFIGS = {
+    "comments": "Host db # the database\n  HostName 192.0.2.7 # there\n  User monitor # read only\n  Port 66\t# here\n"
+                "  ProxyJump me@gate:22,far # both\n  HostKeyAlias real #\n",
+    "a # within a word": "Host db\n  User a#b\n  HostKeyAlias db#1\n",
+    "a # in quotes": 'Host db\n  User "a # b" # c\n',
+    "a host called #": "Host # db\n  User a\n",
+    "quotes": """Host "db" 'web1'\n  User "monitor"\n  Port "66"\n  HostName '192.0.2.7'\n""",
+    "a quote in a comment": "Host db\n  User a # it's\n",
+    "a quote in the midst": 'User mon"i"tor\n',
+    "an open quote": 'User "monitor\n',
+    "backslashes": "Host db\n  User EXAMPLE\\monitor\nHost *\n  User EXAMPLE\\\\monitor\n",
+    "equals": "Host=db\nPort=77\nUser = bob\nHostName= 192.0.2.1 # x\nHostKeyAlias =x\n",
+    "line ends of Windows": "Host db\r\n  User a\r\n  Port 66 # x\r\n\r\n# end\r\nHost *\r\n  User b\r\n",
+    "two words": "User monitor read only\n",
+    "a word and one behind it": "Port 66 x\n",
+    "nothing": "User\n",
+    "nothing but a comment": "User # x\n",
+    "several patterns": "Host x d* !web*\n  Port 1\nHost !db *\n  Port 2\n",
+    "patterns with a comma": "Host db,web1\n  Port 1\n",
+    "patterns with brackets": "Host [dw]*\n  Port 1\nHost ?eb1\n  Port 2\n",
+    "negations alone": "Host !db\n  Port 1\n",
+    "the first one": "Host db\n  Port 1\nHost *\n  Port 2\n  User a\nHost db\n  User b\n",
+    "capitals": "Host Web*\n  Port 55\n  HostName %h.Example\nMatch host WEB3,DB\n  Port 56\nHOST web1\n  uSER a\n",
+    "Match": "Match host db,web* user root # x\n  Port 1\nMatch !host db\n  Port 2\nMatch all\n  User a\n",
+    "Match of what stands behind it": "Match host 192.0.2.*\n  Port 1\nHost db\n  HostName 192.0.2.7\n",
+    "Match final": "Match final host 192.0.2.*\n  Port 1\nHost db\n  HostName 192.0.2.7\nMatch final\n  User a\n",
+    "Match of what it says": "Match host db\n  HostName 192.0.2.7\n  Port 1\n",
+    "a command first": "Host db\n  ProxyCommand nc %h %p # x\nHost *\n  ProxyJump gate\n",
+    "a command behind": "Host db\n  ProxyJump gate\nHost *\n  ProxyCommand nc %h %p\n",
+    "both in one": "Host db\n  ProxyCommand nc\n  ProxyJump gate\nHost web1\n  ProxyJump gate\n  ProxyCommand nc\n",
+    "no command first": "Host db\n  ProxyCommand none\nHost *\n  ProxyJump gate\n",
+    "no jump first": "Host db\n  ProxyJump none # x\nHost *\n  ProxyJump gate\n",
+    "no jump, then a command": "Host db\n  ProxyJump none\nHost *\n  ProxyCommand nc\n",
+    "a command called none": "ProxyCommand none # x\n",
+    "a URI": "ProxyJump ssh://me@gate:2200\n",
+    "a URI without a port": "ProxyJump ssh://gate\n",
+    "percent": "Host db\n  HostName %h.example.com\n",
+}
+
+
+@pytest.mark.skipif(not shutil.which("ssh"), reason="no ssh here")
+@pytest.mark.parametrize("case", SSH_CONFIGS)
+def test_ssh_config_as_people_write_it(tmp_path: Path, case: str) -> None:
+    config = tmp_path / "config"
+    config.write_bytes(SSH_CONFIGS[case].encode())
+    for host in ("db", "web1", "Web2", "WEB3", "#"):
+        shown = subprocess.run(["ssh", "-G", "-F", str(config), host], capture_output=True, check=False, timeout=60)
+        theirs = dict(line.split(" ", 1) for line in shown.stdout.decode().splitlines() if " " in line)
+        try:
+            said, _, command = SshConfig(config).of(host)
+        except ValueError as error:
+            assert shown.returncode, error
+            continue
+        assert not shown.returncode, shown.stderr
+        said = {"port": "22", "username": getpass.getuser(), **said, "hostname": said["hostname"].lower()}
+        assert said == {name: theirs[word] for name, word in SshConfig.SAID.items()
+                        if word in theirs and theirs[word] not in ("none", host)} | {"hostname": theirs["hostname"]}
+        assert command == ("proxycommand" in theirs)
+
+
+@pytest.mark.skipif(not shutil.which("ssh"), reason="no ssh here")
+@pytest.mark.parametrize("name", ["id_%n", "id_%h", "id_%r_%p", "id_%u", "id_%L", "id_%h #", '"an id" # x'])
+def test_key_of_ssh_config(tmp_path: Path, name: str) -> None:
+    """`-v` shows what file ssh opens."""
+    config = tmp_path / "config"
+    words = f"  HostName %h.Example\n  User bob\n  Port 66\n  IdentityFile {name}\n".replace("id", f"{tmp_path}/id")
+    config.write_text(f"Host Web1\n{words}".replace(f'"an {tmp_path}/', f'"{tmp_path}/an '), encoding="utf-8")
+    command = ["ssh", "-v", "-F", str(config), "-o", "ProxyCommand=false", "-o", "BatchMode=yes", "Web1"]
+    shown = subprocess.run(command, capture_output=True, check=False, timeout=60).stderr.decode()
+    found = re.search(f"identity file ({re.escape(str(tmp_path))}.*) type", shown)
+    assert found and SshConfig(config).of("Web1")[1] is None
+    Path(found[1]).touch()
+    assert SshConfig(config).of("Web1")[1] == found[1]
+
+
 def test_ssh_config_gives_way_to_the_inventory(tmp_path: Path) -> None:
     """What it says is shown by `check`, and a bastion of it becomes an address."""
     config = CONFIG.format(folder=tmp_path).replace("    ProxyJump gate\n", "")
@@ -676,8 +763,8 @@ def test_ssh_config_gives_way_to_the_inventory(tmp_path: Path) -> None:
 def test_ssh_config_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is read once for each user, whatever the number of hosts, and once more by the next load."""
     parsed: list[object] = []
-    parse = SshConfig.parse
-    monkeypatch.setattr(SshConfig, "parse", lambda self, file: [parsed.append(file), parse(self, file)])
+    read = SshConfig._read
+    monkeypatch.setattr(SshConfig, "_read", lambda self, *what: (parsed.append(what), read(self, *what))[1])
     (tmp_path / "config").write_text("Host h*\n  ProxyJump gate\nHost gate\n  User g\n", encoding="utf-8")
     rows = "  - {hostname: 'h[1:50]', username: u, password: p, ssh_config: config}\n"
     rows += "  - {hostname: other, username: o, password: p, ssh_config: config}\n"
