@@ -126,6 +126,7 @@ import fnmatch
 import functools
 import gc
 import getpass
+import glob
 import graphlib
 import gzip
 import hashlib
@@ -423,6 +424,7 @@ class Trouble:
 # Gives: hop_address, in_patterns, jump_fault, SshConfig, ssh_config_path, stated_hops, with_ssh_config
 HOP = re.compile(r"(?:([^\s/]+)@)?(?:\[([\w.:%]+)\]|([\w.%-]+))(?::([0-9]{1,5}))?")     # user, address, name, port
 HOPS = 8                        # bastions on the way to a resource
+INCLUDES = 16                   # files through which OpenSSH's configuration comes to another
 # As OpenSSH splits a line: a comment, a word with what is quoted in it, or a quote that is not closed.
 CONFIG_WORD = re.compile(r"""#.*|(?:\\[\\'" ]|"(?:\\[\\'"]|[^"])*"|'(?:\\[\\'"]|[^'])*'|[^\s"'])+|["']""")
 
@@ -519,7 +521,10 @@ class SshConfig(paramiko.SSHConfig):
         if not words or (len(words) > 1 and key in (*self.SAID.values(), "identityfile")):
             raise ValueError(f"OpenSSH does not take this line: {one_line(line)}")
         if key == "include":
-            raise ValueError("Include is not followed; name the file that it includes, or write its lines there")
+            if len(paths) == INCLUDES:
+                raise ValueError(f"Include leads through {INCLUDES} files; does {paths[-1].name} include itself?")
+            names = (os.path.join(glob.escape(str(paths[0].parent)), os.path.expanduser(word)) for word in words)
+            return key, [self._read(*paths, Path(file)) for name in names for file in sorted(glob.glob(name))]
         return key, self._get_matches(shlex.join(words)) if key == "match" else " ".join(words)
 
     def _get_matches(self, match: str) -> Any:
@@ -539,10 +544,12 @@ class SshConfig(paramiko.SSHConfig):
         """Notes what the lines say of a host and none did before."""
         inside = True
         for key, value in lines:
-            if key == "host":
-                inside = in_patterns(value, host)
-            elif key == "match":
-                inside = all(self._is_met(one, host, said, rounds) for one in value)
+            if key in ("host", "match"):
+                inside = (in_patterns(value, host) if key == "host"
+                          else all(self._is_met(one, host, said, rounds) for one in value))
+            elif inside and key == "include":
+                for included in value:
+                    self._apply(included, host, said, rounds)
             elif inside and key == "identityfile":
                 said[key] = [*said.get(key, []), value]
             elif inside:

@@ -558,7 +558,8 @@ FAULTS = {
     "not one": ("{name: a, HOST, ssh_config: ¦strange}", "this is no configuration of OpenSSH's client"),
     "Match exec": ("{name: a, HOST, ssh_config: ¦exec}", "`exec` would run a command"),
     "Match exec, in capitals": ("{name: a, HOST, ssh_config: ¦capitals}", "`exec` would run a command"),
-    "Include": ("{name: a, HOST, ssh_config: ¦include}", "Include is not followed"),
+    "Include of itself": ("{name: a, HOST, ssh_config: ¦include}", "does include include itself?"),
+    "Include of what is none": ("{name: a, HOST, ssh_config: ¦includes}", "this is no configuration of OpenSSH's"),
     "ProxyCommand": ("{name: a, HOST, ssh_config: ¦command}", "ProxyCommand is not run"),
     "ProxyCommand before ProxyJump": ("{name: a, HOST, ssh_config: ¦both}", "ProxyCommand is not run"),
     "two words": ("{name: a, HOST, ssh_config: ¦two_words}", "OpenSSH does not take this line: User monitor read only"),
@@ -579,6 +580,7 @@ def test_faults_have_their_place(tmp_path: Path, fault: str) -> None:
     for name, criterion in (("exec", f"ex'e'c \"touch {ran}\""), ("capitals", f"host a !EXEC \"touch {ran}\"")):
         (tmp_path / name).write_text(f"Match {criterion}\n  User x\n", encoding="utf-8")
     (tmp_path / "include").write_text("Host b\n  include include\n", encoding="utf-8")
+    (tmp_path / "includes").write_text("Include str*e\n", encoding="utf-8")
     both = "Host h\n  ProxyCommand nc %h %p\nHost * !gate\n  ProxyJump gate\n"
     for name, words in {"two_words": "User monitor read only", "no_word": "User # nobody", "quote": 'User "monitor',
                         "token": "IdentityFile ~/id_%C", "both": both}.items():
@@ -660,7 +662,7 @@ def test_ssh_config_as_openssh_reads_it(tmp_path: Path, host: str) -> None:
     assert not command
 
 
-# files as people write them
+# files as people write them; {folder} has hosts.conf, more.conf and keys
 SSH_CONFIGS = {
     "comments": "Host db # the database\n  HostName 192.0.2.7 # there\n  User monitor # read only\n  Port 66\t# here\n"
                 "  ProxyJump me@gate:22,far # both\n  HostKeyAlias real #\n",
@@ -698,14 +700,21 @@ SSH_CONFIGS = {
     "a URI": "ProxyJump ssh://me@gate:2200\n",
     "a URI without a port": "ProxyJump ssh://gate\n",
     "percent": "Host db\n  HostName %h.example.com\n",
+    "Include": "Include {folder}/hosts.conf\nHost *\n  User z\n",
+    "Include at a Host": "Host w*\n  Include {folder}/*.conf # both\n  HostKeyAlias w\nHost *\n  Port 2\n",
+    "Include at a Match": "Match host db\n  HostName 192.0.2.7\n  Include {folder}/more.conf\nPort 2\n",
+    "Include of several": 'Include "{folder}/more.conf" {folder}/nothing {folder}/no*\nUser z\n',
+    "Include of itself": "Include {folder}/config\n",
 }
 
 
 @pytest.mark.skipif(not shutil.which("ssh"), reason="no ssh here")
 @pytest.mark.parametrize("case", SSH_CONFIGS)
 def test_ssh_config_as_people_write_it(tmp_path: Path, case: str) -> None:
+    (tmp_path / "hosts.conf").write_text("Port 3\nHost db\n  User included\n  Port 2299\n", encoding="utf-8")
+    (tmp_path / "more.conf").write_text("HostKeyAlias more\nMatch host web1\n  User more\n", encoding="utf-8")
     config = tmp_path / "config"
-    config.write_bytes(SSH_CONFIGS[case].encode())
+    config.write_bytes(SSH_CONFIGS[case].replace("{folder}", str(tmp_path)).encode())
     for host in ("db", "web1", "Web2", "WEB3", "#"):
         shown = subprocess.run(["ssh", "-G", "-F", str(config), host], capture_output=True, check=False, timeout=60)
         theirs = dict(line.split(" ", 1) for line in shown.stdout.decode().splitlines() if " " in line)
@@ -734,6 +743,19 @@ def test_key_of_ssh_config(tmp_path: Path, name: str) -> None:
     assert found and SshConfig(config).of("Web1")[1] is None
     Path(found[1]).touch()
     assert SshConfig(config).of("Web1")[1] == found[1]
+
+
+def test_what_ssh_config_includes_is_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or at home; what is not there is nothing."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    for name, text in {"[a]/config": "Include conf.d/* nothing\nInclude ~/more\n", "[a]/conf.d/2": "User b\nPort 2\n",
+                       "[a]/conf.d/1": "Host a\n  User a\n", "home/more": "Port 3\nHostName 192.0.2.1\n"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    config = SshConfig(tmp_path / "[a]" / "config")
+    assert config.of("a")[0] == {"username": "a", "port": "2", "hostname": "192.0.2.1"}
+    assert config.of("b")[0] == {"username": "b", "port": "2", "hostname": "192.0.2.1"}
 
 
 def test_ssh_config_gives_way_to_the_inventory(tmp_path: Path) -> None:

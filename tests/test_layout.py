@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from sections import BANNER, PROGRAM, Section, definitions, global_names, sections, taken
 
-FILE_LINES = 19_926  # what the issues ask for is 8,970, of 48 bytes on average
-FILE_BYTES = 1_085_792
+FILE_LINES = 19_933  # what the issues ask for is 8,970, of 48 bytes on average
+FILE_BYTES = 1_086_314
 SECTION_LINES = 700
 README_LINES = 200
 COMMENT_LINES = range(3, 9)
@@ -176,7 +176,7 @@ def test_no_unused_definition() -> None:
     private = {node.name for node in functions() if re.match(r"_(?!_)", node.name)} - validated
     module = {node.name for node in tree().body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     constants = {name for name in definitions(tree()) if name.isupper()}
-    private -= {"_parse_disconnect", "_new_conn"}  # paramiko and urllib3 call them
+    private -= {"_parse_disconnect", "_lookup", "_new_conn"}  # paramiko and urllib3 call them
     assert not sorted((private | module | constants) - used)
 
 
