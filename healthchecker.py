@@ -5095,7 +5095,7 @@ class Connection:
         try:
             session = self.keeper.get(self._admitted, deadline, doubted=self._guard.doubts(self._target.name))
             ended = session.run(script, output, deadline)
-            if self.keeper.reused and output.whole:
+            if (self.keeper.reused or self.keeper.resumed) and output.whole and not self.second_try:
                 self._deaths = 0
             return ended
         finally:

@@ -329,6 +329,24 @@ def test_no_fault_of_what_was_open_is_one_of_the_host(fault: Callable[[Kept], No
         assert len(kept.server.shells) == 1
 
 
+def test_deaths_with_good_polls_between_are_not_three_in_a_row() -> None:
+    """Also where the host hangs up after each poll: a shell that goes on was found alive, unless by a second try."""
+    with keeping(counting(scheme="http")) as kept:
+        kept.good()
+        for number in range(1, 4):
+            kept.hang_up()
+            kept.good()
+            kept.hang_up()
+            drop_command(kept)
+            kept.good()
+            assert (kept.connection.record.second_tries, kept.connection.found_dead) == (number, False)
+        kept.good()
+        for number in range(1, 4):
+            want_login(kept)
+            kept.good()
+            assert (kept.connection.record.second_tries, kept.connection.found_dead) == (3 + number, number == 3)
+
+
 def test_what_fails_twice_is_the_host_s() -> None:
     with keeping(counting()) as kept:
         kept.good()
