@@ -4955,6 +4955,7 @@ class HostSession:
 
     fit = True      # False: a poll left something in it, and no other may use it
     resumed = False     # whether it goes on with something that was open before its login
+    due_mono = ends_mono = math.inf     # when a new login is due, and until when this one serves: its bastion's, too
 
     @property
     def alive(self) -> bool:
@@ -4989,20 +4990,25 @@ class SessionKeeper:
         self.opened_at = 0.0        # Unix time; and monotonic
         self.opened_mono = 0.0
         self.complaint = ""         # of the login that should have replaced it
-        self._due_mono = self._ends_mono = math.inf
+        self.usable = False         # whether a poll that was refused a new one could use it
 
     @property
     def lives(self) -> bool:
         """Whether a poll can do without a login."""
-        return self.session is not None and self.session.alive and self.clock() < self._ends_mono
+        return self.session is not None and self.session.alive and self.clock() < self.session.ends_mono
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next poll wants a new one."""
+        return self.session is None or self.clock() >= self.session.due_mono
 
     def get(self, open_session: Callable[[Deadline], HostSession], deadline: Deadline, *,
             doubted: bool = False) -> HostSession:
         """The session that is open, or a new one, also where its credential is `doubted`. Raises ProbeError where there
         is neither."""
         old = self.session
-        usable = old is not None and self.lives and not old.stale
-        self.reused = usable and not doubted and self.clock() < self._due_mono
+        usable = self.usable = old is not None and self.lives and not old.stale
+        self.reused = usable and not doubted and not self.is_due
         if old and self.reused:
             return old
         first = usable and not self.complaint   # has half the time, for the old one may need the rest
@@ -5015,8 +5021,8 @@ class SessionKeeper:
             return old
         self.opened_at, self.opened_mono = time.time(), self.clock()
         if self._relogin:
-            self._due_mono = self.opened_mono + self._relogin * random.uniform(0.5, 1)
-            self._ends_mono = self.opened_mono + 2 * self._relogin
+            new.due_mono = min(new.due_mono, self.opened_mono + self._relogin * random.uniform(0.5, 1))
+            new.ends_mono = min(new.ends_mono, self.opened_mono + 2 * self._relogin)
         self.resumed = new.resumed
         self.drop(new)
         return new
@@ -5243,6 +5249,7 @@ class SshTransport(paramiko.Transport):
     is_old = False      # it has served
     ended = False       # by us; its thread may not know yet
     outlasts = False    # the deadline of a login's poll
+    session: HostSession | None = None      # of a bastion, for those behind it
     theirs: Mapping[str, Sequence[str]] = dict[str, Sequence[str]]()      # the algorithms that the host names, by kind
 
     def __init__(self, wire: Wire, way: contextlib.ExitStack) -> None:
@@ -5395,7 +5402,9 @@ class HostChannel(Wire):
 
     def __init__(self, channel: paramiko.Channel, deadline: Deadline) -> None:
         self._channel, self.deadline = channel, deadline
-        self.below: Wire = cast(SshTransport, channel.get_transport()).wire
+        transport = cast(SshTransport, channel.get_transport())
+        self.below: Wire = transport.wire
+        self.relay = transport.session
         channel.set_combine_stderr(True)    # which no bastion sends: it would lie in the memory
 
     def settimeout(self, _seconds: float) -> None:
@@ -5610,6 +5619,8 @@ class SshSession(HostSession):
                  stack: contextlib.ExitStack) -> None:
         self._transport, self._changed, self._endpoint, self._stack = transport, changed, endpoint, stack
         transport.wire.pause()      # the login's deadline ends here
+        if isinstance(transport.wire, HostChannel) and (relay := transport.wire.relay):
+            self.due_mono, self.ends_mono = relay.due_mono, relay.ends_mono
 
     @property
     def alive(self) -> bool:
@@ -5657,6 +5668,7 @@ class Relay(SshSession):
         super().__init__(*made)
         self._users, self._counting = 0, threading.Lock()   # guards _users: -1 once it has ended
         self._transport.wire.limit = UNREAD     # what they read adds to it, and each has a cap of its own
+        self._transport.session = self
 
     @property
     def alive(self) -> bool:
@@ -5700,7 +5712,11 @@ class SshConnection(SshLogin):
         return super().keeps and all(bastion._settings.keep for bastion in self._chain())
 
     def open_session(self, deadline: Deadline) -> SshSession:
-        return self._opened(SshSession, deadline, self._chain())
+        chain = self._chain()
+        for bastion in chain if self.keeper.usable else ():
+            if bastion._relay.is_due:   # nor does what stands on it become younger: each poll would log in for nothing
+                bastion._guard.require_no_wait(bastion._target.name)
+        return self._opened(SshSession, deadline, chain)
 
     def _opened(self, kind: type[SshSession], deadline: Deadline, chain: Sequence[SshConnection]) -> SshSession:
         with contextlib.ExitStack() as stack:

@@ -52,9 +52,11 @@ from healthchecker import (
     Counters,
     Deadline,
     KnownHosts,
+    LoginGuard,
     Metrics,
     Resolver,
     ServingMetrics,
+    SessionKeeper,
     SshConnection,
     SshSession,
     Target,
@@ -90,7 +92,7 @@ def session(connection: SshConnection) -> SshSession:
 
 def is_due(connection: SshConnection) -> None:
     """The time for a new login has come."""
-    connection.keeper._due_mono = -math.inf
+    session(connection).due_mono = -math.inf
 
 
 @pytest.fixture
@@ -166,8 +168,8 @@ def test_when_it_is_due(server: Sshd) -> None:
         with keeping(watched) as connection:
             begun = Deadline(0)._ends_mono
             assert healthy(poll(watched, connection))
-            assert low <= connection.keeper._due_mono - begun <= high + 60
-            lasts = connection.keeper._ends_mono - connection.keeper.opened_mono
+            assert low <= session(connection).due_mono - begun <= high + 60
+            lasts = session(connection).ends_mono - connection.keeper.opened_mono
             assert lasts == pytest.approx(2 * relogin or math.inf)
 
 
@@ -214,7 +216,7 @@ def test_a_poll_over_what_is_open_is_no_login(server: Sshd, password: str) -> No
         for _ in range(3):
             assert healthy(poll(watched, connection))
         assert guard.refusals == 3 and logins(server) == 1
-        connection.keeper._ends_mono = -math.inf
+        session(connection).ends_mono = -math.inf
         answer = poll(watched, connection)
         assert answer.reason.startswith("not tried: ")
         assert logins(server) == 1
@@ -743,18 +745,22 @@ def test_a_session_that_is_refused_is_opened_anew(server: Sshd) -> None:
 # --- bastions -----------------------------------------------------------------------
 
 
+RELOGIN = 1000.0
+
+
 @contextlib.contextmanager
 def behind(
-    bastion: Sshd, *servers: Sshd, known: Path, jump: str = "b"
+    bastion: Sshd, *servers: Sshd, known: Path, jump: str = "b", by_key: bool = False
 ) -> Iterator[list[tuple[Target, SshConnection]]]:
     """Resources behind a bastion, which is one, too; the first is the bastion's own. Those after `h0` are behind
     `jump`."""
     known.write_text("".join(server.known_hosts() for server in (bastion, *servers)), encoding="ascii")
     context = ConnectionContext(KnownHosts(known), Resolver(), keeps=True)
     with no_leaks(), contextlib.ExitStack() as stack:
-        targets = [on(bastion, name="b"), *(
-            on(server, name=f"h{number}", proxy_jump=jump if number else "b", timeout=9)
-            for number, server in enumerate(servers))]
+        keys = [{"password": None, "key_file": one.user_key()} if by_key else {} for one in (bastion, *servers)]
+        targets = [on(bastion, name="b", relogin=RELOGIN, **keys[0]), *(
+            on(server, name=f"h{number}", proxy_jump=jump if number else "b", timeout=9, relogin=RELOGIN, **key)
+            for number, (server, key) in enumerate(zip(servers, keys[1:], strict=True)))]
         yield [(one, stack.enter_context(keeping(one, context, leaves_nothing=False))) for one in targets]
 
 
@@ -957,6 +963,65 @@ def test_a_bastion_that_dies_while_a_channel_is_opened(tmp_path: Path) -> None:
         polling.join()
         assert healthy(answers[0])
         assert logins(bastion) == 2
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """By how many seconds all that keeps sessions is ahead."""
+    shift = [0.0]
+    monkeypatch.setattr(SessionKeeper, "clock", staticmethod(lambda: time.monotonic() + shift[0]))
+    return shift
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_a_key_that_a_bastion_takes_away(tmp_path: Path, later: list[float], is_direct: bool) -> None:
+    """It is noticed within `relogin` of the bastion's login, however new that of the host behind is."""
+    with Sshd() as bastion, Sshd() as one, behind(
+            bastion, one, known=tmp_path / "k", by_key=True) as hosts:
+        watched, connection = hosts[0 if is_direct else 1]
+        assert healthy(poll(watched, connection))
+        later[0] = 0.49 * RELOGIN
+        if not is_direct:
+            is_due(connection)
+            assert healthy(poll(watched, connection)) and logins(one) == 2
+        bastion._authorized.write_text("", encoding="ascii")
+        assert healthy(poll(watched, connection)) and connection.keeper.reused
+        later[0] = RELOGIN
+        answers = [poll(watched, connection) for _ in range(3)]
+        assert answers[2].cause == ("auth" if is_direct else "unreachable"), answers
+        assert "refused" in answers[2].reason and healthy(answers[0])
+
+
+def test_a_bastions_new_login_is_one_for_all_behind_it(tmp_path: Path, later: list[float]) -> None:
+    """And each of them has one over it, after which it rests."""
+    with Sshd() as bastion, Sshd() as one, behind(
+            bastion, one, one, known=tmp_path / "k", by_key=True) as hosts:
+        for host in hosts[1:]:
+            assert healthy(poll(*host))
+        for number in (1, 2, 3):
+            for host in hosts[1:] * 2:
+                assert healthy(poll(*host)) and not host[1].second_try
+            assert (logins(bastion), logins(one)) == (number, 2 * number)
+            later[0] += RELOGIN
+
+
+def test_while_a_bastion_waits_those_behind_it_go_on(tmp_path: Path, later: list[float]) -> None:
+    """Without a login for each poll, until twice the time is over; one that is new gets through, too."""
+    with Sshd() as bastion, Sshd() as one, behind(
+            bastion, one, one, known=tmp_path / "k", by_key=True) as hosts:
+        guard = hosts[0][1]._guard = LoginGuard()
+        assert healthy(poll(*hosts[1]))
+        for other in ("one", "two", "three"):
+            guard.refuse(other)
+        later[0] = RELOGIN
+        for host in hosts[1:] * 3:
+            assert healthy(poll(*host)), host
+        assert (logins(bastion), logins(one)) == (1, 2)
+        later[0] = 2 * RELOGIN + 60
+        for host in hosts[1:]:
+            answer = poll(*host)
+            assert answer.cause == "unreachable" and answer.reason.startswith("not tried: bastion b: "), answer
+        assert (logins(bastion), logins(one)) == (1, 2)
 
 
 def test_what_a_bastion_refuses_is_the_bastions(tmp_path: Path) -> None:

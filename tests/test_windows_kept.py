@@ -129,7 +129,7 @@ def test_relogin_goes_on_with_the_same_shell(monkeypatch: pytest.MonkeyPatch) ->
     with keeping(counting(), relogin=1) as kept:
         kept.good()
         before = kept.session
-        wait_for(lambda: time.monotonic() > kept.connection.keeper._due_mono)
+        wait_for(lambda: time.monotonic() > kept.session.due_mono)
         kept.good()
         assert kept.session is not before and kept.session.pool is before.pool
         assert kept.server.requests["Create"] == 1
