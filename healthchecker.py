@@ -6455,11 +6455,12 @@ class PowerShellConnection(TlsConnection):
         if isinstance(self.keeper.session, WinrmSession):
             self.keeper.session.deadline = Deadline(SHELL_END)
         self.drop()
-        left, self._left = self._left, None
-        if left:
-            with contextlib.suppress(ProbeError), self._login(Deadline(2 * SHELL_END), left) as (opened, wsman):
-                delete_shells([*left.old, left.pool.shell], wsman)
-                opened.end()
+        if left := self._left:
+            self._left, left.fit, left.changed = None, True, lambda: False      # or nobody would ask for its shell
+            with contextlib.suppress(ProbeError):
+                with self._login(Deadline(2 * SHELL_END), left) as (left.opened, left._wsman):
+                    self._resumed(left, left._wsman)    # not its end, which may be slow: others wait for this login
+                left.close()
 
     def open_session(self, deadline: Deadline) -> WinrmSession:
         before = cast("WinrmSession | None", self.keeper.session) or self._left

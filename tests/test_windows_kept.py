@@ -449,6 +449,28 @@ def test_at_the_end_no_shell_is_opened_to_delete_one() -> None:
     assert (kept.server.requests["Create"], kept.server.requests["Delete"]) == (2, 2)
 
 
+def test_a_host_that_deletes_nothing_costs_no_other_one_its_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end, where they share a credential: who waits for the end of a shell has long logged in."""
+    monkeypatch.setattr(healthchecker, "SHELL_END", 10.0)
+    with no_leaks(), counting(scheme="http") as silent, counting(scheme="http") as well:
+        guard, hosts = LoginGuard(), [*(Kept(silent, name=f"w{number}") for number in range(4)), Kept(well, name="w")]
+        for host in hosts:
+            host.connection._guard = guard
+            host.good()
+            host.hang_up()
+        silent.misbehave = {"Delete": "silent"}
+        ends = [threading.Thread(target=host.connection.close) for host in hosts[:4]]
+        for end in ends:
+            end.start()
+        wait_for(lambda: guard._running == 3 or silent.requests["Delete"] == 4)
+        hosts[4].connection.close()
+        assert (len(silent.shells), len(well.shells)) == (4, 0)
+        silent.misbehave = {}
+        silent.end_connections()
+        for end in ends:
+            end.join()
+
+
 def test_a_file_of_the_login_that_cannot_be_read_is_named() -> None:
     with keeping(counting()) as kept:
         kept.good()
