@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -1127,6 +1128,25 @@ def test_refusals_of_another_machine_count(house: House) -> None:
     late.hear({row: [text] for row, text in rows.items()})
     late.keep([a, b])
     assert [late.of(one).refusals for one in (a, b)] == [2, 3], "as they become known"
+
+
+def test_logins_of_the_last_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hours; what is older is forgotten."""
+    now_mono, record = 1e6, LoginRecord()
+    monkeypatch.setattr(healthchecker, "time", SimpleNamespace(monotonic=lambda: now_mono))
+    for outcome in ("accepted", "refused"):
+        record.count(outcome)
+        now_mono += 12 * 3600
+    assert record.last_day == 1     # a day after the first
+    now_mono += 10 * 3600
+    assert record.last_day == 1
+    now_mono += 3 * 3600
+    assert record.last_day == 0
+    for _ in range(100):
+        record.count("accepted")
+        now_mono += 3600
+    assert record.outcomes == {"accepted": 101, "refused": 1}
+    assert 23 <= record.last_day <= 24 and len(record._hours) <= 24
 
 
 def test_a_test_of_other_settings_brings_no_old_refusals_back(house: House) -> None:
