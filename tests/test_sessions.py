@@ -981,23 +981,24 @@ def later(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return shift
 
 
-@pytest.mark.parametrize("is_direct", [True, False])
-def test_a_key_that_a_bastion_takes_away(tmp_path: Path, later: list[float], is_direct: bool) -> None:
-    """It is noticed within `relogin` of the bastion's login, however new that of the host behind is."""
+@pytest.mark.parametrize("behind_it", [0, 1, 2])
+def test_a_key_that_a_bastion_takes_away(tmp_path: Path, later: list[float], behind_it: int) -> None:
+    """It is noticed within `relogin` of the bastion's login, however new those of the hosts behind are: by its own poll
+    after a first refusal, and by others after one more for each login on the way."""
     with Sshd() as bastion, Sshd() as one, behind(
-            bastion, one, known=tmp_path / "k", by_key=True) as hosts:
-        watched, connection = hosts[0 if is_direct else 1]
+            bastion, one, one, known=tmp_path / "k", jump="h0", by_key=True) as hosts:
+        watched, connection = hosts[behind_it]
         assert healthy(poll(watched, connection))
         later[0] = 0.49 * RELOGIN
-        if not is_direct:
+        if behind_it:
             is_due(connection)
-            assert healthy(poll(watched, connection)) and logins(one) == 2
+            assert healthy(poll(watched, connection)) and logins(one) == 1 + behind_it
         bastion._authorized.write_text("", encoding="ascii")
         assert healthy(poll(watched, connection)) and connection.keeper.reused
         later[0] = RELOGIN
-        answers = [poll(watched, connection) for _ in range(3)]
-        assert answers[2].cause == ("auth" if is_direct else "unreachable"), answers
-        assert "refused" in answers[2].reason and healthy(answers[0])
+        answers = [poll(watched, connection) for _ in range(2 + behind_it)]
+        assert answers[-1].cause == ("unreachable" if behind_it else "auth"), answers
+        assert "refused" in answers[-1].reason and all(map(healthy, answers[:-1]))
 
 
 def test_a_bastions_new_login_is_one_for_all_behind_it(tmp_path: Path, later: list[float]) -> None:
