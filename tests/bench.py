@@ -242,11 +242,19 @@ def middleware_rows(plan: Plan) -> Iterator[Row]:
 
 
 @contextlib.contextmanager
-def gated(resources: str, status: int, settings: str = SETTINGS, deadline: float = 90) -> Iterator[Program]:
-    """The service in front of the one-line application, once it answers with `status`."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "oneline.py").write_text(APP, encoding="utf-8")
-        with Program(write_inventory(Path(folder), resources, settings), deadline=deadline, as_module=True) as service:
+def gated(resources: str, status: int, settings: str = SETTINGS, deadline: float = 90, *,
+          steady: bool = False) -> Iterator[Program]:
+    """The service in front of the one-line application, once it answers with `status`; `steady`: each poll is due
+    exactly an interval after the one before, which chance spreads else."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, program = Path(name), Path(hc.__file__)
+        (folder / "oneline.py").write_text(APP, encoding="utf-8")
+        env = {"PYTHONPATH": str(program.parent)}
+        if steady:
+            program = folder / "steady.py"
+            program.write_text(STEADY, encoding="utf-8")
+        inventory = write_inventory(folder, resources, settings)
+        with Program(inventory, env=env, deadline=deadline, program=program, as_module=True) as service:
             service.wait_status("/", status)
             yield service
 
@@ -465,6 +473,12 @@ CROWD = 500
 CROWD_ROW = """  - {{name: h{number}, hostname: {address}, port: {port}, username: {username}, key_file: {key},
      platform: linux, endpoint: true, interval: 20, timeout: 15, keep: {keep}}}
 """
+STEADY = """import healthchecker
+
+healthchecker.JITTER = 0.0
+if __name__ == "__main__":
+    raise SystemExit(healthchecker.main())
+"""
 
 
 class Crowd(NamedTuple):
@@ -477,9 +491,8 @@ class Crowd(NamedTuple):
 
 
 def watch_crowd(rows: str, settings: str, plan: Plan) -> Crowd:
-    """What watching costs after the first minute. A poll is late once it comes later than the interval and its jitter
-    allow, beside what it takes longer than the one before."""
-    with gated(rows, 200, settings) as service:
+    """What watching costs after the first minute, and by how much a poll began later than it was due."""
+    with gated(rows, 200, settings, steady=True) as service:
         threading.Event().wait(60)
         begin_at, started, begin = time.time(), cpu_seconds(service.pid), time.monotonic()
         threading.Event().wait(max(60, plan.watch))
@@ -489,8 +502,8 @@ def watch_crowd(rows: str, settings: str, plan: Plan) -> Crowd:
             found = database.execute(
                 "SELECT resource_id, at, seconds FROM sample WHERE at > ? ORDER BY 1, 2", [begin_at]).fetchall()
     memory = int(status.partition("VmRSS:")[2].split()[0]) * 1024
-    late = max(after[1] - before[1] - 20 * (1 + hc.JITTER) - max(0, after[2] - before[2]) / 100
-               for before, after in itertools.pairwise(found) if before[0] == after[0])
+    begun = [(resource_id, at - took / 100) for resource_id, at, took in found]     # hundredths of a second
+    late = max(after[1] - before[1] - 20 for before, after in itertools.pairwise(begun) if before[0] == after[0])
     return Crowd(spent / seconds, spent / len(found), memory, late)
 
 
