@@ -9966,7 +9966,6 @@ class OverrideKeeper:
 # read the same rows.
 # Gives: begin_work, Choices, choices, end_acknowledgements, finish_work, MaintenanceKeeper, move_times, remarks,
 # Remarks, tell_work, timetable, Turn, written
-AHEAD = 7 * 86_400.0            # seconds for which plans are shown ahead
 KEPT_OVER = 86_400.0            # seconds for which a clock that is put back can take back that something is over
 MAINTENANCE_RETRY = 10.0        # seconds after which rows are looked at again that could not be read, or written
 
@@ -10032,14 +10031,14 @@ class Turn(NamedTuple):
 
 
 def timetable(session: Session, now: float) -> list[Turn]:
-    """What runs and what is ahead, of each plan what begins next within AHEAD, by their beginnings."""
+    """What runs and what is ahead, of each plan what begins next, by their beginnings."""
     plans = stored_plans(session)
     found = [Turn(row.id, row.state, row.start_at, row.until_at, row.chosen, row.reason, row.actor,
                   plans[row.plan].schedule if row.plan in plans else "")
              for row in session.scalars(sqlalchemy.select(Maintenance)) if row.state != "over" and row.until_at > now]
     for plan in plans.values():
         _, start = plan.around(now)
-        if start <= now + AHEAD:
+        if start < math.inf:
             found.append(Turn(None, "planned", start, start + plan.seconds, plan, plan.reason, "", plan.schedule))
     return sorted(found, key=lambda turn: (turn.start, turn.until))
 
@@ -14330,7 +14329,7 @@ def chosen_moment(text: str) -> str:
 
 def list_work(who: Principal) -> list[Turn]:
     """Planned work that runs, and what is ahead: what was planned here, and of each plan of the inventory what begins
-    within a week."""
+    next."""
     with who.context.store.reading() as session:
         return timetable(session, who.context.clock())
 

@@ -38,6 +38,7 @@ from healthchecker import (
     load_inventory,
     move_times,
     revise,
+    timetable,
 )
 
 __all__ = ["vault"]  # a fixture
@@ -252,6 +253,14 @@ def test_a_turn_of_a_plan(diary: Diary) -> None:
     until = datetime.datetime.fromtimestamp(SUNDAY + HOUR).astimezone().isoformat(" ", "seconds")
     assert diary.events[:2] == [("begun", "", "", f"tag db: in maintenance until {until}: patches"),
                                 ("over", "", "", "tag db: maintenance is over")]  # fmt: skip
+
+
+def test_the_next_turn_of_a_plan_is_shown(diary: Diary) -> None:
+    """However far ahead it is."""
+    diary.write({"schedule": "0 2 14 * *"}, {"schedule": "0 2 29 2 *", "tags": "", "all": "true"})
+    with diary.store.reading() as session:
+        starts = [turn.start for turn in timetable(session, SUNDAY)]
+    assert starts == [moment("2026-12-14 02:00", BERLIN), moment("2028-02-29 02:00", BERLIN)]
 
 
 def test_a_start_in_the_middle_of_a_turn(diary: Diary) -> None:
