@@ -17907,13 +17907,14 @@ def headline(notice: Notice) -> str:
 def line_of(notice: Notice) -> str:
     """What a notice says."""
     what, _, ended = words_of(notice)
+    text = one_line(notice.text.removeprefix(f"{what}: "), TOLD_CHARS)      # a group's begins with its name
     often = f", {notice.times} times" if notice.times > 1 else ""
     if not notice.over_at:
-        return f"{what}: {one_line(notice.text, TOLD_CHARS)}; since {written(notice.since_at)}{often}"
+        return f"{what}: {text}; since {written(notice.since_at)}{often}"
     lasted = duration_text(notice.over_at - notice.since_at)
     if notice.told_at:
         return f"{what}: {ended}, {written(notice.over_at)}, after {lasted}"
-    return (f"{what}: {one_line(notice.text, TOLD_CHARS)}; from {written(notice.since_at)} to "
+    return (f"{what}: {text}; from {written(notice.since_at)} to "
             f"{written(notice.over_at)}, {lasted}{often}{notice.ending and '; '}{notice.ending}")
 
 

@@ -394,6 +394,38 @@ def test_the_lines_of_the_gate_are_what_keeps_it_closed() -> None:
     assert "db1: check: replication; since" in body and "beta" not in body and "behind" not in body
 
 
+def test_the_name_of_a_group_is_said_once() -> None:
+    """Its events begin with it."""
+    desk = Desk(on=["group"])
+    desk.groups = {"/shop": 1}
+    desk.happens("group", "closed", "/shop: open -> closed (db1: x)", "/shop")
+    desk.until(100)
+    desk.happens("group", "open", "/shop: closed -> open", "/shop")
+    desk.until(101)
+    desk.happens("group", "closed", "/shop: open -> closed (db1: x)", "/shop")
+    desk.happens("group", "open", "/shop: closed -> open", "/shop")
+    desk.until(200)
+    first, _, last = (body for *_, body in desk.said)
+    assert first.startswith("/shop: open -> closed (db1: x); since 20")
+    assert last.startswith("/shop: open -> closed (db1: x); from 20")
+
+
+def test_a_group_is_closed_by_its_own() -> None:
+    """Whose lines those are, for whose reminders it matters what is seen to, and by whose tags it is told."""
+    desk, other = Desk(on=["group"], remind=0.1), Desk(on=["group"], tags=["web"])
+    for one in (desk, other):
+        one.groups = {"/shop": 1, "stock": 1}
+        one.unhealthy = {"db1": Unhealthy(NOON, "x", closes=frozenset(["/shop"])),
+                         "web1": Unhealthy(NOON, "y", frozenset(["web"]), frozenset(["stock", ""]))}
+        one.happens("group", "closed", "/shop: open -> closed (db1: x)", "/shop")
+        one.until(100)
+    desk.acknowledged = {"db1": 1}
+    desk.until(1000)
+    ((_, title, body),) = desk.said
+    assert title == "HealthChecker: /shop is closed, 1 unhealthy" and not other.said
+    assert "\ndb1: x; since" in body and "web1" not in body
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("wait", [0, 1, 20, 60])
 def test_a_flood(wait: float) -> None:
