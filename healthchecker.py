@@ -8629,7 +8629,7 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
 # with the clock: of the whole site, of each route and of each group. Reports come from any thread; under one lock a
 # changed one goes up the groups it is in and down to what depends on it, as far as it changes them, and then the leases
 # of groups are written. What opens or closes is announced in `transitions`, which the recorder empties.
-# Gives: closed_groups, gates_of, GroupState, HealthAggregator, Lease, Override, SITE
+# Gives: closed_by, closed_groups, gates_of, GroupState, HealthAggregator, Lease, Override, SITE
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 OVERRIDE_TTL = 30.0             # seconds for which the gate is opened by hand, unless that is said again
 Span = tuple[float, float]      # monotonic times: until when something is healthy, and when it can be so again
@@ -8856,6 +8856,14 @@ class GroupTree:
         while level := {above for each in level for above in self._above.get(each, TOP)} - found:
             found |= level
         return {each for each in found if each == SITE or each.startswith("/")}
+
+    def closed_by(self, name: str) -> frozenset[str]:
+        """The site, routes and groups that count on a resource, or on what is behind it while that is unhealthy."""
+        found, level = {name}, {name}
+        while level := {each for known in level for each in (*self.places(known), *(
+                child for child in self._children.get(known, ()) if child in self.spans))} - found:
+            found |= level
+        return frozenset(found & self.groups.keys())
 
     def sources(self, name: str) -> set[str]:
         """The resources on whose results it depends whether this one is behind another."""
@@ -9186,6 +9194,12 @@ def closed_groups(aggregator: HealthAggregator, known: Collection[str]) -> dict[
         now, beats, tree = aggregator._clock(), aggregator.beats.values(), aggregator._tree
         return None if START in tree.spans else {name: "" if name in known else aggregator._told(name, False)
                                                  for name in tree.groups if tree.end_of(name, beats) <= now}
+
+
+def closed_by(aggregator: HealthAggregator, name: str) -> frozenset[str]:
+    """The site, routes and groups that count on a resource, or on what is behind it while that is unhealthy."""
+    with aggregator._lock:
+        return aggregator._tree.closed_by(name)
 
 
 def gates_of(aggregator: HealthAggregator, name: str) -> set[str]:
@@ -11674,7 +11688,7 @@ class Monitor(threading.Thread):
         self._store, self._vault, self._context, self._wall = store, vault, context, wall or store.wall
         self.pollers: dict[str, Poller] = {}
         self.targets: dict[str, Target] = {}    # as the rows were when they were followed
-        self.guards, self.groups, self.uplink = context.access.guards, context.aggregator.groups, context.uplink
+        self.guards, self.aggregator, self.uplink = context.access.guards, context.aggregator, context.uplink
         self.members, self.blames = context.members, functools.partial(blamed, pollers=self.pollers, context=context)
         self.changed_at, self.flush = context.recorder.changed_at, context.recorder.flush
         self.override = OverrideKeeper(store, context.aggregator, self._wall)
@@ -14855,7 +14869,7 @@ def list_resources(who: Principal) -> list[ResourceView]:
 
 def list_groups(who: Principal) -> list[GroupState]:
     """Groups by name and routes by path, with their members, and why they stand as they do."""
-    return who.context.monitor.groups()
+    return who.context.monitor.aggregator.groups()
 
 
 class OverrideView(Settings):
@@ -14880,7 +14894,7 @@ class GateView(Settings):
 
 def show_gate(who: Principal) -> GateView:
     """The gate, who opened or closed it by hand, and whether it refuses at all."""
-    context, [site] = who.context, who.context.monitor.groups(site=True)
+    context, [site] = who.context, who.context.monitor.aggregator.groups(site=True)
     return GateView.model_validate({
         "state": "closed" if site.state == "unhealthy" else "open", "why": site.why, "mode": site.mode,
         "would_refuse": context.passed, "override": context.monitor.override.now}, from_attributes=True)
@@ -14978,7 +14992,7 @@ def add_resource(who: Principal, body: Mapping[str, Any], form: Document | None 
     with who.context.store.writing() as session:
         before = session.scalar(
             sqlalchemy.select(Resource).where(Resource.name == row.name).execution_options(removed=True))
-        groups = {group.name for group in who.context.monitor.groups()}
+        groups = {group.name for group in who.context.monitor.aggregator.groups()}
         if (before and before.origin != REMOVED) or row.name in groups:
             raise ApiError("there is a resource or group of this name already", 409, {"name": "is taken"})
         if before and before.hostname == row.hostname:      # it comes back, with its history
@@ -14998,7 +15012,7 @@ def add_resource(who: Principal, body: Mapping[str, Any], form: Document | None 
 def names_taken(who: Principal, session: Session) -> set[str]:
     """Names of resources, of those whose history is kept, too, and of groups."""
     every = session.scalars(sqlalchemy.select(Resource.name).execution_options(removed=True))
-    return {*every, *(group.name for group in who.context.monitor.groups())}
+    return {*every, *(group.name for group in who.context.monitor.aggregator.groups())}
 
 
 def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Document | None = None,
@@ -15702,7 +15716,7 @@ class Metrics:
             for name, labels, value in resource_metrics(row, standing, more):
                 families[name].add_metric((row.name, *labels), value)
         yield from families.values()
-        groups = self._monitor.groups() if self._monitor else []
+        groups = self._monitor.aggregator.groups() if self._monitor else []
         yield labelled(GaugeMetricFamily, "group_healthy", "1 while a group or a route is healthy.", "group", (
             (group.name, group.state != "unhealthy") for group in groups))
         yield labelled(GaugeMetricFamily, "group_healthy_members", "Members of a group or a route that are healthy.",
@@ -17838,7 +17852,7 @@ class Unhealthy(NamedTuple):
     since_at: float
     why: str
     tags: frozenset[str] = frozenset()
-    critical: bool = True
+    closes: frozenset[str] = frozenset([SITE])  # what counts on it: the site, groups and routes
     is_blamed: bool = False     # on what it depends on, or on this machine: that is told, and not this
 
 
@@ -17862,10 +17876,10 @@ class Picture(NamedTuple):
     acknowledged: Collection[str] = ()
     works: Mapping[str, Work] = MappingProxyType({})        # by what they are of
 
-    def keepers(self) -> dict[str, Unhealthy]:
-        """What keeps the gate or a group closed."""
+    def keepers(self, closed: Collection[str] = (SITE,)) -> dict[str, Unhealthy]:
+        """What keeps the site, groups or routes closed."""
         return {name: one for name, one in self.unhealthy.items()
-                if one.critical and not one.is_blamed and name not in self.excused}
+                if not ({*closed}.isdisjoint(one.closes) or one.is_blamed or name in self.excused)}
 
 
 class Message(NamedTuple):
@@ -17935,8 +17949,8 @@ def write_message(chosen: Sequence[Notice], picture: Picture, is_mine: Callable[
     order = [*WORDS]
     chosen = sorted(chosen, key=lambda notice: (order.index(notice.kind), notice.over_at > 0, notice.since_at))
     lasting, named = [each for each in chosen if not each.over_at], {each.name for each in chosen}
-    sick = sorted((one.since_at, name, one.why) for name, one in picture.keepers().items() if is_mine(one.tags))
-    sick = sick if any(each.kind in ("gate", "group") for each in lasting) else []
+    keepers = picture.keepers([each.name for each in lasting if each.kind in ("gate", "group")])
+    sick = sorted((one.since_at, name, one.why) for name, one in keepers.items() if is_mine(one.tags))
     lines = [*first_lines([line_of(each) for each in chosen if each.kind != "state"]),
              *first_lines([line_of(each) for each in chosen if each.kind == "state"]),
              *first_lines([f"{name}: {one_line(why, TOLD_CHARS)}; since {written(at)}"
@@ -17958,7 +17972,7 @@ def is_seen_to(notice: Notice, picture: Picture) -> bool:
     """Whether somebody has said so, of a resource or of everything that can keep the gate or a group closed."""
     if notice.kind not in ("gate", "group"):
         return notice.kind == "state" and notice.name in picture.acknowledged
-    return bool(keepers := picture.keepers()) and keepers.keys() <= {*picture.acknowledged}
+    return bool(keepers := picture.keepers([notice.name])) and keepers.keys() <= {*picture.acknowledged}
 
 
 class Announcer:
@@ -18105,7 +18119,7 @@ class Announcer:
         unhealthy, or behind what is."""
         return (not self.settings.tags or notice.kind not in ("gate", "group")
                 or any(self._is_mine(one.tags) for name, one in picture.unhealthy.items()
-                       if one.critical and name not in picture.excused))
+                       if notice.name in one.closes and name not in picture.excused))
 
     def _due(self, picture: Picture, now: float) -> list[Notice]:
         """What a message would say now: ends at once, and troubles together once the first of them has waited."""
@@ -18288,36 +18302,32 @@ def running_works(session: Session, now: float) -> dict[str, Work]:
     return found
 
 
-def tags_of(text: str) -> tuple[frozenset[str], bool]:
-    """The tags in a resource's settings, and whether it is critical; of a damaged row none, and yes."""
+def tags_of(text: str) -> frozenset[str]:
+    """The tags in a resource's settings; of a damaged row none."""
     with contextlib.suppress(ValueError, TypeError):
-        settings: Any = {} | json.loads(text)
-        return frozenset(settings.get("tags", ())), settings.get("critical", True)
-    return frozenset(), True
+        return frozenset(({} | json.loads(text)).get("tags", ()))
+    return frozenset()
 
 
 def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, str], now: float,
-                 blames: Callable[[str], str | None]) -> Picture:
-    """How everything is by the rows, and by what `blames` says as `blamed` does; with the tags of resources of these
-    names."""
-    unhealthy, healthy, tags, wanted, others = {}, {}, dict[str, frozenset[str]](), {*names}, set[str]()
+                 monitor: Monitor) -> Picture:
+    """How everything is by the rows, and what is behind what, and closes what, by the monitor; with the tags of
+    resources of these names."""
+    unhealthy, healthy, tags, wanted = {}, {}, dict[str, frozenset[str]](), {*names}
     more = remarks(session, now)
     rows = session.execute(sqlalchemy.select(
         Resource.name, Resource.settings, Status.state, Status.cause, Status.reason,
         Status.since_at, Status.polled_at).outerjoin(Status, Status.resource_id == Resource.id)).all()
     for name, text, state, cause, reason, since_at, polled_at in rows:
-        other = blames(name)
+        other = monitor.blames(name)
         is_bad = state == "unhealthy" or bool(other)
         if is_bad or name in wanted:
-            tags[name], critical = tags_of(text)
+            tags[name] = tags_of(text)
         if is_bad:
-            unhealthy[name] = Unhealthy(since_at or now, caused(cause or "", reason or ""), tags[name], critical,
-                                        other is not None)
-            others |= {other} if other and critical and name not in more.maintenance else set()
+            unhealthy[name] = Unhealthy(since_at or now, caused(cause or "", reason or ""), tags[name],
+                                        closed_by(monitor.aggregator, name), other is not None)
         else:
             healthy[name] = polled_at or 0.0
-    for name in others & unhealthy.keys():      # which need not be critical by itself
-        unhealthy[name] = unhealthy[name]._replace(critical=True)
     gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
     groups = frozenset(gates.members({}))
     return Picture(unhealthy, healthy, {*more.maintenance}, groups, tags, problems, frozenset(more.seen),
@@ -18331,7 +18341,7 @@ class Notifier(threading.Thread):
     def __init__(self, store: Store, vault: Vault, problems: Callable[[], Mapping[str, str]], console: str,
                  monitor: Monitor) -> None:
         super().__init__(name="notifier", daemon=True)
-        self._members, self._blames, self._epoch = monitor.members, monitor.blames, ""
+        self._members, self._monitor, self._epoch = monitor.members, monitor, ""
         self._store, self._vault, self._problems, self._console = store, vault, problems, console
         self._ending, self._trouble = threading.Event(), Trouble("nobody can be told")
         self._unread, self._unkept = Trouble("what to tell cannot be read"), Trouble("what was told cannot be kept")
@@ -18430,7 +18440,7 @@ class Notifier(threading.Thread):
         found = [*session.scalars(sqlalchemy.select(Event).where(Event.id > cursor).order_by(Event.id))]
         session.expunge_all()
         self._looked_at = now
-        return found, take_picture(session, (each.resource for each in found), problems, now, self._blames)
+        return found, take_picture(session, (each.resource for each in found), problems, now, self._monitor)
 
     def _announce(self, found: Sequence[Event], picture: Picture, now: float) -> None:
         for announcer in self._announcers.values():

@@ -22,6 +22,7 @@ from healthchecker import (
     Metrics,
     ResourceSettings,
     ServingMetrics,
+    closed_by,
     generate_latest,
     load_inventory,
     usable_parents,
@@ -135,6 +136,20 @@ def test_a_child_falls_and_rises_with_its_parent() -> None:
     assert aggregator.blocker("g") == "s"
     aggregator.note_expiry()
     assert told(aggregator) == [("", False, "no result of s")]
+
+
+def test_what_a_resource_closes() -> None:
+    """The groups it is in, those above them, the routes that need these or the whole site, and so of what is behind
+    it, while that counts; of one that is not critical nothing else."""
+    gates = gates_with([{"name": "shop", "members": ["h", "x"]}, {"name": "stock", "members": ["y"]},
+                        {"name": "lone", "members": ["z"]}], {"/r": ["lone"], "/free": []})
+    aggregator, _ = make({"h": "s"}, gates, aside="s")
+    report(aggregator, "shxyz")
+    found = {name: {*closed_by(aggregator, name)} for name in "shxyza"}
+    assert found["s"] == found["h"] == found["x"] == {"shop", "", "/r"}
+    assert (found["y"], found["z"], found["a"]) == ({"stock", "", "/r"}, {"lone", "/r"}, {"", "/r"})
+    aggregator.deregister("h")
+    assert not closed_by(aggregator, "s")
 
 
 def test_a_parent_that_is_not_critical() -> None:

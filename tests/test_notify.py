@@ -84,9 +84,10 @@ NAMES = [f"db{number}" for number in range(50)]
 
 
 class Alone:
-    """What is asked of a Monitor: there is no other machine, and nothing is to blame for anything."""
+    """What is asked of a Monitor: there is no other machine, nothing is to blame for anything, and all of it counts for
+    the site alone."""
 
-    members = Membership()
+    members, aggregator = Membership(), HealthAggregator()
 
     @staticmethod
     def blames(_name: str) -> str | None:
@@ -166,7 +167,7 @@ class Desk:
         elif what == "blamed":
             self.unhealthy = {name: one._replace(is_blamed=True) for name, one in self.unhealthy.items()}
         elif what == "minor":
-            self.unhealthy = {name: one._replace(critical=False) for name, one in self.unhealthy.items()}
+            self.unhealthy = {name: one._replace(closes=frozenset()) for name, one in self.unhealthy.items()}
         elif what == "tags":
             self.tags = {name: frozenset([tag]) for name, tag in given.items()}
         else:
@@ -385,7 +386,7 @@ def test_the_lines_of_the_gate_are_what_keeps_it_closed() -> None:
     """Where resources are not told by themselves."""
     desk = Desk()
     desk.unhealthy = {"db1": Unhealthy(NOON, "check: replication"),
-                      "beta": Unhealthy(NOON, "check: no matter", critical=False),
+                      "beta": Unhealthy(NOON, "check: no matter", closes=frozenset()),
                       "behind": Unhealthy(NOON, "parent: db1", is_blamed=True)}
     desk.happens(**CLOSED)
     desk.until(30)
@@ -1113,7 +1114,7 @@ class Lives:
     def __init__(self) -> None:
         self.members = self
         self.epoch, self.speaks = "first", True
-        self.blames = Alone.blames
+        self.blames, self.aggregator = Alone.blames, Alone.aggregator
 
     @staticmethod
     def lives(_session: Any) -> bool:
@@ -1229,9 +1230,9 @@ def test_a_picture_of_the_rows(tmp_path: Path, store: Store) -> None:
                                 reason="disks"))
         session.add(healthchecker.Status(resource_id=row.id, state="unhealthy", since_at=NOON - 9, **status))
     with store.reading() as session:
-        picture = take_picture(session, [], {}, NOON, Alone.blames)
+        picture = take_picture(session, [], {}, NOON, ALONE)
         assert picture.unhealthy == {"this": Unhealthy(NOON - 9, "check why", DB)} and picture.excused == {"this"}
-        assert take_picture(session, [], {}, NOON + 11, Alone.blames).excused == set()
+        assert take_picture(session, [], {}, NOON + 11, ALONE).excused == set()
 
 
 def test_pictures_of_maintenance(tmp_path: Path, store: Store) -> None:
@@ -1244,7 +1245,7 @@ def test_pictures_of_maintenance(tmp_path: Path, store: Store) -> None:
         session.add(Maintenance(**times | {"until_at": NOON - 1}, scope='{"resources": ["this"]}'))
         session.add(Maintenance(**times | {"state": "planned"}, scope='{"resources": ["this"]}'))
     with store.reading() as session:
-        works = take_picture(session, [], {}, NOON, Alone.blames).works
+        works = take_picture(session, [], {}, NOON, ALONE).works
     assert works.keys() == {"everything", "tag web", "group web"}
     assert works["tag web"].text.endswith(": disks") and works["tag web"].since_at == NOON - 1
 
@@ -1395,7 +1396,7 @@ def test_notify_test(tmp_path: Path, hook: Hook) -> None:
 def picture_of(house: House) -> Picture:
     house.monitor.flush()
     with house.store.reading() as session:
-        return take_picture(session, [], {}, house.store.wall(), house.monitor.blames)
+        return take_picture(session, [], {}, house.store.wall(), house.monitor)
 
 
 def poll(house: House, machines: Machines, behaviour: Any, *names: str) -> None:
@@ -1456,7 +1457,7 @@ def test_who_is_to_blame(house: House, machines: Machines) -> None:
         poll(house, machines, unreachable, "switch", "web")
         picture = picture_of(house)
         assert picture.unhealthy.keys() == {"switch", "web", "db"} and picture.keepers().keys() == {"switch"}
-        assert is_seen_to(Notice(kind="gate"), picture._replace(acknowledged=["switch"]))
+        assert is_seen_to(Notice(kind="gate", name=""), picture._replace(acknowledged=["switch"]))
         maintain(house, "web", 3600)
         maintain(house, "db", 3600)
         wait_for(house.aggregator.is_healthy)
