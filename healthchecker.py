@@ -2837,6 +2837,11 @@ class Maintenance(Base):
     turn_at: Mapped[float] = mapped_column(default=0.0)
 
     @property
+    def why(self) -> str:
+        """What is said of what opens by it."""
+        return f"opened by maintenance ({self.actor or 'the inventory'}): {self.reason}"
+
+    @property
     def chosen(self) -> Scope:
         """What it is of; nothing where that cannot be read."""
         try:
@@ -8770,6 +8775,7 @@ class GroupTree:
         self.members: dict[str, tuple[str, ...]] = {}       # of each but the site, also those that do not count now
         self.parents: Mapping[str, Sequence[str]] = {}      # of resources that depend on others
         self.changed: set[str] = set()                      # groups whose span is another one
+        self.relieved: dict[str, str] = {}                  # why what kept them closed counts no more, by group
         self.override: Override | None = None               # what an operator says, and until when that opens
         self.overridden_until = 0.0
         self._own: dict[str, Span] = {}                     # of resources, by their own results
@@ -8793,6 +8799,11 @@ class GroupTree:
             self._settle(name)
         self._children = inverse(parents)
         self.changed |= {*self.groups, *known}
+
+    def relieve(self, name: str, why: str, now: float) -> None:
+        """Notes what opens without a resource, if that is unhealthy: it may be as bad as before."""
+        if why and name in self.spans and self.spans[name][0] <= now:
+            self.relieved |= dict.fromkeys(self.closed_by(name), why)
 
     def put(self, name: str, span: Span | None, reason: str | None = None) -> None:
         """What its own results say of a resource, None: it does not count; and why, where it is unhealthy."""
@@ -9066,9 +9077,10 @@ class HealthAggregator:
                 self._tree.put(name, WAITED_FOR)
             self._publish()
 
-    def deregister(self, name: str) -> None:
-        """The resource does not count any more."""
+    def deregister(self, name: str, why: str = "") -> None:
+        """The resource does not count any more; `why` is told of what opens by that."""
         with self._lock:
+            self._tree.relieve(name, why, self._clock())
             self._tree.put(name, None)
             self._tree.aside.discard(name)
             self._owners.pop(name, None)
@@ -9154,6 +9166,7 @@ class HealthAggregator:
             self._tree.put(START, None)
             self._tree.changed |= self._tree.groups.keys()
         changed, self._tree.changed = sorted(self._tree.changed), set()
+        relieved, self._tree.relieved = self._tree.relieved, {}
         ends = {name: self._tree.end_of(name, self.beats.values()) for name in changed}
         for name, until in ends.items():
             if lease := self.lease.part(name):
@@ -9170,7 +9183,8 @@ class HealthAggregator:
             decided = name in self._tree.groups and START not in self._tree.spans
             if decided and is_open is not self._open.get(name, None if name else False):    # the site's start is told
                 count = 0 if is_open else self._tree.behind(name)
-                why = self._told(name, is_open) + (f"; {count} behind it" if count else "")
+                why = self._told(name, is_open) or relieved.get(name, "")
+                why += f"; {count} behind it" if count else ""
                 self.transitions.put((self._wall(), is_open, why, name))
                 self._open[name] = is_open
 
@@ -10175,7 +10189,7 @@ class MaintenanceKeeper:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._running: list[tuple[float, set[str]]] = []    # until when, and who
+        self._running: list[tuple[float, set[str], str]] = []   # until when, who, and what opens by that
         self._due_at = -math.inf                            # when something is to begin or to end
         self._trouble = Trouble("maintenance cannot be written down")
         self._unread = Trouble("maintenance cannot be read")
@@ -10189,18 +10203,18 @@ class MaintenanceKeeper:
         with self._unread.caught(), self._store.reading() as session:
             known, rows = choices(session), session.scalars(sqlalchemy.select(Maintenance)).all()
             begun = [row for row in rows if row.state == "begun"]
-            self._running = [(row.until_at, known.of(row.chosen)) for row in begun]
-            self._due_at = min([*(until_at for until_at, _ in self._running),
+            self._running = [(row.until_at, known.of(row.chosen), row.why) for row in begun]
+            self._due_at = min([*(until_at for until_at, *_ in self._running),
                                 *(row.start_at for row in rows if row.state == "planned"),
                                 *(plan.around(now)[1] for plan in stored_plans(session).values())], default=math.inf)
             if self._trouble.why:
                 self._due_at = max(self._due_at, now + MAINTENANCE_RETRY)
 
-    def covered(self, now: float) -> set[str]:
-        """Who does not count now."""
+    def covered(self, now: float) -> dict[str, str]:
+        """Who does not count now, and why."""
         if now >= self._due_at:
             self.follow(now)
-        return set().union(*(names for until_at, names in self._running if now < until_at))
+        return {name: why for until_at, names, why in self._running if now < until_at for name in names}
 
 
 # === Incidents ===============================================================
@@ -10232,7 +10246,7 @@ class Incident(Base):
     to_at: Mapped[float]        # Unix time of the end or, while it lasts, until when it was seen
     end: Mapped[str]            # empty: it lasts | opened | unseen: the service ended before it did
     why: Mapped[str]
-    actor: Mapped[str]          # who closed it by hand, empty for nobody
+    actor: Mapped[str]          # who closed it by hand or did something about it, empty for nobody
     opened_by: Mapped[str]      # why it opened, where that was by hand
     before: Mapped[str]         # what had been changed just before
     mode: Mapped[str]           # observe: nothing was refused
@@ -10265,7 +10279,7 @@ class IncidentView(Settings):
     to_at: datetime.datetime    # while it lasts, and where the end was not seen: until when it was seen
     end: Literal["", "opened", "unseen"]    # empty: it lasts
     why: str
-    actor: str                  # who closed it by hand
+    actor: str                  # who closed it by hand, and who did something about it until it opened
     opened_by: str              # why it opened, where that was by hand
     before: str                 # what had been changed just before
     mode: Mode                  # observe: nothing was refused
@@ -10332,6 +10346,23 @@ def changes_before(session: Session, at: float) -> str:
     ).order_by(Event.at.desc(), Event.id.desc()).limit(count))
     return "; ".join(f"{f'{one.actor}: ' if one.actor else ''}{f'{one.resource} ' if one.resource else ''}{one.text}"
                      for one in found)
+
+
+def closer(session: Session, why: str) -> str:
+    """Who has closed it by hand; empty: nobody has."""
+    override = stored_override(session)
+    return override.actor if override and override.action == "close" and why.startswith(override.why) else ""
+
+
+def actors(session: Session, aggregator: HealthAggregator, one: Incident) -> str:
+    """Who closed it, and who did something while it lasted about what it counts on."""
+    is_about = sqlalchemy.or_(Event.kind != "change", Event.resource != "", Event.text.startswith("gate "))
+    found = session.execute(sqlalchemy.select(Event.actor, Event.resource, Event.group).where(
+        Event.kind.in_(("acknowledgement", "change", "maintenance")), is_about,
+        Event.at.between(one.from_at, one.to_at)).order_by(Event.id))
+    acted = [actor for actor, resource, group in found
+             if not (name := resource or group) or one.group in closed_by(aggregator, name)]
+    return one_line(", ".join(filter(None, dict.fromkeys([*one.actor.split(", "), *acted]))))
 
 
 def seen_by_others(session: Session, since: float) -> list[tuple[float, float]]:
@@ -10486,11 +10517,11 @@ class IncidentLog:
             if one.id is None:
                 self._numbered.append(one)
                 if isinstance(one, Incident):
-                    override = stored_override(session)
-                    by_hand = override and override.action == "close" and one.why.startswith(override.why)
-                    one.actor = override.actor if override and by_hand else ""
+                    one.actor = closer(session, one.why)
                     one.before = changes_before(session, one.from_at)
                 one.id = 1 + (session.scalar(sqlalchemy.select(func.max(type(one).id))) or 0)
+            if isinstance(one, Incident) and one.end == "opened":
+                one.actor = actors(session, self._aggregator, one)
             session.merge(one)
             session.flush()
 
@@ -11810,7 +11841,7 @@ class Monitor(threading.Thread):
         self.guards.write_again()
         self.maintenance.follow(lease_clock() + zero_at)
 
-    def _recount(self, covered: Collection[str]) -> None:
+    def _recount(self, covered: Mapping[str, str]) -> None:
         """Takes up that maintenance has begun or is over: the state that is known counts."""
         for name, poller in self.pollers.items():
             if (counted := name not in covered) is not poller.counted:
@@ -11819,7 +11850,7 @@ class Monitor(threading.Thread):
                     self._context.aggregator.register(name, poller, critical=poller.target.settings.critical,
                                                       asked=poller.target.settings.is_asked)
                 else:
-                    self._context.aggregator.deregister(name)
+                    self._context.aggregator.deregister(name, covered[name])
                 poller.report_again()
 
     def _reconcile(self) -> None:
@@ -16404,7 +16435,7 @@ else details[name]|duration_text if name == "uptime_seconds" else "%g"|format(de
 <div class="tools"><h2>{{ group or "The whole site" }}: {{ found|length or "none" }} in the last {{ span }}</h2>
 <a class="button" href="/-/api/incidents?format=csv&amp;{{ asked }}">CSV</a>
 <a class="button" href="/-/api/incidents?{{ asked }}">JSON</a></div>
-{% call table("Incidents, newest first", ("From", "To", "Why", "Closed by", "Refused", "Changed before"),
+{% call table("Incidents, newest first", ("From", "To", "Why", "Who acted", "Refused", "Changed before"),
               "incidents") %}
 {% for one in found %}
 <tr><td>{{ one.from_at|time_tag }}</td>
@@ -16413,7 +16444,7 @@ else details[name]|duration_text if name == "uptime_seconds" else "%g"|format(de
 <p class="soft">{{ (one.to_at - one.from_at)|duration_text }}</p></td>
 <td>{{ one.why }}{% if one.mode == "observe" %} <i>observe: nothing was refused</i>{% endif %}
 {%- if one.opened_by %}<p class="soft">{{ one.opened_by }}</p>{% endif %}</td>
-<td data-label="Closed by">{{ one.actor }}</td>
+<td data-label="Who acted">{{ one.actor }}</td>
 <td data-label="Refused">{{ one.refused }}
 {%- if one.would_refuse %} <small>{{ one.would_refuse }} would have been</small>{% endif %}</td>
 <td class="soft" data-label="Changed before">{{ one.before }}</td></tr>

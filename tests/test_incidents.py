@@ -173,6 +173,36 @@ def test_from_to_why_and_by_whom(bench: Bench) -> None:
     assert incident.before == "tag db: maintenance is over; adam: b changed: limits"
 
 
+def test_what_maintenance_opens_is_no_recovery(bench: Bench) -> None:
+    """It is said what has opened it, of each that counts on what is in maintenance; who acted is who did something
+    about that while it lasted."""
+    bench.report(a=True, b=True, c=True)
+    bench.report(a=False, c=False)
+    bench.look(100)
+    with bench.store.writing() as session:
+        for kind, text, about, actor in (
+            ("acknowledgement", "seen: I look", {"resource": "a"}, "olga"),
+            ("acknowledgement", "seen: I look, too", {"resource": "c"}, "carla"),
+            ("acknowledgement", "recovered", {"resource": "a"}, ""), ("change", "user x added", {}, "root"),
+            ("maintenance", "tag db: in maintenance until tomorrow: disks", {}, "adam"),
+            ("change", "gate left to the resources again", {}, "eve"), ("attempt", "failed login", {}, "mallory"),
+        ):  # fmt: skip
+            record_event(session, kind, text, actor=actor, at=bench.wall.now, **about)
+    bench.aggregator.deregister("a", "opened by maintenance (adam): disks")
+    bench.look()
+    opened = {one.group: (one.end, one.opened_by, one.actor) for one in bench.found(None)}
+    assert opened.pop("") == ("opened", "opened by maintenance (adam): disks", "olga, adam, eve")
+    assert opened == {"g": ("opened", "opened by maintenance (adam): disks", "olga, adam, eve"),
+                      "lone": ("", "", ""), "/r": ("", "", "")}  # fmt: skip
+    bench.report(c=True)
+    assert {one.opened_by for group in ("lone", "/r") for one in bench.found(group)} == {""}, "that has recovered"
+    bench.aggregator.deregister("b", "opened by maintenance (adam): disks")     # which was well
+    bench.aggregator.register("a")
+    bench.report(a=False)
+    bench.report(a=True)
+    assert bench.found()[0].opened_by == ""
+
+
 def test_another_machine_goes_on(bench: Bench, tmp_path: Path) -> None:
     """With who, why and what was before; the requests are those of whoever has written, each of them once."""
     other, override = Bench(tmp_path), Override(action="close", at=0.0, seconds=None, reason="move", actor="olga")
@@ -396,6 +426,23 @@ def test_served(tmp_path: Path) -> None:
         assert "sick: " in page and ">lasts<" in page
     text = healthchecker.csv_text([{"a": "=1+1", "b": 'say "x"'}], ["a", "b"])
     assert text == 'a,b\r\n\'=1+1,"say ""x"""\r\n'
+
+
+def test_maintenance_opens(tmp_path: Path) -> None:
+    """Of a real service: who began it, in the event and in the incident."""
+    with console(tmp_path, SICK) as (service, client):
+        service.wait_status("/-/readyz", 503)
+        wait_for(lambda: client.api("GET", "incidents?group=").json)
+        assert client.api("POST", "resources/sick/acknowledgement", {"comment": "on it"}).status == 200
+        assert client.api("POST", "maintenance", {"all": True, "for": "1h", "reason": "disks"}).status == 201
+        service.wait_status("/-/readyz", 200)
+        wait_for(lambda: client.api("GET", "incidents?group=").json[0]["end"] == "opened")
+        [incident] = client.api("GET", "incidents?group=").json
+        [actor] = {event["actor"] for event in client.api("GET", "events?kind=acknowledgement").json}
+        why = f"opened by maintenance ({actor}): disks"
+        assert actor and (incident["actor"], incident["opened_by"]) == (actor, why)
+        text = client.api("GET", "events?kind=gate").json[0]["text"]
+        assert re.fullmatch(re.escape(f"closed -> open ({why})") + r" after \d+ s", text)
 
 
 # === What is written once ====================================================

@@ -356,20 +356,19 @@ def test_planned_work_is_no_failure(told: str, kind: str) -> None:
     assert desk.kinds[0] == kind and set(desk.kinds[1:]) <= {"info"}
 
 
-BY_HAND = {**OPEN, "text": "closed -> open (opened by command line: a try (mine)) after 100 s"}
-
-
-@pytest.mark.parametrize(("seconds", "title"), [
-    (100, "the gate is opened by command line: a try (mine)"), (10, "the gate was closed")])
-def test_an_end_that_is_no_recovery(seconds: float, title: str) -> None:
-    """Such as an override while the resources are as bad as before: who, and no success."""
+@pytest.mark.parametrize("why", ["opened by command line: a try (mine)", Maintenance(actor="me", reason="a try").why,
+                                 Maintenance(reason="patches").why])
+@pytest.mark.parametrize("seconds", [100, 10])
+def test_an_end_that_is_no_recovery(seconds: float, why: str) -> None:
+    """Such as an override, or maintenance, while the resources are as bad as before: who, and no success."""
     desk = Desk()
     desk.happens(**CLOSED)
     desk.until(seconds)
-    desk.happens(**BY_HAND)
+    desk.happens(**OPEN | {"text": f"closed -> open ({why}) after 100 s"})
     desk.until(200)
-    assert (desk.titles[-1][1], desk.kinds[-1]) == (title, "info")
-    assert "opened by command line: a try (mine)" in desk.said[-1][2]
+    said = "was closed" if seconds == 10 else f"is {why}"
+    assert (desk.titles[-1][1], desk.kinds[-1]) == (f"the gate {said}", "info")
+    assert why in desk.said[-1][2]
 
 
 def test_a_recovery_is_a_success() -> None:
