@@ -24,7 +24,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -1113,7 +1113,7 @@ def test_a_port_that_becomes_free() -> None:
 def adopting(folder: Path, port: int, *socks: socket.socket, more: str = "") -> subprocess.Popen[bytes]:
     """A service on `port` that gets `socks` as systemd gives them: from descriptor 3 on, with its own process id."""
     listens = f"  workers: 1\n  listen: 127.0.0.1:{port}{more}"
-    path = write_inventory(folder, "  - {name: calm, platform: simulated}", listens)
+    path = write_inventory(folder, "  - {name: calm, platform: simulated, mean_healthy: 1000000}", listens)
     numbers = [sock.fileno() for sock in socks]
     code = (
         f"import fcntl, os, sys; kept = [fcntl.fcntl(number, fcntl.F_DUPFD, 100) for number in {numbers}]\n"
@@ -1129,18 +1129,44 @@ def adopting(folder: Path, port: int, *socks: socket.socket, more: str = "") -> 
     )
 
 
+HELLO = """
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Length", "5")])
+    return [b"Hello"]
+"""
+
+
+def ask_once(address: tuple[str, int]) -> int:
+    with contextlib.closing(http.client.HTTPConnection(*address, timeout=60)) as connection:
+        connection.request("GET", "/")
+        return connection.getresponse().status
+
+
+def keep_asking(address: tuple[str, int], over: threading.Event, answers: list[tuple[int, bytes]], *,
+                keep: bool) -> None:
+    """A client of the application, on a connection that it keeps, or on a new one for each request. Raises what it was
+    refused with; one that a connection ended before the answer began asks again, if it had kept that."""
+    with contextlib.closing(http.client.HTTPConnection(*address, timeout=120)) as connection:
+        while not over.is_set():
+            was_kept = connection.sock is not None
+            try:
+                connection.request("GET", "/", headers={} if keep else {"Connection": "close"})
+                answer = connection.getresponse()
+            except (ConnectionResetError, BrokenPipeError):     # RemoteDisconnected is one, too
+                connection.close()
+                if not was_kept:
+                    raise
+                continue
+            answers.append((answer.status, answer.read()))
+
+
 def restart_often(folder: Path, restarts: int, requests: int) -> int:
     """Whoever comes while no process is there waits for the next one: the socket is systemd's. So many requests or some
-    more are sent; gives their number. Raises AssertionError, or what a client was refused with."""
+    more are sent to an application behind the gate; gives their number. Raises AssertionError, or what a client was
+    refused with."""
     prepared_keys(folder)
-    over, statuses = threading.Event(), list[int]()
-
-    def ask(address: tuple[str, int]) -> None:
-        while not over.is_set():
-            connection = http.client.HTTPConnection(*address, timeout=120)
-            with contextlib.closing(connection):
-                connection.request("GET", "/-/livez")
-                statuses.append(connection.getresponse().status)
+    (folder / "hello.py").write_text(HELLO, encoding="utf-8")
+    over, answers = threading.Event(), list[tuple[int, bytes]]()
 
     with (
         socket.create_server(("127.0.0.1", 0)) as sock,
@@ -1148,23 +1174,27 @@ def restart_often(folder: Path, restarts: int, requests: int) -> int:
         contextlib.ExitStack() as ending,
     ):
         ending.callback(over.set)
-        address = sock.getsockname()
-        clients = [pool.submit(ask, address) for _ in range(8)]
-        for number in range(1, restarts + 1):
-            with adopting(folder, address[1], sock) as process, contextlib.ExitStack() as stack:
+        address, clients = sock.getsockname(), list[Future[None]]()
+        for number in range(restarts + 1):
+            with adopting(folder, address[1], sock, more="\n  app: hello:app") as process, \
+                    contextlib.ExitStack() as stack:  # fmt: skip
                 stack.callback(process.kill)
                 assert process.stderr
                 said = list(itertools.takewhile(lambda line: b"serving on" not in line, process.stderr))
                 assert process.poll() is None, said
-                wanted = max(len(statuses) + 50, requests * number // restarts)
-                wait_for(lambda wanted=wanted: len(statuses) > wanted or any(client.done() for client in clients), 600)
+                if not clients:
+                    wait_for(lambda: ask_once(address) == 200)      # from the first result on nobody is refused
+                    for keep in (True, False) * 4:
+                        clients.append(pool.submit(keep_asking, address, over, answers, keep=keep))
+                wanted = max(len(answers) + 50, requests * number // restarts)
+                wait_for(lambda wanted=wanted: len(answers) > wanted or any(map(Future.done, clients)), 600)
                 if number == restarts:
                     over.set()
                     assert [client.result(120) for client in clients] == [None] * 8, "nobody was refused"
                 process.terminate()
                 assert b"Traceback" not in process.stderr.read() and process.wait(60) == 0
-    assert set(statuses) == {200}
-    return len(statuses)
+    assert set(answers) == {(200, b"Hello")}
+    return len(answers)
 
 
 @POSIX
