@@ -260,8 +260,18 @@ def host_rows(server: Sshd, wrong_key: Path, closed_port: int) -> str:
     return "".join([*(HOST.format(name=f"good{number}", **well) for number in range(HOSTS)), *bad])
 
 
+def grown_after_warm_up(who: str, samples: list[Usage]) -> Iterator[str]:
+    """What has grown, and prints how it was."""
+    warm = samples[min(300, len(samples) // 4):]
+    first, last = ([median(each[place] for each in some) for place in range(3)] for some in (warm[:60], warm[-60:]))
+    print(f"\n{who} after the warm-up and at the end: threads, descriptors, bytes: {first}, {last}", end="")
+    yield from (f"{name} of {who}" for name, before, after in zip(Usage._fields, first, last, strict=True)
+                if after > before + (1e6 if name == "memory" else 0))
+
+
 def hosts(options: argparse.Namespace, folder: Path) -> int:
-    """Machines that fail and machines that are well, for an hour; the service may not grow, and says what is so."""
+    """Machines that fail and machines that are well, for an hour; neither the service nor its worker, which is asked
+    each second, may grow, and it says what is so."""
     with Sshd() as server, socket.create_server(("127.0.0.1", 0)) as closed:
         (folder / "known_hosts").write_text(server.known_hosts(), encoding="ascii")
         write_private(folder / "wrong_key", make_key("ed25519"))
@@ -269,25 +279,27 @@ def hosts(options: argparse.Namespace, folder: Path) -> int:
         closed.close()
         inventory = write_inventory(folder, host_rows(server, folder / "wrong_key", port),
                                     "  workers: 1\n  known_hosts: known_hosts")  # fmt: skip
-        wrong, samples, begin = Counter[str](), list[Usage](), time.monotonic()
+        wrong, begin = Counter[str](), time.monotonic()
         with Program(inventory, deadline=120) as service, contextlib.closing(
                 sqlite3.connect(folder / "healthchecker.db")) as database:  # fmt: skip
-            process, seen_at = psutil.Process(service.pid), 0.0
+            service.wait_status("/-/livez", 200)
+            processes, seen_at = [psutil.Process(service.pid), *workers(service.pid).values()], 0.0
+            samples: list[list[Usage]] = [[] for _ in processes]
             while (passed := time.monotonic() - begin) < options.hosts:
                 threading.Event().wait(1)
-                samples.append(usage(process))
+                wrong["the gate is open"] += service.get("/").status != 503
+                for process, seen in zip(processes, samples, strict=True):
+                    seen.append(usage(process))
                 for name, state, polled_at in database.execute(
                         "SELECT name, state, polled_at FROM resource JOIN status ON resource_id = resource.id"):
                     wrong[f"{name} is {state}"] += state != ("healthy" if name[:4] == "good" else "unhealthy")
                     seen_at = max(seen_at, polled_at)
-                print(f"\r{passed:5.0f} s: {samples[-1]}", end="", flush=True)
+                print(f"\r{passed:5.0f} s: {[seen[-1] for seen in samples]}", end="", flush=True)
             assert time.time() - seen_at < 60, "nothing was polled for a minute"
             count = database.execute("SELECT count(*) FROM sample").fetchone()[0]
-    warm = samples[min(300, len(samples) // 4):]
-    first, last = ([median(each[place] for each in some) for place in range(3)] for some in (warm[:60], warm[-60:]))
-    grown = [name for name, before, after in zip(Usage._fields, first, last, strict=True)
-             if after > before + (1e6 if name == "memory" else 0)]
-    print(f"\n{count:,} polls; after the warm-up and at the end: threads, descriptors, bytes: {first}, {last}")
+    grown = [what for number, seen in enumerate(samples)
+             for what in grown_after_warm_up(f"worker {number}" if number else "the service", seen)]
+    print(f"\n{count:,} polls")
     found = {text: times for text, times in wrong.items() if times}
     print(f"grown: {grown or 'nothing'}; wrong: {found or 'nothing'}: {'FAILED' if grown or found else 'passed'}")
     return int(bool(grown or found))
