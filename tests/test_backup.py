@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import gzip
+import itertools
 import os
 import shutil
 import sqlite3
 import stat
 import sys
 import tarfile
-from contextlib import closing
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from conftest import wait_for
 from service import Service, prepared_keys, run_cheaply, write_inventory
 from test_crashes import prepare
 from test_storage import dump
+from test_vault import all_open, installation
 
 import healthchecker
 from healthchecker import Vault, main
@@ -83,6 +87,54 @@ def test_there_and_back(served: Path, tmp_path: Path) -> None:
     with Service(path) as service:
         service.wait_line("inventory: 0 added, 1 changed, 0 removed, 2 kept; changed: b")  # its file is here now
         service.wait_status("/-/readyz", 200)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_rotation_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
+    """Before the database is read, or after it: what is saved opens with the keys that are saved with it."""
+    (tmp_path / "old").mkdir()
+    path, turns, copy = installation(tmp_path / "old"), ["keys", "rotate"], healthchecker.SqliteFile.copy
+
+    def copy_and_rotate(database: healthchecker.SqliteFile, target: Path) -> None:
+        for step in (True, False):
+            if step is not first:
+                copy(database, target)
+            elif turns:
+                assert run_cheaply("--inventory", str(path), *turns)[0] == 0
+                turns.clear()
+
+    before = all_open(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(healthchecker.SqliteFile, "copy", copy_and_rotate)
+        assert main(["--inventory", str(path), "backup", str(tmp_path / "saved.tgz")]) == 0
+    (tmp_path / "new").mkdir()
+    assert main(["--inventory", str(tmp_path / "new" / path.name), "restore", str(tmp_path / "saved.tgz")]) == 0
+    assert all_open(tmp_path / "new" / path.name) == all_open(path) != before
+
+
+@pytest.mark.long
+def test_beside_rotations(tmp_path: Path) -> None:
+    """The same at any moment, again and again."""
+    (tmp_path / "old").mkdir()
+    path, over, codes, keys = installation(tmp_path / "old"), threading.Event(), list[int](), set[str]()
+
+    def rotate() -> None:
+        while not over.is_set():
+            codes.append(run_cheaply("--inventory", str(path), "keys", "rotate")[0])
+
+    with ThreadPoolExecutor(1) as pool, ExitStack() as ending:
+        rotating = pool.submit(rotate)
+        ending.callback(over.set)
+        for number in itertools.count():
+            if number >= 12 and len(keys) > 2:
+                break
+            assert not rotating.done()
+            saved, folder = tmp_path / f"{number}.tgz", tmp_path / f"new{number}"
+            assert main(["--inventory", str(path), "backup", str(saved)]) == 0
+            folder.mkdir()
+            assert main(["--inventory", str(folder / path.name), "restore", str(saved)]) == 0
+            keys |= all_open(folder / path.name)
+    assert {*codes} == {0}
 
 
 def test_api_tokens_come_back(served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
