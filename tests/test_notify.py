@@ -13,6 +13,7 @@ import re
 import socket
 import socketserver
 import ssl
+import subprocess
 import sys
 import tarfile
 import threading
@@ -26,7 +27,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 from console import prepared_database, prepared_vault
 from postgres import database_in, execute, refusing, settings_of
-from service import Program, Service, prepared_keys, run, store_in, write_inventory
+from service import Program, Service, command, environment, prepared_keys, run, store_in, write_inventory
 from sshd import wait_for
 from test_poll import House, Machines, good, house, machines, maintain, unreachable, vault
 from wsman_server import Certificate, make_certificate
@@ -882,6 +883,19 @@ def test_check_without_apprise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not [*check_receivers(load_inventory(write_inventory(tmp_path / "other")), prepared_vault(tmp_path))]
 
 
+def test_check_says_that_apprise_is_missing(tmp_path: Path) -> None:
+    """The command itself, where it is not installed."""
+    prepared_keys(tmp_path)
+    path = with_notify(tmp_path, "{name: good, url: 'json://localhost/x'}")
+    (tmp_path / "without").mkdir()
+    hides = "import sys\nsys.modules['apprise'] = None\n"      # as Python has it for what must not be imported
+    (tmp_path / "without" / "sitecustomize.py").write_text(hides, encoding="utf-8")
+    done = subprocess.run(command(path, "check"), env=environment({"PYTHONPATH": str(tmp_path / "without")}),
+                          capture_output=True, encoding="utf-8", check=False, timeout=120)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "Traceback" not in done.stdout
+    assert 'notify needs the package apprise: run `pip install "apprise>=' in done.stderr
+
+
 # --- rows, and the whole
 
 
@@ -1326,6 +1340,38 @@ def test_killed_between_event_and_delivery(tmp_path: Path, hook: Hook) -> None:
     again = hook.requests[1].json["message"]
     assert again.startswith(first.rpartition("\n")[0])
     assert hook.requests[0].json["title"].startswith("HealthChecker: the gate is closed")
+
+
+@pytest.mark.long
+def test_groups_that_open_while_no_service_runs(tmp_path: Path, hook: Hook) -> None:
+    """Killed while a group and a route are closed: who was told of that hears of their end after the next start."""
+    prepared_database(tmp_path)
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))     # nobody listens there yet
+        rows = "".join(f"  - {{name: {name}}}\n" for name in (
+            f"aside, platform: tcp, hostname: 127.0.0.1, port: {door.getsockname()[1]}, interval: 1, retry_interval: 1,"
+            " timeout: 2, fall: 1, rise: 1", "calm, platform: simulated, mean_healthy: 1000000"))
+        path = write_inventory(tmp_path, rows)
+        text = (f"groups: [{{name: shop, members: [aside, calm]}}]\nroutes: {{/reports: [shop]}}\nnotify:\n"
+                f"  - {{name: ops, url: 'json://{hook.place}/x', wait: 0, on: [group]}}\n")
+        path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
+
+        def said(*lines: str) -> bool:
+            """Whether all of these were told, and that is written down."""
+            told = "\n".join(request.json["message"] for request in hook.requests)
+            row = receivers(store)["ops"] if all(line in told for line in lines) else None
+            return row is not None and not row.message and row.delivered == len(hook.requests)
+
+        with contextlib.closing(Store(database_in(tmp_path))) as store:
+            service = Service(path)
+            service.__enter__()
+            try:
+                wait_for(lambda: said("shop: closed (aside: ", "/reports: closed (shop: "))
+            finally:
+                service.kill()
+            door.listen()
+            with Service(path):
+                wait_for(lambda: said("shop: open again, ", "/reports: open again, "))
 
 
 def seen_of(process: int) -> bytes:
