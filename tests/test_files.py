@@ -91,6 +91,46 @@ def strangers(folder: Path) -> set[str]:
     return {name for name, stated in found.items() if (stated.st_uid, stated.st_gid) != (NOBODY, NOBODY)}
 
 
+COMMANDS: dict[str, list[list[str]]] = {      # with a service, and without one
+    "beside": [["backup", "saved.tgz"], ["gate", "close", "--for", "1h"], ["gate", "auto"],
+               ["maintenance", "start", "--all", "--for", "1h", "--reason", "disks"], ["maintenance", "end", "--all"],
+               ["reload"]],
+    "alone": [["database", "copy", "sqlite:///healthchecker.db", "sqlite:///copied.db"], ["gate", "close"],
+              ["backup", "later.tgz"], ["maintenance", "start", "--all", "--for", "1h", "--reason", "disks"]],
+}  # fmt: skip
+
+
+@pytest.mark.long
+@POSIX
+def test_no_command_makes_what_others_can_write(tmp_path: Path) -> None:
+    """Whatever umask an administrator's shell has; what root makes in the service's folder belongs to the service."""
+    path = write_inventory(tmp_path, CALM, "  lease_file: lease\n  log_file: log")
+
+    def run(arguments: list[str]) -> None:
+        done = subprocess.run(command(path, *arguments), cwd=tmp_path, env=environment(), check=False, timeout=120,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")  # fmt: skip
+        assert done.returncode == 0, done.stdout
+
+    for place in (tmp_path, path) if ROOT else ():
+        os.chown(place, NOBODY, NOBODY)
+    before = os.umask(0)
+    try:
+        with Program(path) as service:
+            service.wait_status("/-/readyz", 200)
+            for arguments in COMMANDS["beside"]:
+                run(arguments)
+            assert not ROOT or strangers(tmp_path) <= {"lease"}     # which the service's account replaces
+        for arguments in COMMANDS["alone"]:
+            run(arguments)
+    finally:
+        os.umask(before)
+    found = modes(tmp_path)
+    private = {"healthchecker.db", "saved.tgz", "later.tgz", "copied.db", "keys/private.pem"}
+    assert {name: oct(found[name]) for name in private} == dict.fromkeys(private, "0o600")
+    assert found["lease"] == 0o644 and {name: oct(mode) for name, mode in found.items() if mode & 0o022} == {}
+    assert not ROOT or strangers(tmp_path) <= {"lease"}
+
+
 # --- owners --------------------------------------------------------------------------------------------------
 @pytest.mark.long
 @AS_ROOT
