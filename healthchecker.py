@@ -208,10 +208,13 @@ try:
         Field,
         PlainSerializer,
         SecretStr,
+        SkipValidation,
         TypeAdapter,
         ValidationError,
         ValidationInfo,
+        ValidatorFunctionWrapHandler,
         WrapSerializer,
+        WrapValidator,
         create_model,
         model_validator,
     )
@@ -2597,8 +2600,8 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # stands SQL that both SQLite and PostgreSQL have, but for migrations before schema 6, the first one on PostgreSQL.
 # In any thread of the main process, within the transaction of whoever calls.
 # Gives: Acknowledgement, APPLICATION, Base, BIG_INTEGER, binding, carry_logins, columns_in, db, Event, login_row,
-# LOGINS, LoginSession, LOOKED_AT, Machine, Maintenance, migrate, Notice, own_name, Receiver, remembered, REMOVED,
-# Resource, Result, revise, revision, ROW_LENGTH, SCHEMA, Setting, Status, User, YEAR_3000
+# LOGINS, LoginSession, LOOKED_AT, Machine, Maintenance, migrate, Notice, own_name, READ_WORD, Receiver, remembered,
+# REMOVED, Resource, Result, revise, revision, ROW_LENGTH, SCHEMA, Setting, Status, StoredText, User, YEAR_3000
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 YEAR_3000 = 32_503_680_000      # Unix time, the last one that Windows can show
 
@@ -2636,6 +2639,17 @@ class StoredInteger(sqlalchemy.TypeDecorator[int]):
 
     def process_result_value(self, value: Any, _dialect: object) -> Any:
         return value if isinstance(value, int) or value is None else 0
+
+
+def read_word(word: Any, known: ValidatorFunctionWrapHandler) -> Any:
+    """A word as a view shows it, `unknown` where a damaged row has another than those that it knows."""
+    try:
+        return known(word)
+    except ValidationError:
+        return "unknown"
+
+
+READ_WORD = WrapValidator(read_word)
 
 
 class Base(DeclarativeBase):
@@ -3769,7 +3783,8 @@ class Store:
 # The rows follow the inventory. In come an Inventory and a Vault, out go rows and, for pollers, Targets with their
 # secrets opened. Within the transaction of whoever calls: a start, a reload, a change by the console.
 # Gives: Changes, forget_behind, import_inventory, import_receivers, is_still, keeping_word, load_targets, named_by,
-# open_sealed, open_stated, open_url, open_vault, rename_row, reseal, sealed_tokens, Target, target_of, update_row
+# open_sealed, open_stated, open_url, open_vault, rename_row, reseal, sealed_tokens, stored_gates, Target, target_of,
+# update_row
 THE_REST = GATES_CHANGED, PLANS_CHANGED, RECEIVERS_CHANGED = "groups and routes", "planned maintenance", "who is told"
 
 
@@ -3914,9 +3929,16 @@ def keeping_word(session: Session, row: Resource) -> Iterator[None]:
         status.settings_digest = row.settings_digest
 
 
+def stored_gates(session: Session) -> Gates:
+    """The inventory's, as imported last; what cannot be read says nothing."""
+    with contextlib.suppress(ValidationError):
+        return Gates.model_validate_json(remembered(session, "gates").text or "{}")
+    return Gates()
+
+
 def named_by(session: Session, name: str) -> str:
     """Why a resource has to keep its name: what names it, empty for nothing."""
-    gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
+    gates = stored_gates(session)
     names = {group for group, members in gates.members({}).items() if name in members}
     for row in session.scalars(sqlalchemy.select(Resource)):
         with contextlib.suppress(StorageError):     # what cannot be read names nothing
@@ -9258,7 +9280,7 @@ def history_table(name: str, at: Any, columns: Mapping[str, Any]) -> sqlalchemy.
 
 
 # A poll, or that there was none in time: POLLS of it and of the state after it, and the seconds for which it counts
-SAMPLES = history_table("sample", sqlalchemy.Double, dict.fromkeys(("reason", "poll", "standing"), sqlalchemy.String)
+SAMPLES = history_table("sample", sqlalchemy.Double, dict.fromkeys(("reason", "poll", "standing"), StoredText)
                         | dict.fromkeys(("counts", *METRICS), sqlalchemy.Integer))
 # A quarter of an hour, by its begin, of which something is known: for tenths of seconds, and healthy for how many
 AVERAGES = history_table("average", BIG_INTEGER, dict.fromkeys(
@@ -9384,10 +9406,11 @@ def samples(session: Session, resource_id: int, now: float, *, since: float = 0.
             limit: int = STRIP) -> list[PastPoll]:
     """The last polls of a resource until `now`, oldest first, `limit` of them, none before `since` (Unix times)."""
     rows = session.execute(sqlalchemy.select(SAMPLES).where(
-        SAMPLES.c.resource_id == resource_id, SAMPLES.c.at.between(since, now)
+        SAMPLES.c.resource_id == resource_id, SAMPLES.c.at.between(since, now),
+        SAMPLES.c.poll.in_(POLLS), SAMPLES.c.standing.in_(POLLS)    # other words are those of damaged rows
     ).order_by(SAMPLES.c.at.desc()).limit(limit)).mappings().all()
     return [PastPoll(row["at"], *POLLS[row["poll"]], row["reason"], POLLS[row["standing"]][0],
-                     {metric: row[metric] / 100 for metric in METRICS if row[metric] is not None})
+                     {metric: row[metric] / 100 for metric in METRICS if isinstance(row[metric], int)})
             for row in reversed(rows)]
 
 
@@ -9423,12 +9446,14 @@ CHARTS = {metric: sqlalchemy.text(f"""
         FROM average WHERE resource_id = :id AND at >= :first AND at < :polls
         UNION ALL SELECT at, {metric}, {metric}, {metric}
         FROM sample WHERE resource_id = :id AND at >= :first AND at >= :polls AND at < :now) AS points
-    WHERE average IS NOT NULL GROUP BY 1 ORDER BY 1""") for metric in METRICS}   # noqa: S608  # nobody's words
+    WHERE {" AND ".join(f"{value} BETWEEN 0 AND {READING_MAX}" for value in ("average", "lowest", "highest"))}
+    GROUP BY 1 ORDER BY 1""") for metric in METRICS}   # noqa: S608  # nobody's words
 
 
 def rolled_until(session: Session, resource_id: int) -> int:
     """Unix time until which averages are made; 0 when there is none."""
-    last = session.scalar(sqlalchemy.select(func.max(AVERAGES.c.at)).where(AVERAGES.c.resource_id == resource_id))
+    last = session.scalar(sqlalchemy.select(func.max(AVERAGES.c.at)).where(
+        AVERAGES.c.resource_id == resource_id, AVERAGES.c.at < YEAR_3000))     # of a damaged row it is no number
     return 0 if last is None else last + QUARTER
 
 
@@ -10029,7 +10054,7 @@ def choices(session: Session) -> Choices:
                 tagged[tag].add(name)
                 if settings["critical"]:
                     counted[tag].add(name)
-    members = Gates.model_validate_json(remembered(session, "gates").text or "{}").in_groups(counted)
+    members = stored_gates(session).in_groups(counted)
 
     def inside(name: str) -> set[str]:
         return set().union(*map(inside, members[name])) if name in members else {name}
@@ -10063,7 +10088,8 @@ def timetable(session: Session, now: float) -> list[Turn]:
     plans = stored_plans(session)
     found = [Turn(row.id, row.state, row.start_at, row.until_at, row.chosen, row.reason, row.actor,
                   plans[row.plan].schedule if row.plan in plans else "")
-             for row in session.scalars(sqlalchemy.select(Maintenance)) if row.state != "over" and row.until_at > now]
+             for row in session.scalars(sqlalchemy.select(Maintenance))
+             if row.state in ("planned", "begun") and row.until_at > now]
     for plan in plans.values():
         _, start = plan.around(now)
         if start < math.inf:
@@ -10277,12 +10303,12 @@ class IncidentView(Settings):
     group: str                  # empty: the whole site
     from_at: datetime.datetime
     to_at: datetime.datetime    # while it lasts, and where the end was not seen: until when it was seen
-    end: Literal["", "opened", "unseen"]    # empty: it lasts
+    end: Annotated[Literal["", "opened", "unseen", "unknown"], READ_WORD]   # empty: it lasts
     why: str
     actor: str                  # who closed it by hand, and who did something about it until it opened
     opened_by: str              # why it opened, where that was by hand
     before: str                 # what had been changed just before
-    mode: Mode                  # observe: nothing was refused
+    mode: Annotated[Literal[Mode, "unknown"], READ_WORD]    # observe: nothing was refused
     refused: int                # requests meanwhile
     would_refuse: int
 
@@ -10597,7 +10623,7 @@ def times_within(session: Session, group: str | None, begin: float, end: float) 
     """From when until when a group was closed, or (None) from when until when anything is known."""
     kind: Any = WatchedTime if group is None else Incident
     query = sqlalchemy.select(func.greatest(kind.from_at, begin), func.least(kind.to_at, end)).where(
-        kind.to_at > begin, kind.from_at < end)
+        kind.to_at > begin, kind.to_at < YEAR_3000, kind.from_at < end)     # of a damaged row it is no number
     query = query if group is None else query.where(Incident.group == group)
     return [(first, last) for first, last in session.execute(query)]
 
@@ -14236,7 +14262,9 @@ class ConsoleContext:
         """The inventory with the defaults that were taken over last, maybe by another process."""
         with self.store.reading() as session:
             text = remembered(session, "defaults").text
-        return replace(self.inventory, defaults=json.loads(text)) if text else self.inventory
+        with contextlib.suppress(ValidationError):      # of a damaged row, or of none
+            return replace(self.inventory, defaults=TypeAdapter(dict[str, Any]).validate_json(text))
+        return self.inventory
 
     @property
     def is_healthy(self) -> bool:
@@ -14348,7 +14376,7 @@ class MaintenanceView(Settings):
     state: Literal["planned", "begun"]
     start: datetime.datetime
     until: datetime.datetime
-    scope: Scope
+    scope: SkipValidation[Scope]    # of a damaged row it names nothing
     reason: str
     actor: str
     schedule: str               # of the inventory's plan
@@ -14454,7 +14482,7 @@ def end_acknowledgement(who: Principal, name: str) -> None:
 # TokenView, UserView
 class UserView(Settings):
     name: str = Field(validation_alias="username")
-    role: Role
+    role: Annotated[Literal[Role, "unknown"], READ_WORD]
     initial: bool       # the password is the documented one still
 
 
@@ -14646,7 +14674,7 @@ class NamedTokenView(SessionView):
     """An API token with a name; what it opens is never shown again. `seen_at` is None before its first use."""
 
     name: str
-    role: Role                  # at most; never more than the user's
+    role: Annotated[Literal[Role, "unknown"], READ_WORD]      # at most; never more than the user's
     expires_at: Annotated[datetime.datetime | None, BeforeValidator(lambda at: None if at >= NEVER else utc_time(at))]
 
 
@@ -14814,8 +14842,8 @@ def overdue(row: Resource, status: Status, poller: Poller | None, now: float) ->
 
 
 def status_of(row: Resource, status: Status | None) -> Status:
-    """The status, an empty one when it is of another configuration: nothing is known of this one yet."""
-    if status and status.settings_digest == row.settings_digest:
+    """The status, an empty one when it is damaged or of another configuration: nothing is known of this one yet."""
+    if status and status.settings_digest == row.settings_digest and status.state in get_args(State):
         return status
     return Status(state="unknown", cause="", reason="", since_at=0.0, polled_at=0.0, seconds=0.0, sample="null",
                   good=0, bad=0)
@@ -14989,7 +15017,7 @@ def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, An
         with context.store.reading() as session:
             known = {name: target.settings for name, target in load_targets(
                 session, context.vault, context.monitor.targets).items()}
-            gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
+            gates = stored_gates(session)
         ways = {name: each.way for name, each in known.items()}
         if settings.hops and (why := jump_fault(settings.name, ways | {settings.name: settings.hops})):
             raise field_errors({"proxy_jump": why})
@@ -18359,8 +18387,7 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
                                         closed_by(monitor.aggregator, name), other is not None)
         else:
             healthy[name] = polled_at or 0.0
-    gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
-    groups = frozenset(gates.members({}))
+    groups = frozenset(stored_gates(session).members({}))
     return Picture(unhealthy, healthy, {*more.maintenance}, groups, tags, problems, frozenset(more.seen),
                    running_works(session, now))
 

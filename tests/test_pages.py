@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pytest
@@ -21,14 +21,31 @@ import sqlalchemy
 import yaml
 from browser import DOCUMENTED, FIRST_USER, PASSWORD, PATIENCE, Scheme, change_password, chromium, enter, log_in, visit
 from conftest import folder_with_database, wait_for
-from console import Local, local_console, make_user, prepared_database, served
+from console import TABLES, Local, local_console, make_user, prepared_database, served
 from service import Service, few_rounds, prepared_keys, write_inventory
 from sshd import ParamikoSshd, Sshd
 
-from healthchecker import DAMAGED, Resource, ResourceRow, Sample, SqliteFile, Status
+from healthchecker import (
+    AVERAGES,
+    DAMAGED,
+    FILESYSTEMS,
+    METRICS,
+    SAMPLES,
+    Acknowledgement,
+    Incident,
+    LoginSession,
+    Maintenance,
+    Resource,
+    ResourceRow,
+    Sample,
+    SqliteFile,
+    Status,
+    WatchedTime,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page, Route
+    from sqlalchemy.orm import Session
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the pages are the same there, but no chromium is")
 PAYLOAD = "<img src=x onerror=alert(1)>"
@@ -517,6 +534,101 @@ def test_a_damaged_sample_shows_in_its_place(console: Local, sample: str) -> Non
         return "damaged" in reply.body
 
     wait_for(shows)
+
+
+def insert_past(session: Session, now: float) -> None:
+    """A row, at least, in each table that a page reads."""
+    one = session.scalar(sqlalchemy.select(Resource.id).where(Resource.name == "one"))
+    readings = {metric + end: 100 for metric in METRICS for end in ("", "_minimum", "_maximum")}
+    for table in (SAMPLES, AVERAGES, FILESYSTEMS, *map(sqlalchemy.inspect, (Acknowledgement, Incident, WatchedTime))):
+        session.execute(getattr(table, "local_table", table).delete())
+    for ago in (1, 2, 3):
+        session.execute(SAMPLES.insert().values(resource_id=one, at=now - 60 * ago, reason="", poll="h", standing="h",
+                                                counts=60, **{metric: 100 for metric in METRICS}))  # fmt: skip
+        session.execute(FILESYSTEMS.insert().values(resource_id=one, at=now - 3600 * ago, percents='{"/": 5}'))
+        session.execute(AVERAGES.insert().values(resource_id=one, at=(now // 900 - ago) * 900, known=9, healthy=9,
+                                                 **readings))  # fmt: skip
+    words = dict.fromkeys(("why", "actor", "opened_by", "before"), "")
+    session.add(Incident(group="", from_at=now - 9, to_at=now - 5, end="opened", mode="enforce", refused=1,
+                         would_refuse=0, **words))  # fmt: skip
+    session.add(WatchedTime(from_at=now - 99, to_at=now))
+    session.add(Acknowledgement(resource_id=one, at=now, actor="", comment=""))
+    begun = {"state": "begun", "start_at": now - 9, "until_at": now + 900, "reason": "disks"}
+    session.add(Maintenance(scope='{"resources": ["two"]}', **begun))
+    late = make_user("late")
+    session.add(late)
+    session.flush()
+    for number, kind in (("x", "session"), ("y", "named")):
+        session.add(LoginSession(token_hash=number, kind=kind, user_id=late.id, begun_at=now, seen_at=now, address="",
+                                 expires_at=now + 900))  # fmt: skip
+
+
+def pages_by_table(console: Local) -> dict[str, list[str]]:
+    """What reads each table: pages, lists and, of the resource `one`, its own. Of logins those that list them."""
+    rules = [rule for rule in console.app.url_map.iter_rules() if "GET" in (rule.methods or ())]
+    paths = [rule.rule.replace("<name>", "one") for rule in rules if not rule.rule.startswith("/-/static")]
+    found: dict[str, list[str]] = {table.name: [] for table in TABLES}
+    for path in [*paths, "/-/resources/one?span=month"]:
+        said: list[str] = []
+
+        def note(*call: Any, said: list[str] = said) -> None:
+            said.append(call[2])
+
+        sqlalchemy.event.listen(sqlalchemy.engine.Engine, "before_cursor_execute", note)
+        assert console.ask("GET", path).status in (200, 303, 409, 503), path
+        sqlalchemy.event.remove(sqlalchemy.engine.Engine, "before_cursor_execute", note)
+        for name, pages in found.items():
+            is_login = name not in ("user", "login_session") or re.search("user|session|token", path)
+            if is_login and re.search(rf'\b(FROM|JOIN) "?{name}\b', " ".join(said)):
+                pages.append(path)
+    return found
+
+
+def damage_cells(console: Local, table: sqlalchemy.Table) -> Iterator[str]:
+    """Damages each cell of a row, one at a time, as far as the database takes that, and mends it again."""
+    keys, quote_name = [column.name for column in table.primary_key], '"{}"'.format
+    name, where = quote_name(table.name), " AND ".join(f"{quote_name(key)} = :{key}" for key in keys)
+    with console.store.reading() as session:
+        rows = session.execute(table.select().order_by(*map(sqlalchemy.desc, table.primary_key))).mappings().all()
+    # Of many settings each; of the rest the newest, which is not this login's.
+    for row in rows if table.name == "setting" else rows[:1]:
+        for column in table.columns:
+            is_text = isinstance(row[column.name], str)
+            if column.foreign_keys or column.name.startswith(METRICS[1:]):  # each metric is read as the first one
+                continue
+            if is_text and column.primary_key:  # then it is another row, and this one may be written anew
+                continue
+            for junk in ("'junk'", "x'ff00'" if is_text else "9e999"):
+                cell, kept = quote_name(column.name), {key: row[key] for key in keys}
+                known = f'SELECT {cell} FROM {name} WHERE {where}'
+                try:
+                    with console.store.writing() as session:
+                        value = session.execute(sqlalchemy.text(known), kept).scalar()
+                        session.execute(sqlalchemy.text(f"UPDATE {name} SET {cell} = {junk} WHERE {where}"), kept)
+                except sqlalchemy.exc.SQLAlchemyError:  # a key, or a type that cannot be that
+                    continue
+                yield f"{table.name}.{column.name} = {junk}"
+                with console.store.writing() as session:
+                    mended = f"UPDATE {name} SET {cell} = :value WHERE {cell} = {junk}"
+                    session.execute(sqlalchemy.text(mended), {"value": value})
+
+
+def test_no_damaged_cell_takes_a_page_away(tmp_path: Path) -> None:
+    """Whatever cell of whichever table it is: pages and lists show the rest."""
+    rows = "".join(f"  - {{name: {name}, platform: simulated, seed: 1}}\n" for name in ("two", "one"))
+    with few_rounds(), local_console(tmp_path, rows, "  status_page: true") as console:
+        console.log_in_as("SpiceWorks")
+        wait_for(lambda: console.api("GET", "resources/one").json["polled"])
+        with console.store.writing() as session:
+            insert_past(session, console.clock.now)
+        found, count = list[str](), 0
+        pages = pages_by_table(console)
+        for table in TABLES:
+            for damage in damage_cells(console, table):
+                count += 1
+                found += [f"{damage}: {path}" for path in pages[table.name]
+                          if console.ask("GET", path).status >= 500 and path != "/-/health"]
+        assert count > 50 and not found
 
 
 def shown_with(console: Local, sample: dict[str, object], word: str, **settings: object) -> str:
