@@ -3782,9 +3782,9 @@ class Store:
 # === Import ==================================================================
 # The rows follow the inventory. In come an Inventory and a Vault, out go rows and, for pollers, Targets with their
 # secrets opened. Within the transaction of whoever calls: a start, a reload, a change by the console.
-# Gives: Changes, forget_behind, import_inventory, import_receivers, is_still, keeping_word, load_targets, named_by,
-# open_sealed, open_stated, open_url, open_vault, rename_row, reseal, sealed_tokens, stored_gates, Target, target_of,
-# update_row
+# Gives: Changes, forget_behind, import_inventory, import_receivers, imported_gates, is_still, keeping_word,
+# load_targets, named_by, open_sealed, open_stated, open_url, open_vault, rename_row, reseal, sealed_tokens,
+# stored_gates, Target, target_of, update_row
 THE_REST = GATES_CHANGED, PLANS_CHANGED, RECEIVERS_CHANGED = "groups and routes", "planned maintenance", "who is told"
 
 
@@ -3929,16 +3929,21 @@ def keeping_word(session: Session, row: Resource) -> Iterator[None]:
         status.settings_digest = row.settings_digest
 
 
+def imported_gates(session: Session) -> Gates:
+    """The inventory's, as imported last, for who acts by them. Raises ValidationError of a damaged row."""
+    return Gates.model_validate_json(remembered(session, "gates").text or "{}")
+
+
 def stored_gates(session: Session) -> Gates:
-    """The inventory's, as imported last; what cannot be read says nothing."""
+    """The same for who shows them, none of a damaged row."""
     with contextlib.suppress(ValidationError):
-        return Gates.model_validate_json(remembered(session, "gates").text or "{}")
+        return imported_gates(session)
     return Gates()
 
 
 def named_by(session: Session, name: str) -> str:
     """Why a resource has to keep its name: what names it, empty for nothing."""
-    gates = stored_gates(session)
+    gates = imported_gates(session)
     names = {group for group, members in gates.members({}).items() if name in members}
     for row in session.scalars(sqlalchemy.select(Resource)):
         with contextlib.suppress(StorageError):     # what cannot be read names nothing
@@ -10043,8 +10048,8 @@ class Choices(NamedTuple):
                 self._asdict().items() for name in [name for name in getattr(scope, field) if name not in known][:1]}
 
 
-def choices(session: Session) -> Choices:
-    """What there is now; what cannot be read has no tags."""
+def choices(session: Session, gates: Gates | None = None) -> Choices:
+    """What there is now, by these groups or the stored ones; what cannot be read has no tags."""
     names, tagged, counted = list[str](), collections.defaultdict(set), collections.defaultdict(set)
     for name, text in session.execute(sqlalchemy.select(Resource.name, Resource.settings)):
         names.append(name)
@@ -10054,7 +10059,7 @@ def choices(session: Session) -> Choices:
                 tagged[tag].add(name)
                 if settings["critical"]:
                     counted[tag].add(name)
-    members = stored_gates(session).in_groups(counted)
+    members = (gates or stored_gates(session)).in_groups(counted)
 
     def inside(name: str) -> set[str]:
         return set().union(*map(inside, members[name])) if name in members else {name}
@@ -10182,7 +10187,8 @@ def begin_turn(session: Session, plan: Plan, row: Maintenance | None, now: float
 
 def take_turns(session: Session, now: float) -> None:
     """Begins and ends what is due, within the caller's transaction."""
-    plans, known, rows = stored_plans(session), choices(session), session.scalars(sqlalchemy.select(Maintenance)).all()
+    known = choices(session, imported_gates(session))       # what is damaged ends no maintenance of a group
+    plans, rows = stored_plans(session), session.scalars(sqlalchemy.select(Maintenance)).all()
     for row in rows:
         scope = row.chosen
         there = scope.all or scope.tags or known.groups.keys() & {*scope.groups} or known.of(scope)
@@ -10227,7 +10233,8 @@ class MaintenanceKeeper:
         with self._trouble.caught(), self._store.writing() as session:
             take_turns(session, now)
         with self._unread.caught(), self._store.reading() as session:
-            known, rows = choices(session), session.scalars(sqlalchemy.select(Maintenance)).all()
+            known = choices(session, imported_gates(session))
+            rows = session.scalars(sqlalchemy.select(Maintenance)).all()
             begun = [row for row in rows if row.state == "begun"]
             self._running = [(row.until_at, known.of(row.chosen), row.why) for row in begun]
             self._due_at = min([*(until_at for until_at, *_ in self._running),
@@ -11885,7 +11892,7 @@ class Monitor(threading.Thread):
             current = revision(session)     # first: what changes from now on is followed the next time
             self.override.follow(self._zero_at)     # it holds whatever is wrong with the rest
             targets = load_targets(session, self._vault, self.targets)
-            gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
+            gates = imported_gates(session)
             is_known = current == self._revision and targets == self.targets
             stored = {} if is_known else {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
         self.maintenance.follow(lease_clock() + self._zero_at)
@@ -15017,7 +15024,7 @@ def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, An
         with context.store.reading() as session:
             known = {name: target.settings for name, target in load_targets(
                 session, context.vault, context.monitor.targets).items()}
-            gates = stored_gates(session)
+            gates = imported_gates(session)
         ways = {name: each.way for name, each in known.items()}
         if settings.hops and (why := jump_fault(settings.name, ways | {settings.name: settings.hops})):
             raise field_errors({"proxy_jump": why})
@@ -18387,7 +18394,7 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
                                         closed_by(monitor.aggregator, name), other is not None)
         else:
             healthy[name] = polled_at or 0.0
-    groups = frozenset(stored_gates(session).members({}))
+    groups = frozenset(imported_gates(session).members({}))
     return Picture(unhealthy, healthy, {*more.maintenance}, groups, tags, problems, frozenset(more.seen),
                    running_works(session, now))
 

@@ -451,6 +451,16 @@ def test_damaged_plans_are_none(diary: Diary) -> None:
     assert diary.look(SUNDAY) == ""
 
 
+def test_damaged_groups_end_no_maintenance_of_one(diary: Diary) -> None:
+    """Nobody knows then that it is gone."""
+    diary.write().add(SUNDAY, SUNDAY + HOUR, "begun", groups=["pair"])
+    known = diary.look(SUNDAY + 1)
+    with diary.store.writing() as session:
+        session.execute(sqlalchemy.text("UPDATE setting SET text = '[{' WHERE name = 'gates'"))
+    assert known == diary.look(SUNDAY + 2) and diary.states == ""
+    assert diary.look(SUNDAY + HOUR, follow=False) == ""
+
+
 # === Pages, API ==============================================================
 SERVED = f"  - {{name: a, {SICK}, tags: [db]}}\n  - {{name: b, {CALM}, tags: [db, web]}}\n" + GROUPS
 
