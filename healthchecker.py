@@ -13488,16 +13488,39 @@ def bind(host: str, port: int) -> list[socket.socket]:
     return socks
 
 
-def listen(setting: str, value: str, wait: float = PORT_WAIT) -> list[socket.socket]:
+def meets(one: Address, other: Address) -> bool:
+    """Whether who has a port of one address has that of the other; the address of all is that of IPv4, too, in IPv6."""
+    return one == other or any(each.is_unspecified and (each.version == 6 or one.version == other.version)
+                               for each in (one, other))
+
+
+def is_ours(host: str, port: int, doors: Iterable[socket.socket]) -> bool:
+    """Whether one of our own sockets is on this port of an address of `host`."""
+    with contextlib.suppress(OSError):      # it was found a moment ago
+        found: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return any(sock.getsockname()[1] == port and meets(*map(plain_address, (sock.getsockname()[0], address[0])))
+                   for sock in doors for *_, address in found)
+    return False
+
+
+def listen(setting: str, value: str, wait: float = PORT_WAIT,
+           other: tuple[str, Sequence[socket.socket]] = ("", ())) -> list[socket.socket]:
     """Binds the address:port that `setting` of the inventory names, a name on all its addresses, or takes what systemd
-    has bound; one in use may become free for `wait` seconds. Raises UsageError."""
-    host, _, port = value.rpartition(":")
+    has bound; one in use may become free for `wait` seconds. `other`: our other door, and what sets it. Raises
+    UsageError."""
+    host, port = value.rpartition(":")[0].strip("[]"), int(value.rpartition(":")[2])
     ends = time.monotonic() + wait
     while True:
         try:
-            return bind(host.strip("[]"), int(port))
+            socks = bind(host, port)
+            if not {*socks} & {*other[1]}:
+                return socks
+            raise OSError(errno.EADDRINUSE, "systemd's socket is the other door")
         except (OSError, UnicodeError) as error:
             number = getattr(error, "errno", 0)
+            if number == errno.EADDRINUSE and is_ours(host, port, other[1]):
+                raise UsageError(
+                    f"{setting} {value} is the address of {other[0]}; write another port, or off") from None
             if number != errno.EADDRINUSE or time.monotonic() > ends:
                 reason = f"{one_line(getattr(error, 'strerror', '') or 'not a host name')}; write another at"
                 raise UsageError(f"cannot listen on {value}: {LISTEN_FAULTS.get(number, reason)} {setting}") from error
@@ -19172,7 +19195,8 @@ def serve(arguments: argparse.Namespace) -> int:
     for fault in check_files(service):      # what cannot be used ends the start
         raise fault
     doors = listen(installation.listen_name, service.listen)
-    console = [] if service.console == "off" else listen("service.console", service.console)
+    console = [] if service.console == "off" else listen(
+        "service.console", service.console, other=(installation.listen_name, doors))
     for sock in handed_over():
         if sock not in (*doors, *console):      # whose clients nobody would answer
             raise UsageError(f"systemd listens on {sock.getsockname()}, which is neither service.listen nor "
@@ -19504,17 +19528,18 @@ def check_folders(service: ServiceSettings) -> Iterator[HealthCheckerError]:
 
 def check_doors(installation: Installation) -> Iterator[HealthCheckerError]:
     """What a start would say of its ports, its folders, its log and the word of the metrics."""
-    service = installation.service
+    service, doors = installation.service, list[socket.socket]()
     for setting, value in ((installation.listen_name, service.listen), ("service.console", service.console)):
         try:
-            for sock in listen(setting, value, 0.0) if value != "off" else ():
-                sock.close()
+            doors += listen(setting, value, 0.0, (installation.listen_name, doors)) if value != "off" else ()
         except UsageError as error:
             in_use = getattr(error.__cause__, "errno", 0) == errno.EADDRINUSE
             if in_use and installation.runs:
                 print(f"{setting} {value} is in use: by the service that runs, if it is not new there")
             else:
                 yield error
+    for sock in doors:
+        sock.close()
     path = service.log_file
     if path and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
         yield UsageError(f"service.log_file {path} cannot be written")

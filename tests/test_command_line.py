@@ -850,12 +850,16 @@ BAD_STARTS: dict[str, tuple[str, int, str]] = {
 }
 
 
-def test_check_tells_of_equal_doors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a start does."""
-    path = write_inventory(tmp_path, "", "  listen: 127.0.0.1:8081\n  console: 127.0.0.1:8081")
-    assert main(["--inventory", str(path), "check"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("service.console 127.0.0.1:8081 is the address of service.listen; write another port")
+@pytest.mark.parametrize("command", [["check"], []], ids=["check", "start"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1"])
+def test_equal_doors(tmp_path: Path, command: list[str], host: str) -> None:
+    """However they are written, a check says what a start does."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    path = write_inventory(tmp_path, "", f"  listen: 127.0.0.1:{port}\n  console: {host}:{port}")
+    code, output = run_cheaply("--inventory", str(path), *command)
+    assert code == 2
+    assert f"service.console {host}:{port} is the address of service.listen; write another port, or off" in output
 
 
 def bad_start(case: str, folder: Path) -> tuple[Path, int, str]:

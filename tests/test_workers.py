@@ -15,6 +15,7 @@ import multiprocessing
 import operator
 import os
 import random
+import re
 import signal
 import socket
 import statistics
@@ -1108,6 +1109,37 @@ def test_a_port_that_becomes_free() -> None:
         (sock,) = listen("service.listen", f"127.0.0.1:{port}")
     with sock:
         assert sock.getsockname()[1] == port
+
+
+OF_LINUX = pytest.mark.skipif(sys.platform == "win32", reason="who has one address keeps nobody from all of them there")
+SAME_DOORS = [
+    ("127.0.0.1", "127.1"),
+    ("127.0.0.1", "localhost"),
+    ("localhost", "127.0.0.1"),
+    *(pytest.param(*both, marks=OF_LINUX) for both in [
+        ("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "0.0.0.0"), ("0.0.0.0", "localhost"), ("[::]", "127.0.0.1"),
+        ("[::1]", "[::]"), ("0.0.0.0", "[::ffff:127.0.0.1]")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other"), SAME_DOORS)
+def test_one_door_that_is_written_in_two_ways(one: str, other: str) -> None:
+    """It is said at once: nobody else has to stop, and no wait makes it free."""
+    with contextlib.ExitStack() as stack:
+        if "[" in one + other and not socket.has_dualstack_ipv6():
+            pytest.skip("no IPv6 here")
+        doors = [stack.enter_context(sock) for sock in listen("service.listen", f"{one}:0")]
+        console = f"{other}:{doors[0].getsockname()[1]}"
+        with pytest.raises(UsageError, match=re.escape(f"service.console {console} is the address of --listen; write")):
+            listen("service.console", console, 3600.0, ("--listen", doors))
+
+
+def test_a_port_of_another_program_is_no_door_of_ours() -> None:
+    with contextlib.ExitStack() as stack:
+        doors = [stack.enter_context(sock) for sock in listen("service.listen", "127.0.0.1:0")]
+        taken = stack.enter_context(socket.create_server(("127.0.0.2", doors[0].getsockname()[1])))
+        with pytest.raises(UsageError, match="another program uses that port"):
+            listen("service.console", f"127.0.0.2:{taken.getsockname()[1]}", 0.0, ("service.listen", doors))
 
 
 def adopting(folder: Path, port: int, *socks: socket.socket, more: str = "") -> subprocess.Popen[bytes]:
