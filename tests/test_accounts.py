@@ -28,6 +28,7 @@ import healthchecker
 from healthchecker import (
     ADDRESS_FAILURES,
     ASSETS,
+    HASH_WAIT,
     LOGIN_FAILURES,
     LOGIN_WINDOW,
     NAMED_COUNT,
@@ -1068,7 +1069,9 @@ def test_password_at_a_terminal_is_not_shown(tmp_path: Path, typed: tuple[str, .
 
 
 def test_login_flood_keeps_no_right_login_out(running: tuple[Service, Client]) -> None:
-    """Made-up names from many other addresses; each right login gets its turn, and the gate answers meanwhile."""
+    """Made-up names from many other addresses; each right login waits up to 2 s for its turn, before which it is not
+    sent away, and gets it, and the gate answers meanwhile."""
+    assert HASH_WAIT == 2
     service, client = running[0], Client(*running[0].console)
     service.wait_status("/", 200)
     ending, statuses = threading.Event(), []
@@ -1091,8 +1094,16 @@ def test_login_flood_keeps_no_right_login_out(running: tuple[Service, Client]) -
     try:
         wait_for(lambda: {401, 429} <= {*statuses}, 60)  # one is checked, others are sent away
         body = {"username": NAME, "password": PASSWORD}
+
+        def let_in() -> bool:
+            """On a busy machine a turn may take longer than that; but nobody is sent away before."""
+            begin = time.monotonic()
+            status = client.api("POST", "login", body).status
+            assert status == 200 or (status == 429 and time.monotonic() - begin >= HASH_WAIT)
+            return status == 200
+
         for _ in range(3):
-            wait_for(lambda: client.api("POST", "login", body).status == 200, 60)
+            wait_for(let_in, 60)
             assert service.get("/").status == 200
     finally:
         ending.set()
