@@ -20,7 +20,7 @@ packages:
 	@sh tests/packages.sh $(VENV)/packages.stamp
 
 # A test that hangs fails at LIMIT, with the stacks of all threads; one that no signal reaches ends its process a minute
-# later (.pytest.ini), and xdist begins it again: once.
+# later (.pytest.ini). That test has failed then; xdist begins it again, once, for the sake of the rest of its file.
 LIMIT := --timeout 300
 DIST := --dist loadfile --no-loadscope-reorder    # tests/conftest.py puts long files first
 # `make test` is every test but those that take longest, in under five minutes: something of each section. Those that are
