@@ -58,6 +58,7 @@ HOSTS, HOSTS_INTERVAL = 200, 30  # Windows hosts of the load figure; seconds ove
 WARMING = 3  # polls before those that count: a shell compiles what it runs
 SLEEP = 0.01  # seconds that an answer of /slow takes
 # The one-line application, with another line for a page that blocks.
+LARGE = 50 << 20  # bytes of an answer that slow clients take
 APP = f"""import time
 from flask import Flask
 app = Flask(__name__)
@@ -66,6 +67,11 @@ app.add_url_rule("/slow", "slow", view_func=lambda: time.sleep({SLEEP}) or "Hell
 def bare(environ, start_response):
     start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "5")])
     return [b"Hello"]
+def large(environ, start_response):
+    if environ["PATH_INFO"] == "/":
+        return bare(environ, start_response)
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str({LARGE}))])
+    return [bytes({LARGE})] if environ["PATH_INFO"] == "/body" else (bytes(1 << 16) for _ in range({LARGE} >> 16))
 """
 # A Windows host as far as a poll can tell, for as long as its standard input is open.
 WINDOWS_HOST = """import sys

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -30,6 +31,7 @@ import psutil
 from bench import (
     APP,
     HEY,
+    LARGE,
     SETTINGS,
     SHORT,
     SIMULATED,
@@ -48,8 +50,9 @@ from bench import (
 from service import Service, environment
 from sshd import SSHD, Sshd, wait_for
 
-from healthchecker import middleware_text
+from healthchecker import ServiceSettings, middleware_text
 
+SLOW, SLOW_RATE = 64, 20_000  # clients that take large answers slowly, and bytes that each takes in a second
 CROWD = 512  # clients that keep their connection
 IDLE = 2000  # clients that do so and ask nothing
 POLLED, REAL = 500, 20  # hosts polled beside full load, and how many of them are an sshd
@@ -178,10 +181,10 @@ def other(*arguments: str) -> Iterator[str]:
             server.wait()
 
 
-def status_of(address: str) -> int:
+def status_of(address: str, patience: float = 5) -> int:
     """What a server answers, 0 for nothing: a port may listen before its workers do."""
     try:
-        with urllib.request.urlopen(address, timeout=5) as answer:
+        with urllib.request.urlopen(address, timeout=patience) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as refusal:
         refusal.close()
@@ -334,6 +337,55 @@ def pool_rows(plan: Plan) -> Iterator[Row]:
     yield Row(figure, measured, "≥ 0.9 times", share >= 0.9)
 
 
+def slow_rows(plan: Plan) -> Iterator[Row]:
+    """What one who asks for little waits behind clients that take large answers slowly, and what memory that takes."""
+    bound = ServiceSettings().send_buffer / 1e6
+    for kind in ("generator", "body") if plan is not SHORT else ("generator",):
+        with healthy(1, 8, "oneline:large") as service:
+            (worker,) = workers(service)
+            before, peaks = megabytes(worker), list[float]()
+            with slow_clients(service.host, service.port, kind):
+                waits, ends = list[float](), time.monotonic() + 4 * plan.load + 4
+                while time.monotonic() < ends:
+                    begin = time.monotonic()
+                    if status_of(url(service), 60) != 200:
+                        raise RuntimeError("who asks for little got no answer")
+                    waits.append(time.monotonic() - begin)
+                    peaks.append(megabytes(worker) - before)
+                    time.sleep(0.05)
+        taken = f"{SLOW_RATE / 1e3:.0f} kB/s of {LARGE >> 20} MB"
+        figure = f"Longest wait behind {SLOW} clients that take {taken}, a {kind}"
+        yield at_most(figure, [max(waits)], 5, "s", 1)
+        bodies = 0 if kind == "generator" else (8 + 2) * LARGE / 1e6    # those of the application, one in each thread
+        yield at_most("... memory (PSS) that the worker takes more", [max(peaks)], round(2 * bound + bodies), "MB")
+
+
+@contextlib.contextmanager
+def slow_clients(host: str, port: int, kind: str) -> Iterator[None]:
+    """So many; who is cut comes again."""
+    ending = threading.Event()
+
+    def take() -> None:
+        while not ending.is_set():
+            with contextlib.suppress(OSError), socket.socket() as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+                sock.settimeout(5)
+                sock.connect((host, port))
+                sock.sendall(f"GET /{kind} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+                while not ending.wait(0.1) and sock.recv(SLOW_RATE // 10):
+                    pass
+
+    threads = [threading.Thread(target=take) for _ in range(SLOW)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        for thread in threads:
+            thread.join()
+
+
 def replaced(service: Service) -> float:
     """Seconds from kill -9 of the only worker to an answer of the one that takes its place."""
     (worker,) = workers(service)
@@ -456,7 +508,7 @@ def serving_rows(plan: Plan) -> Iterator[Row]:
     if not WRK:
         yield Row("Requests per second", "skipped: wrk is not installed")
         return
-    for part in (process_rows, granian_rows, worker_rows, polling_rows):
+    for part in (process_rows, granian_rows, worker_rows, slow_rows, polling_rows):
         yield from part(plan)
 
 
