@@ -588,6 +588,7 @@ def damage_cells(console: Local, table: sqlalchemy.Table) -> Iterator[str]:
     """Damages each cell of a row, one at a time, as far as the database takes that, and mends it again."""
     keys, quote_name = [column.name for column in table.primary_key], '"{}"'.format
     name, where = quote_name(table.name), " AND ".join(f"{quote_name(key)} = :{key}" for key in keys)
+    odd = ("9e999", "x'ff00'") if isinstance(console.store.database, SqliteFile) else ("'Infinity'", "''")
     with console.store.reading() as session:
         rows = session.execute(table.select().order_by(*map(sqlalchemy.desc, table.primary_key))).mappings().all()
     # Of many settings each; of the rest the newest, which is not this login's.
@@ -598,7 +599,7 @@ def damage_cells(console: Local, table: sqlalchemy.Table) -> Iterator[str]:
                 continue
             if is_text and column.primary_key:  # then it is another row, and this one may be written anew
                 continue
-            for junk in ("'junk'", "x'ff00'" if is_text else "9e999"):
+            for junk in ("'junk'", odd[is_text]):
                 cell, kept = quote_name(column.name), {key: row[key] for key in keys}
                 known = f'SELECT {cell} FROM {name} WHERE {where}'
                 try:
