@@ -121,6 +121,7 @@ import csv
 import ctypes
 import datetime
 import difflib
+import email.utils
 import errno
 import fnmatch
 import functools
@@ -18297,8 +18298,13 @@ os.write(out, json.dumps(answer).encode())
 
 
 def seconds_of(text: str) -> float:
-    """Of a Retry-After, where that is a number."""
-    return float(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0.0
+    """Of a Retry-After: a number, or else a date, which is of GMT whatever it says."""
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        return float(text)
+    with contextlib.suppress(ValueError, OverflowError, LookupError):
+        at = email.utils.parsedate_to_datetime(text).replace(tzinfo=datetime.timezone.utc)
+        return max(0.0, at.timestamp() - time.time())
+    return 0.0
 
 
 class ChildProcess:

@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -669,6 +671,18 @@ def test_a_web_hook_that_drops(hook: Hook) -> None:
 def test_a_web_hook_that_wants_to_be_left_alone(hook: Hook) -> None:
     hook.status, hook.headers = 429, {"Retry-After": "77"}
     assert deliver(f"json://{hook.place}/x", MESSAGE, ChildProcess()) == Delivery(False, "the answer was 429", 77.0)
+    hook.headers = {"Retry-After": formatdate(time.time() + 900, usegmt=True)}
+    came = deliver(f"json://{hook.place}/x", MESSAGE, ChildProcess())
+    assert came.why == "the answer was 429" and 800 < came.retry_after <= 900
+
+
+@pytest.mark.parametrize("text", [
+    "", "soon", "-1", "1e9", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 99999999999999999999 07:28:00 GMT", "0 0",
+    "Wed, 32 Oct 2099 07:28:00 GMT", ",", "Wed, 21 Oct 2015 07:28:00 +9999999999999999", "\x00", "1 2 3 4 5 6" * 1000,
+])  # fmt: skip
+def test_a_wait_that_is_none(text: str) -> None:
+    """What is over, or no date: nobody forges an error by it."""
+    assert healthchecker.seconds_of(text) == 0
 
 
 def test_no_redirect_is_followed(hook: Hook) -> None:
