@@ -2156,14 +2156,14 @@ class InventoryLoader:
                 taken.add(resource.was)
 
     def _fault_shared_files(self, service: ServiceSettings, resources: Iterable[tuple[int, ResourceSettings]]) -> None:
-        """A log that is written into another file of the service would destroy it, by whatever name it is called."""
+        """What is written into another file of the service would destroy it, by whatever name it is called."""
         database, log_file = service.database_path, service.log_file
         ours = [("", "the inventory", self.path), ("", "the program", Path(__file__)),
                 *(("", f"{service.keys.name}/{name}", service.keys / name) for name in (*KEY_FILES, STARTED)),
                 *([("database", "service.database", database)] if database else ()),
                 *(("", database.name + end, Path(f"{database}{end}")) for end in COMPANIONS if database)]
         ours += [(name, f"service.{name}", path) for name, path in service
-                 if path and name.endswith("_file") and name != "log_file"]
+                 if isinstance(path, Path) and name != "log_file"]
         for number in range(LOG_FILES + 1) if log_file else ():
             ours.append(("log_file", "service.log_file", Path(f"{log_file}{f'.{number}' if number else ''}")))
         known: dict[object, str] = {}

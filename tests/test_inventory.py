@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import healthchecker
 from healthchecker import Inventory, InventoryError, Platform, ResourceSettings, ServiceSettings, load_inventory
 
 CANARY = "C4N4RY"
@@ -132,6 +133,34 @@ FAULTS: dict[str, tuple[str, str]] = {
     "log into the token": (
         "service: {log_file: ¦token, metrics_token_file: token}\nresources: []",
         "service.log_file: is service.metrics_token_file, too",
+    ),
+    "known hosts in the inventory": (
+        "service: {known_hosts: ¦sub/../inventory.yaml}\nresources: []",
+        "service.known_hosts: is the inventory, too; name another file",
+    ),
+    "known hosts in a key": (
+        "service: {keys: mine, known_hosts: ¦mine/private.pem}\nresources: []",
+        "service.known_hosts: is mine/private.pem, too",
+    ),
+    "known hosts in the program": (
+        f"service: {{known_hosts: ¦{json.dumps(healthchecker.__file__)}}}\nresources: []",
+        "service.known_hosts: is the program, too",
+    ),
+    "known hosts in the database": (
+        "service: {database: 'sqlite:///health.db', known_hosts: ¦health.db}\nresources: []",
+        "service.known_hosts: is service.database, too",
+    ),
+    "log into the known hosts": (
+        "service: {log_file: ¦known, known_hosts: known}\nresources: []",
+        "service.log_file: is service.known_hosts, too",
+    ),
+    "keys in the inventory": (
+        "service: {keys: ¦inventory.yaml}\nresources: []",
+        "service.keys: is the inventory, too; name another file",
+    ),
+    "keys in the database": (
+        "service: {keys: ¦health.db, database: 'sqlite:///health.db'}\nresources: []",
+        "service.keys: is service.database, too",
     ),
     "drain that never ends": ("service: {drain: ¦.inf}\nresources: []", "service.drain: must be a valid number"),
     "drain inf": ("service: {drain: ¦inf}\nresources: []", "service.drain: must be"),
