@@ -18817,6 +18817,18 @@ def restore(arguments: argparse.Namespace) -> int:
 RELOAD_END = 2.0                # seconds that the end of the service waits for one
 
 
+def mark_beside(inventory: Path) -> Path:
+    """Notes that a service has begun with it, where neither database nor keys are beside it."""
+    return inventory.with_name(f"{inventory.name}.{STARTED}")
+
+
+def left_beside(inventory: Path) -> list[Path]:
+    """What an earlier start left there, a link to what is gone, too."""
+    names = "healthchecker.db", f"keys/{KEY_FILES[0]}"
+    return [place for place in (*map(inventory.parent.joinpath, names), mark_beside(inventory))
+            if os.path.lexists(place)]
+
+
 def ensure_inventory(path: Path) -> None:
     """On first start: copies inventory.example.yaml, or writes an inventory that watches this machine. Never where a
     service has run before: that would forget what it watched, and open its gate."""
@@ -18825,7 +18837,7 @@ def ensure_inventory(path: Path) -> None:
     try:
         if path.exists():
             return
-        if left := [*path.parent.glob("healthchecker.db"), *path.parent.glob("keys/private.pem")]:
+        if left := left_beside(path):
             raise InventoryError(f"{path.name} is not there, but {left[0].name} of an earlier start is: "
                                  "bring it back, or name another one by --inventory")
         if example.is_file():
@@ -18898,12 +18910,15 @@ class Installation:
         return version
 
     def mark(self) -> None:
-        """Notes that the database has begun, but in keys that are not the service's own to write."""
+        """Notes that the database has begun, but in folders that are not the service's own to write."""
         mark, name = self.service.keys / STARTED, os.fsencode(str(self.database))
         with contextlib.suppress(OSError):
             if not mark.exists() or mark.read_bytes() != name:
                 mark.unlink(missing_ok=True)
                 create_private(mark, name)
+        with contextlib.suppress(OSError):
+            if not left_beside(self.path):
+                create_private(mark_beside(self.path), name)
 
     @contextlib.contextmanager
     def store(self, *, scratch: bool = False, locked: bool = False, whole: bool = True) -> Iterator[Store]:

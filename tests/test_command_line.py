@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
 import os
 import re
 import select
@@ -168,6 +169,26 @@ def test_an_inventory_that_has_gone_is_not_replaced(left: str, tmp_path: Path) -
     with pytest.raises(healthchecker.InventoryError, match=r"not there, but .* of an earlier start is"):
         healthchecker.ensure_inventory(tmp_path / "inventory.yaml")
     assert files(tmp_path) == before
+
+
+def test_an_inventory_that_has_gone_is_not_replaced_wherever_database_and_keys_are(tmp_path: Path) -> None:
+    """A start leaves a note beside it, of this inventory alone."""
+    folder, elsewhere = tmp_path / "opt", tmp_path / "var"
+    folder.mkdir()
+    elsewhere.mkdir()
+    prepared_keys(elsewhere)
+    places = f"  database: sqlite:///{(elsewhere / 'hc.db').as_posix()}\n  keys: {json.dumps(str(elsewhere / 'keys'))}"
+    path, mark = write_inventory(folder, CALM, places), folder / "inventory.yaml.started"
+    with Program(path):
+        assert files(folder).keys() == {path.name, mark.name}
+    path.rename(tmp_path / "moved.yaml")
+    with pytest.raises(healthchecker.InventoryError, match=r"but inventory\.yaml\.started of an earlier start is"):
+        healthchecker.ensure_inventory(path)
+    assert files(folder).keys() == {mark.name}
+    healthchecker.ensure_inventory(folder / "other.yaml")
+    mark.unlink()       # whoever means it
+    healthchecker.ensure_inventory(path)
+    assert [one.name for one in load_inventory(path).resources] == ["this-machine"]
 
 
 def test_a_named_inventory_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
