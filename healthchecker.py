@@ -92,7 +92,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+
+# To import what follows takes a second: a reload that is asked for meanwhile waits until the service can hear of it.
+if __name__ == "__main__" and sys.platform != "win32":
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
 
 # glibc gives each of hundreds of pollers an arena and a cache of what it freed, so that memory grows for hours: with
 # 100 hosts by 10 MB an hour, by 1 like this, which takes no more time. It can be said only before a process begins,
@@ -152,7 +157,6 @@ import secrets
 import selectors
 import shlex
 import shutil
-import signal
 import socket
 import sqlite3
 import ssl
@@ -13420,8 +13424,8 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 # what is to be logged, in JSON; it hears stop, or end of file when the main process died.
 # That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set: if
 # each served as soon as it is ready, a start that fails would have served somebody.
-# Gives: ENDINGS, HANGUPS, LogFile, Supervisor, bound_address, handed_over, keep_out_of_collections, listen,
-#   set_up_logging, try_app
+# Gives: ENDINGS, HANGUPS, LogFile, Supervisor, bound_address, handed_over, hear_signals, keep_out_of_collections,
+#   listen, set_up_logging, try_app
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)      # this machine does not have the address, or its family
 LISTEN_FAULTS = {
     errno.EADDRINUSE: "another program uses that port; stop it, or write another port at",
@@ -13442,6 +13446,12 @@ WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)  # seconds before the 1st, 2nd, … 
 WORKER_END = 2.0                # seconds between the end of draining and the end of the process
 ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)]
 HANGUPS = [getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name)]      # Windows has none
+
+
+def hear_signals() -> None:
+    """Those that were held come now (POSIX)."""
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDINGS, *HANGUPS))
 
 
 # --- the doors ---
@@ -13737,8 +13747,8 @@ class Worker:
     def run(self) -> None:
         for number in (*ENDINGS, *HANGUPS):     # it ends through its pipe; SIG_IGN would be inherited by what it starts
             signal.signal(number, lambda *_: None)
+        hear_signals()
         if sys.platform != "win32":
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDINGS, *HANGUPS))
             numbers = [self.pipe.fileno(), *(sock.fileno() for sock in self.socks)]
             with contextlib.suppress(OSError):      # where there is such a folder: the lease's shared memory, too
                 numbers += [number for number in map(int, os.listdir("/dev/fd")) if number > 2]
@@ -13801,8 +13811,7 @@ def signals_held() -> Iterator[None]:
     try:
         yield
     finally:
-        if sys.platform != "win32":
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDINGS, *HANGUPS))
+        hear_signals()
 
 
 class WorkerProcess:
@@ -18862,6 +18871,7 @@ def handle_signals(stop: Callable[[], None], hangups: queue.SimpleQueue[bool]) -
         signal.signal(number, lambda *_: stop())
     for number in HANGUPS:
         signal.signal(number, reopen)
+    hear_signals()
 
 
 def database_of(service: ServiceSettings) -> Database:
@@ -20029,6 +20039,8 @@ def run_command(argv: Sequence[str] | None) -> int:
     inventory = arguments.inventory.absolute()
     for name in ("paramiko", "pypsrp", "urllib3", "spnego", "psycopg"):    # they repeat what we report
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    if arguments.run is not serve:      # which hears of them when it can
+        hear_signals()
     try:
         return int(arguments.run(arguments))
     except HealthCheckerError as error:

@@ -7,13 +7,14 @@ import io
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from console import Client, prepared_database, prepared_keys
-from service import Service, run, run_cheaply, write_inventory
+from service import Program, Service, command, environment, run, run_cheaply, write_inventory
 from sshd import wait_for
 
 import healthchecker
@@ -154,6 +155,33 @@ def test_reload_of_a_service_that_does_not_run(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out == "inventory: 1 added, 0 changed, 0 removed, 1 kept; added: h1\n"
     with Service(path) as service:
         service.wait_line("inventory: 0 added, 0 changed, 0 removed, 2 kept")
+
+
+EARLY = """
+import importlib.abc, os, signal, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "paramiko":
+            os.kill(os.getpid(), signal.SIGHUP)
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+def test_a_hangup_during_the_imports_of_a_start(tmp_path: Path) -> None:
+    """`systemctl reload` right after a start: it is a reload, as soon as there is something to reload. What is no
+    service ends by it, as by the end of a terminal."""
+    prepared_database(tmp_path)
+    (tmp_path / "sitecustomize.py").write_text(EARLY, encoding="utf-8")
+    early = {"PYTHONPATH": str(tmp_path)}
+    with Program(write_inventory(tmp_path, HOSTS[0]), env=early) as service:
+        service.wait_line("inventory: 1 added")
+        service.wait_line("inventory: 0 added, 0 changed, 0 removed, 1 kept")
+        service.wait_status("/-/readyz", 200)
+    told = subprocess.run(command(service.inventory, "gate"), env=environment(early), capture_output=True, check=False)
+    assert told.returncode == -signal.Signals["SIGHUP"] and not told.stdout
 
 
 def test_start_and_stop_are_events(tmp_path: Path) -> None:
