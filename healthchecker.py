@@ -2040,7 +2040,8 @@ def fetch_secret(source: str, text: str, folder: Path) -> str:
     except (OSError, UnicodeError):
         raise ValueError("this file cannot be read as text") from None
     if not found:
-        what = "environment variable is not set" if source.endswith("_env") else "file is empty"
+        what = ("environment variable is not set here; check and reload need it, too, as the service does"
+                if source.endswith("_env") else "file is empty")
         raise ValueError(f"this {what}")
     return found
 
@@ -2059,10 +2060,11 @@ def secret_entries(top: Mapping[str, Any]) -> Iterator[tuple[NodePath, dict[str,
 
 
 class InventoryLoader:
-    """Turns a Document into an Inventory and gathers all faults on the way."""
+    """Turns a Document into an Inventory and gathers all faults on the way. Not `secrets`: for what needs none, and may
+    lack the service's environment, which is the database's password alone then."""
 
-    def __init__(self, path: Path, document: Document) -> None:
-        self.path, self.document = path, document
+    def __init__(self, path: Path, document: Document, *, secrets: bool = True) -> None:
+        self.path, self.document, self._secrets = path, document, secrets
         self.folder = path.absolute().parent            # where relative paths begin
         self.faults = dict.fromkeys(document.faults)    # a dict keeps the order and drops repetitions
         self.places: dict[str, str] = {}                # of the resources so far, by name
@@ -2111,10 +2113,14 @@ class InventoryLoader:
             try:
                 own.update((name, fetch_secret(key, own[key], self.folder)) for key in stated[:1] if key != name)
             except ValueError as error:
-                self.fault((*here, stated[-1]), str(error))
+                self._fault_secret((*here, stated[-1]), stated[-1], str(error))
                 own.setdefault(name, "http://unknown.invalid")
             if len(stated) > 1:
                 self.fault((*here, stated[1]), f"use one of {', '.join(stated)}")
+
+    def _fault_secret(self, path: NodePath, source: str, message: str) -> None:
+        if self._secrets or not source.endswith("_env") or source == "database_password_env":
+            self.fault(path, message)
 
     def _hosts(self, index: int, own: dict[str, Any]) -> list[dict[str, Any]]:
         """An entry by itself, or one for each host of its range."""
@@ -2229,7 +2235,7 @@ class InventoryLoader:
             try:
                 raw[kind] = fetch_secret(source, raw[source], self.folder)
             except ValueError as error:
-                self.fault(locate((source,)), str(error))
+                self._fault_secret(locate((source,)), source, str(error))
         return self._validate(ResourceSettings, raw, locate)
 
     def _merged(self, here: NodePath, own: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -2260,9 +2266,9 @@ class InventoryLoader:
         return raw
 
 
-def load_inventory(path: Path) -> Inventory:
+def load_inventory(path: Path, *, secrets: bool = True) -> Inventory:
     """Reads and validates; raises InventoryError, a line per fault: `inventory.yaml:12:7: resources[2].port: …`."""
-    return InventoryLoader(path, read_document(path)).load()
+    return InventoryLoader(path, read_document(path), secrets=secrets).load()
 
 
 # === Vault ===================================================================
@@ -18889,10 +18895,11 @@ def database_of(service: ServiceSettings) -> Database:
 class Installation:
     """What every command works on: the inventory, its folder, the database and the keys."""
 
-    def __init__(self, path: Path, *, accepts_removals: bool = False, listen_on: str | None = None) -> None:
-        """`listen_on` is --listen, in place of service.listen."""
-        self.path, self._accepts_removals = path.absolute(), accepts_removals
-        self.inventory, self.listen_on = load_inventory(self.path), listen_on
+    def __init__(self, path: Path, *, accepts_removals: bool = False, listen_on: str | None = None,
+                 secrets: bool = True) -> None:
+        """`listen_on` is --listen, in place of service.listen; `secrets`: see InventoryLoader."""
+        self.path, self._accepts_removals, self._secrets = path.absolute(), accepts_removals, secrets
+        self.inventory, self.listen_on = load_inventory(self.path, secrets=secrets), listen_on
         for name in self.inventory.secret_variables:
             take_variable(name)
         self.service = self.inventory.service
@@ -18907,7 +18914,7 @@ class Installation:
     def read_again(self) -> Document:
         """The file as it is by now, and the inventory of just that. Raises InventoryError."""
         document = read_document(self.path)
-        self.inventory = InventoryLoader(self.path, document).load()
+        self.inventory = InventoryLoader(self.path, document, secrets=self._secrets).load()
         return document
 
     def schema(self, *, whole: bool = True) -> int:
@@ -19292,7 +19299,7 @@ def told_status(installation: Installation, names: Sequence[str]) -> dict[str, A
 def status(arguments: argparse.Namespace) -> int:
     """Says what the running service says of everything, or of some, with exit codes of Nagios."""
     try:
-        answer = told_status(Installation(arguments.inventory), arguments.names)
+        answer = told_status(Installation(arguments.inventory, secrets=False), arguments.names)
     except (HealthCheckerError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, ValueError) as error:
         why = one_line(str(getattr(error, "orig", None) or error).replace("\n", "; "))
         answer = {"state": "unknown", "text": f"UNKNOWN: {why}"}
@@ -19373,7 +19380,7 @@ def secret_nodes(inventory: Inventory, document: Document, *, sealed: bool) -> l
 
 def seal(arguments: argparse.Namespace) -> int:
     """Replaces the plain secrets in the file by sealed ones."""
-    installation = Installation(arguments.inventory)
+    installation = Installation(arguments.inventory, secrets=False)
     with installation.store(scratch=True) as store, store.writing() as session:     # `keys rotate` waits
         document = installation.read_again()
         vault = installation.open_vault(session)
@@ -19667,7 +19674,7 @@ def notify_test(arguments: argparse.Namespace) -> int:
 
 def middleware(arguments: argparse.Namespace) -> int:
     """Prints the gate for other servers."""
-    path = Installation(arguments.inventory).service.lease_file
+    path = Installation(arguments.inventory, secrets=False).service.lease_file
     if not path:
         raise UsageError(f"{arguments.inventory.name} names no service.lease_file, which it would read")
     print(middleware_text(path), end="")
@@ -19676,7 +19683,7 @@ def middleware(arguments: argparse.Namespace) -> int:
 
 def endpoint(arguments: argparse.Namespace) -> int:
     """Prints what a host needs that shall answer polls and nothing else."""
-    installation = Installation(arguments.inventory)
+    installation = Installation(arguments.inventory, secrets=False)
     with rehearsal(installation) as (_, _, targets):
         target = find_target(targets, arguments.name)
     settings = target.settings
@@ -19708,7 +19715,7 @@ def confirm(offered: str, arguments: argparse.Namespace) -> None:
 
 def trust(arguments: argparse.Namespace) -> int:
     """Shows the key that a host was known by and the one that it shows now, and accepts that one when told so."""
-    installation = Installation(arguments.inventory)
+    installation = Installation(arguments.inventory, secrets=False)
     installation.require_database()
     with installation.store() as store:
         with store.reading() as session:
@@ -19732,7 +19739,7 @@ def trust(arguments: argparse.Namespace) -> int:
 
 def copy_database(arguments: argparse.Namespace) -> int:
     """Copies a database into an empty one, of the same kind or the other, while no service runs on either."""
-    installation = Installation(arguments.inventory)
+    installation = Installation(arguments.inventory, secrets=False)
     source, target = (database_at(url, installation) for url in (arguments.source, arguments.target))
     if str(source) == str(target):
         raise UsageError(f"FROM and TO are both {source}; name another one")
@@ -19807,7 +19814,7 @@ def console_of(installation: Installation, store: Store) -> Principal:
 
 def manage_users(arguments: argparse.Namespace) -> int:
     """A `user` command, also while the service runs or before it ever did."""
-    installation = Installation(arguments.inventory)
+    installation = Installation(arguments.inventory, secrets=False)
     _, run, said = USER_COMMANDS[arguments.action]
     with installation.store(scratch=arguments.action.endswith("list"), whole=False) as store:
         with store.writing() as session:
@@ -19855,7 +19862,7 @@ def gate_rows(installation: Installation, session: Session) -> Iterator[list[str
 def change_and_show(arguments: argparse.Namespace, change: Callable[[Principal], object] | None,
                     rows: Callable[[Installation, Session], Iterable[list[str]]]) -> int:
     """Makes a change, if there is one, also while the service runs; then prints how it stands."""
-    installation = Installation(arguments.inventory)
+    installation = Installation(arguments.inventory, secrets=False)
     installation.require_database()
     with installation.store(scratch=change is None, whole=False) as store:
         if change:

@@ -26,6 +26,7 @@ from conftest import wait_for
 from console import prepared_vault
 from rights import ROOT
 from service import PROGRAM, Program, Service, command, environment, prepared_keys, run_cheaply, write_inventory
+from sshd import make_key, write_private
 
 import healthchecker
 from healthchecker import UsageError, Vault, binding, load_inventory, main
@@ -627,6 +628,33 @@ def test_seal_twice_changes_nothing(
         "inventory.yaml: 1 secrets sealed",
         "inventory.yaml: 0 secrets sealed",
     ]
+
+
+@POSIX_ONLY
+def test_commands_that_need_no_secret_need_no_variables_of_the_service(tmp_path: Path, closed_port: int) -> None:
+    """They stand in the unit's environment alone, and not in that of the shell of who looks, or closes the gate."""
+    prepared_keys(tmp_path)
+    write_private(tmp_path / "key", make_key("ed25519"))
+    variables = {"ONE": "http://127.0.0.1:9/heart", "TWO": "a-token-of-20-letters", "THREE": "json://127.0.0.1:9/x",
+                 "FOUR": "s3cret"}
+    host = f"hostname: 127.0.0.1, port: {closed_port}, username: u, critical: false, fall: 1"
+    rows = (f"{CALM}  - {{{host}, name: a, password_env: FOUR}}\n"
+            f"  - {{{host}, name: b, key_file: key, key_passphrase_env: FOUR, endpoint: true}}\n"
+            "notify: [{name: ops, url_env: THREE}]\n")
+    path = write_inventory(tmp_path, rows, "  heartbeat_env: ONE\n  status_token_env: TWO\n  lease_file: lease\n")
+    with Service(path, env=variables) as service:
+        service.wait_status("/-/readyz", 200)
+        for words, code, told in (
+            ("status calm", 0, "OPEN: calm healthy"), ("gate close --reason x", 0, "closed by command line: x"),
+            ("gate auto", 0, "runs"), ("maintenance list", 0, "NUMBER"), ("trust a", 1, "connection refused"),
+            ("user list", 0, "SpiceWorks"), ("seal", 0, "0 secrets sealed"), ("endpoint b", 0, "/bin/sh"),
+            ("middleware", 0, "def "), ("reload", 2, "check and reload need it, too, as the service does"),
+            ("check", 2, "resources[1].password_env: this environment variable is not set here"),
+        ):
+            assert (answer := run_cheaply("--inventory", str(path), *words.split()))[0] == code and told in answer[1], (
+                words, answer)
+        os.kill(service.pid, signal.Signals["SIGHUP"])      # the service knows them
+        service.wait_line("inventory: 0 added, 0 changed, 0 removed, 3 kept")
 
 
 def test_seal_says_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
