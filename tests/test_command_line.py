@@ -893,8 +893,8 @@ BAD_STARTS: dict[str, tuple[str, int, str]] = {
     "name with an empty label": ("listen: a..b:0", 2, "cannot listen on"),
     "log file in a missing folder": ("log_file: nowhere/log", 2, "service.log_file"),
     "log file is a folder": ("log_file: .", 2, "service.log_file"),
-    "keys is a file": ("keys: inventory.yaml", 3, "inventory.yaml"),
-    "database is a folder": ("database: sqlite:///keys", 4, "keys"),
+    "keys is a file": ("keys: file", 3, "file"),
+    "database is a folder": ("database: sqlite:///folder", 4, "folder"),
     "database in a missing folder": ("database: sqlite:///nowhere/x.db", 4, "nowhere/x.db"),
 }
 
@@ -916,6 +916,8 @@ def bad_start(case: str, folder: Path) -> tuple[Path, int, str]:
     setting, code, message = BAD_STARTS[case]
     if not setting.startswith("keys"):
         prepared_keys(folder)
+    (folder / "file").touch()
+    (folder / "folder").mkdir()
     return write_inventory(folder, CALM, service=f"  {setting}"), code, message
 
 
@@ -925,8 +927,8 @@ WITHOUT_STREAMS = "import sys; sys.stdout = sys.stderr = None; import healthchec
 @pytest.mark.parametrize(("text", "log_file", "code", "words"), [
     ("service: {log_file: logs/hc.log}\nresources: [{name: a, platform: no}, {name: b, platform: no}]",
      "logs/hc.log", 2, ["inventory.yaml:2:33: ", "inventory.yaml:2:58: "]),
-    ("service: {listen: '127.0.0.1:0', console: off, log_file: logs/hc.log, keys: inventory.yaml}\nresources: []",
-     "logs/hc.log", 3, ["inventory.yaml"]),
+    ("service: {listen: '127.0.0.1:0', console: off, log_file: logs/hc.log, keys: file}\nresources: []",
+     "logs/hc.log", 3, ["file"]),
     ("service: {log_file: no/hc.log}\nresources: []", "healthchecker.log", 2, ["service.log_file"]),
     ("service: {listen: '192.0.2.1:0'}\nresources: []", "healthchecker.log", 2, ["this machine has no such address"]),
     ("service: [", "healthchecker.log", 2, ["not valid YAML"]), ("", "healthchecker.log", 2, ["cannot be read"]),
@@ -936,6 +938,7 @@ def test_a_start_without_streams_says_in_the_log_why_it_ends(
     """As under pythonw, where nobody sees anything else."""
     prepared_keys(tmp_path)
     (tmp_path / "logs").mkdir()
+    (tmp_path / "file").touch()
     path = tmp_path / "inventory.yaml"
     if text:
         path.write_text(text, encoding="utf-8")

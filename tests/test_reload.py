@@ -165,6 +165,7 @@ class Finder(importlib.abc.MetaPathFinder):
         if name == "paramiko":
             os.kill(os.getpid(), signal.SIGHUP)
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)    # under nohup it is ignored
 sys.meta_path.insert(0, Finder())
 """
 
