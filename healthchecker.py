@@ -2904,7 +2904,8 @@ class Setting(Base):
     """What the service remembers about itself: `revision` rises with every change of configuration; in JSON are
     `defaults`, `gates`, `plans` and `service` of the inventory as imported last, the service's as it was started with,
     `override`, what an operator says of the gate, `standing`, what the service said last of everything, and `logins/`,
-    with a row for each, what a LoginGuard wrote down."""
+    with a row for each, what a LoginGuard wrote down; `tidied` is the Unix time of history's last look at what is old,
+    and how many looks drop nothing yet."""
 
     __tablename__ = "setting"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -9269,8 +9270,8 @@ def gates_of(aggregator: HealthAggregator, name: str) -> set[str]:
 # prune_events, availability, Point, chart
 DAY = 86_400                    # seconds
 PRUNE_ROWS = 10, 10_000         # rows of a resource, or events, that are dropped at once, at least and at most
-PRUNE_PART = 50                 # of how many rows one is dropped at once: a clock that is wrong takes half a day to
-                                # drop half of them, and of 12 hours or more an ordinary quarter drops fewer
+PRUNE_PART = 50                 # of how many rows one is dropped at once: of 12 hours or more an ordinary quarter drops
+                                # fewer
 EVENTS = 100_000                # events of a kind that are kept at most: a resource may flap for a year
 METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "load_per_cpu", "seconds")
 HOUR = 3600                     # seconds between two readings of every filesystem: they fill slowly
@@ -9454,7 +9455,7 @@ ROLL_UP = sqlalchemy.text(f"""INSERT INTO average {PARTS}
     FROM known LEFT JOIN sample ON sample.resource_id = :id AND sample.at = known.at GROUP BY quarter""")  # noqa: S608
 AVAILABLE = sqlalchemy.text(f"""{PARTS} SELECT SUM(seconds), SUM(good) FROM (
     SELECT seconds, good * seconds AS good FROM known WHERE at >= :first UNION ALL
-    SELECT known / 10.0, healthy / 10.0 FROM average WHERE resource_id = :id AND at >= :first) AS times
+    SELECT known / 10.0, healthy / 10.0 FROM average WHERE resource_id = :id AND at >= :first AND at < :end) AS times
     """)    # noqa: S608  # nobody's words
 CHARTS = {metric: sqlalchemy.text(f"""
     SELECT floor(at / :step) * :step, AVG(average), MIN(lowest), MAX(highest) FROM (
@@ -9466,16 +9467,16 @@ CHARTS = {metric: sqlalchemy.text(f"""
     GROUP BY 1 ORDER BY 1""") for metric in METRICS}   # noqa: S608  # nobody's words
 
 
-def rolled_until(session: Session, resource_id: int) -> int:
-    """Unix time until which averages are made; 0 when there is none."""
+def rolled_until(session: Session, resource_id: int, now: float) -> int:
+    """Unix time until which averages are made; 0 when there is none but of a future that a clock once showed."""
     last = session.scalar(sqlalchemy.select(func.max(AVERAGES.c.at)).where(
-        AVERAGES.c.resource_id == resource_id, AVERAGES.c.at < YEAR_3000))     # of a damaged row it is no number
+        AVERAGES.c.resource_id == resource_id, AVERAGES.c.at < now))
     return 0 if last is None else last + QUARTER
 
 
 def roll_up(session: Session, resource_id: int, end: int) -> None:
     """Makes the averages that are missing until `end`, a multiple of QUARTER."""
-    session.execute(ROLL_UP, {"id": resource_id, "begin": rolled_until(session, resource_id), "end": end})
+    session.execute(ROLL_UP, {"id": resource_id, "begin": rolled_until(session, resource_id, end), "end": end})
 
 
 # Two for each table: both ends in one would be no range. Written out, for they run every second.
@@ -9518,7 +9519,7 @@ def known_since(session: Session, resource_id: int) -> float | None:
 def availability(session: Session, resource_id: int, now: float) -> dict[str, float | None]:
     """Percent of the last day, week and month in which the resource was healthy or degraded; time of which nothing is
     known does not count, None: nothing is known at all."""
-    begin, found = rolled_until(session, resource_id), {}
+    begin, found = rolled_until(session, resource_id, now), {}
     for span in ("day", "week", "month"):
         known, healthy = session.execute(AVAILABLE, {
             "id": resource_id, "begin": begin, "end": now, "first": now - SPANS[span][0]}).one()
@@ -9541,7 +9542,7 @@ def chart(session: Session, resource_id: int, metric: str, span: str, now: float
     first = session.scalar(sqlalchemy.select(func.min(SAMPLES.c.at)).where(SAMPLES.c.resource_id == resource_id))
     polls = now if first is None else first     # from then on; there are averages of the time before
     if span in ("week", "month"):
-        polls = max(polls, rolled_until(session, resource_id))
+        polls = max(polls, rolled_until(session, resource_id, now))
     rows = session.execute(CHARTS[metric], {"id": resource_id, "step": step, "first": now - seconds, "polls": polls,
                                             "now": now})
     return [Point(int(at), float(average) / 100, lowest / 100, highest / 100) for at, average, lowest, highest in rows]
@@ -10858,6 +10859,7 @@ FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it
 WOKEN_INTERVAL = 0.05           # the same where something falls, for others may fall with it, and of logins
 PENDING_ROWS = 100_000          # rows that wait for a database that cannot be written; older ones are lost
 QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
+STILL_ROUNDS = 7 * DAY // QUARTER   # of tidying that drop nothing, where the clock may have been set
 TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
 UNSURE = (*NO_ANSWER, "stale")  # causes that are this machine's, perhaps
 TRY_LASTS = 30.0                # seconds after which a login of another machine is over, or that machine is
@@ -11010,6 +11012,7 @@ class Recorder(threading.Thread):
         self._unsummed = Trouble("history cannot be summed up")
         self._drops_mono = lease_clock() + QUARTER      # before that a wrong clock may be put right
         self._rolled = 0                        # Unix time until which averages are made or in the making
+        self._drops_at = -math.inf              # when that began, if what is too old is dropped, too
         self._untidy: list[int] = []            # ids of resources whose averages are to be made
         self._flushing = threading.RLock()      # guards all below, which is not written yet, and the order of writing
         self._latest: dict[int, Report] = {}    # by the resource's id
@@ -11095,7 +11098,8 @@ class Recorder(threading.Thread):
         with self._unsummed.caught():
             if not self._untidy:
                 with self._store.writing() as session:
-                    if drops and self._members.speaks:
+                    self._drops_at = now if drops and self._may_drop(session, now) else -math.inf
+                    if self._drops_at == now and self._members.speaks:
                         prune_events(session, self._retention, now)
                         prune_incidents(session, self._retention, now)
                         prune_logins(session, now)
@@ -11107,11 +11111,25 @@ class Recorder(threading.Thread):
                 resource_id = self._untidy.pop()
                 with self._store.writing(fleeting=True) as session:
                     roll_up(session, resource_id, self._rolled)
-                    if drops:
+                    if abs(now - self._drops_at) < DAY:
                         prune(session, resource_id, self._retention, now)
             if not self._untidy:
                 give_back()         # or each average leaves a bit
         return bool(self._untidy)
+
+    def _may_drop(self, session: Session, now: float) -> bool:
+        """Whether the clock is trusted with what is too old, once a round. After a step of a day somebody has a week
+        to put it right. A machine that was off looks like that, and begins no other week: one that is off each weekend
+        would drop nothing."""
+        name = self._store.own("tidied")
+        known = remembered(session, name)
+        moved, left = now - float(known.text or now), max(0, known.value - 1)
+        if moved < -DAY or (moved > DAY and not left):
+            left = STILL_ROUNDS
+            log.warning("history: the clock shows %.1f days %s than it did last: nothing old is dropped for a week",
+                        abs(moved) / DAY, "more" if moved > 0 else "less")
+        session.merge(Setting(name=name, value=left, text=repr(now)))
+        return not left
 
     def note(self, kind: str, text: str, at: float, **about: str) -> None:
         """Adds an event to what is written next; the arguments are those of record_event."""

@@ -26,6 +26,7 @@ from healthchecker import (
     QUARTER,
     SAMPLES,
     SPANS,
+    Base,
     HealthAggregator,
     Point,
     Recorder,
@@ -536,13 +537,14 @@ def test_events_are_bounded(notebook: Notebook) -> None:
     assert newest.text == "120000"
 
 
-def test_a_clock_that_was_set_back(notebook: Notebook) -> None:
-    """What is of the future goes, and averages are made again."""
+def test_a_clock_that_was_set_back(notebook: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is of the future goes in the end, and averages are made again."""
     notebook.polls("h" * 32, START + 365 * DAY)
     notebook.tidy(START + 365 * DAY + 32 * 60)
     assert notebook.count(AVERAGES) == 2
     now = notebook.polls("u" * 32)
-    for turn in range(5):  # a part at each
+    monkeypatch.setattr(healthchecker, "STILL_ROUNDS", 2)
+    for turn in range(7):  # a part at each
         notebook.tidy(now - QUARTER + turn * QUARTER)
     with notebook.store.reading() as session:
         assert list(session.scalars(sqlalchemy.select(AVERAGES.c.at)))[:2] == [START, START + QUARTER]
@@ -551,17 +553,60 @@ def test_a_clock_that_was_set_back(notebook: Notebook) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("days", [-120, 120])
-def test_a_wrong_clock_drops_little(days: int, notebook: Notebook) -> None:
-    """A dead battery, or a typo in `date`: an hour of it must not cost the history."""
-    every = 10.0
-    end = notebook.polls("h" * 8640, every=every)
+@pytest.mark.parametrize("days", [-120, 120, 2])
+def test_a_wrong_clock_drops_nothing(days: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dead battery, or a typo in `date`: a week of it costs nothing, nor does that it is put right, whether there is
+    another start meanwhile or not. What was removed keeps its row, and the key of its host."""
+    retention = Retention(raw=2, averages=2, events=2)
+    notebook = Notebook(tmp_path, 2, retention)
+    end = notebook.polls("h" * 144, every=300)
+    notebook.write(*(notebook.report(START + 60 * index, "h", number=1) for index in range(100)))
+    notebook.execute(f"INSERT INTO setting (name, value, text) VALUES ('logins/x', {end:.0f}, 'x')")
+    tables = [SAMPLES, AVERAGES, *map(Base.metadata.tables.get, ("event", "resource", "setting"))]
     notebook.tidy(end)
-    before = notebook.count(SAMPLES), notebook.count(AVERAGES)
-    for turn in range(4):
-        notebook.tidy(end + days * DAY + turn * QUARTER)
-    assert before[0] * 0.9 < notebook.count(SAMPLES) < before[0]
-    assert notebook.count(AVERAGES) >= before[1] - 4 * healthchecker.PRUNE_ROWS[0]
+    notebook.execute("UPDATE resource SET origin = 'removed', host_key = 'k' WHERE name = 'r1'")
+    before = [notebook.count(table) for table in tables]
+    monkeypatch.setattr(healthchecker, "STILL_ROUNDS", 20)
+    for now in end + days * DAY, end + QUARTER:
+        for turn in range(19):
+            notebook.tidy(now + turn * QUARTER)
+            if turn % 7 == 3:
+                notebook.recorder = Recorder(notebook.store, notebook.aggregator, retention)
+    assert all(notebook.count(table) >= count for table, count in zip(tables, before, strict=True))
+    for turn in range(100):
+        notebook.tidy(end + turn * 0.9 * DAY)
+    assert [notebook.count(table) for table in (SAMPLES, AVERAGES, *tables[2:4])] == [0, 0, 1, 1]  # one: of the start
+    notebook.store.close()
+
+
+def test_a_machine_that_is_off_each_weekend_drops_what_is_old(
+    notebook: Notebook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To be off looks like a step, and begins no other time without dropping before one is over."""
+    monkeypatch.setattr(healthchecker, "STILL_ROUNDS", 8)
+    now = notebook.polls("h" * 100, every=10)
+    left = []
+    for _ in range(5):
+        for turn in range(6):
+            notebook.tidy(now + turn * QUARTER)
+        now += 7 * DAY
+        left.append(notebook.count(SAMPLES))
+    assert left[1] == 100 > left[2] == left[3] > left[4]
+
+
+@pytest.mark.parametrize("days", [1, 120])
+def test_what_a_clock_that_was_ahead_left_hides_nothing(days: int, notebook: Notebook) -> None:
+    """It stays for a week after the clock was put right: averages are made as ever, and of what they are is shown."""
+    notebook.tidy(notebook.polls("h" * 30) + 10)
+    notebook.tidy(notebook.polls("u" * 30, START + days * DAY + 2 * QUARTER) + 10)
+    count = notebook.count(AVERAGES)
+    now = notebook.polls("h" * 60, START + 2 * QUARTER)
+    notebook.tidy(now + 10)
+    assert notebook.count(AVERAGES) == count + 3
+    assert notebook.available(now) == {"day": 100, "week": 100, "month": 100}
+    if days == 1:       # the time comes that it showed
+        notebook.tidy(notebook.polls("h" * 1500, now) + 10)
+        assert not notebook.recorder._unsummed.why
 
 
 @pytest.mark.parametrize("days", [-120, 120])
