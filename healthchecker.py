@@ -1890,6 +1890,7 @@ def choice_faults(plans: Sequence[Plan], receivers: Sequence[ReceiverSettings], 
 # Gives: HEARTBEAT, Inventory, InventoryFile, InventoryLoader, load_inventory, M, message_of, OWN_SECRETS,
 # plain_faults, STATUS_TOKEN, take_variable, url_binding
 HEARTBEAT, STATUS_TOKEN = "", "/-/status"   # as names of receivers: no receiver has them
+UNKNOWN_URL = "http://unknown.invalid"      # in place of one that cannot be read
 OWN_SECRETS = {HEARTBEAT: "service.heartbeat", STATUS_TOKEN: "service.status_token"}
 
 
@@ -2026,8 +2027,9 @@ def identities(path: Path) -> tuple[object, ...]:
     return (real, (found.st_dev, found.st_ino)) if found.st_ino else (real,)
 
 
-def fetch_secret(source: str, text: str, folder: Path) -> str:
-    """The secret of an environment variable or a file. Raises ValueError."""
+def fetch_secret(source: str, text: str, folder: Path, *, needed: bool = True) -> str:
+    """The secret of an environment variable or a file. Raises ValueError; not for a variable that is missing where no
+    secret is `needed`, which may lack the service's environment: the database's password always is."""
     try:
         if source.endswith("_env"):
             found = (os.environ.get(text) or taken_variables().get(text, "")).rstrip("\r\n")
@@ -2039,7 +2041,7 @@ def fetch_secret(source: str, text: str, folder: Path) -> str:
         found.encode()
     except (OSError, UnicodeError):
         raise ValueError("this file cannot be read as text") from None
-    if not found:
+    if not found and (needed or not source.endswith("_env") or source == "database_password_env"):
         what = ("environment variable is not set here; check and reload need it, too, as the service does"
                 if source.endswith("_env") else "file is empty")
         raise ValueError(f"this {what}")
@@ -2060,15 +2062,14 @@ def secret_entries(top: Mapping[str, Any]) -> Iterator[tuple[NodePath, dict[str,
 
 
 class InventoryLoader:
-    """Turns a Document into an Inventory and gathers all faults on the way. Not `secrets`: for what needs none, and may
-    lack the service's environment, which is the database's password alone then."""
+    """Turns a Document into an Inventory and gathers all faults on the way; see fetch_secret for `secrets`."""
 
     def __init__(self, path: Path, document: Document, *, secrets: bool = True) -> None:
-        self.path, self.document, self._secrets = path, document, secrets
+        self.path, self.document = path, document
         self.folder = path.absolute().parent            # where relative paths begin
+        self._fetch = functools.partial(fetch_secret, folder=self.folder, needed=secrets)
         self.faults = dict.fromkeys(document.faults)    # a dict keeps the order and drops repetitions
-        self.places: dict[str, str] = {}                # of the resources so far, by name
-        self.names: set[str] = set()                    # of all resources
+        self.places, self.names = dict[str, str](), set[str]()      # of the resources so far, by name; of all
         self._ssh_config = functools.cache(SshConfig)   # many have one; the next load reads it again
 
     def load(self) -> Inventory:
@@ -2111,16 +2112,12 @@ class InventoryLoader:
         """Puts the secrets that a variable or a file holds in their places."""
         for here, own, name, stated in secret_entries(parts):
             try:
-                own.update((name, fetch_secret(key, own[key], self.folder)) for key in stated[:1] if key != name)
+                own.update((name, self._fetch(key, own[key]) or UNKNOWN_URL) for key in stated[:1] if key != name)
             except ValueError as error:
-                self._fault_secret((*here, stated[-1]), stated[-1], str(error))
-                own.setdefault(name, "http://unknown.invalid")
+                self.fault((*here, stated[-1]), str(error))
+                own.setdefault(name, UNKNOWN_URL)
             if len(stated) > 1:
                 self.fault((*here, stated[1]), f"use one of {', '.join(stated)}")
-
-    def _fault_secret(self, path: NodePath, source: str, message: str) -> None:
-        if self._secrets or not source.endswith("_env") or source == "database_password_env":
-            self.fault(path, message)
 
     def _hosts(self, index: int, own: dict[str, Any]) -> list[dict[str, Any]]:
         """An entry by itself, or one for each host of its range."""
@@ -2233,9 +2230,9 @@ class InventoryLoader:
                     self.fault(locate((name,)), "there is no such file")
         for kind, source in sources.items():
             try:
-                raw[kind] = fetch_secret(source, raw[source], self.folder)
+                raw.update((kind, secret) for secret in [self._fetch(source, raw[source])] if secret)
             except ValueError as error:
-                self._fault_secret(locate((source,)), source, str(error))
+                self.fault(locate((source,)), str(error))
         return self._validate(ResourceSettings, raw, locate)
 
     def _merged(self, here: NodePath, own: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -10994,6 +10991,27 @@ def write_key(session: Session, report: Report) -> None:
         Resource.port == polled.connect_port, Resource.username == polled.username))
 
 
+def may_drop(session: Session, store: Store, now: float) -> bool:
+    """Whether the clock is trusted with what is too old; once a round. After a step of a day somebody has a week to put
+    it right. A machine that was off looks like that, and begins no other week: one that is off each weekend would drop
+    nothing."""
+    known = remembered(session, name := store.own("tidied"))
+    moved, left = now - float(known.text or now), max(0, known.value - 1)
+    if moved < -DAY or (moved > DAY and not left):
+        left = STILL_ROUNDS
+        log.warning("history: the clock shows %.1f days %s than it did last: nothing old is dropped for a week",
+                    abs(moved) / DAY, "more" if moved > 0 else "less")
+    session.merge(Setting(name=name, value=left, text=repr(now)))
+    return not left
+
+
+def prune_all(session: Session, retention: Retention, now: float) -> None:
+    """What is no resource's."""
+    prune_events(session, retention, now)
+    prune_incidents(session, retention, now)
+    prune_logins(session, now)
+
+
 class Recorder(threading.Thread):
     """The one writer of what polls found: gathers reports for FLUSH_INTERVAL, writes them in one transaction."""
 
@@ -11011,8 +11029,8 @@ class Recorder(threading.Thread):
         self._unwritten = Trouble("the database cannot be written")
         self._unsummed = Trouble("history cannot be summed up")
         self._drops_mono = lease_clock() + QUARTER      # before that a wrong clock may be put right
-        self._rolled = 0                        # Unix time until which averages are made or in the making
-        self._drops_at = -math.inf              # when that began, if what is too old is dropped, too
+        # Unix times: until which averages are made or in the making; when that began, if what is too old goes, too
+        self._rolled, self._drops_at = 0, -math.inf
         self._untidy: list[int] = []            # ids of resources whose averages are to be made
         self._flushing = threading.RLock()      # guards all below, which is not written yet, and the order of writing
         self._latest: dict[int, Report] = {}    # by the resource's id
@@ -11098,11 +11116,9 @@ class Recorder(threading.Thread):
         with self._unsummed.caught():
             if not self._untidy:
                 with self._store.writing() as session:
-                    self._drops_at = now if drops and self._may_drop(session, now) else -math.inf
-                    if self._drops_at == now and self._members.speaks:
-                        prune_events(session, self._retention, now)
-                        prune_incidents(session, self._retention, now)
-                        prune_logins(session, now)
+                    self._drops_at = now if (drops := drops and may_drop(session, self._store, now)) else -math.inf
+                    if drops and self._members.speaks:
+                        prune_all(session, self._retention, now)
                     every = sqlalchemy.select(Resource.id, Resource.name).execution_options(removed=True)
                     self._untidy = [number for number, name in session.execute(every) if self._members.polls(name)]
                     self._rolled = end
@@ -11116,20 +11132,6 @@ class Recorder(threading.Thread):
             if not self._untidy:
                 give_back()         # or each average leaves a bit
         return bool(self._untidy)
-
-    def _may_drop(self, session: Session, now: float) -> bool:
-        """Whether the clock is trusted with what is too old, once a round. After a step of a day somebody has a week
-        to put it right. A machine that was off looks like that, and begins no other week: one that is off each weekend
-        would drop nothing."""
-        name = self._store.own("tidied")
-        known = remembered(session, name)
-        moved, left = now - float(known.text or now), max(0, known.value - 1)
-        if moved < -DAY or (moved > DAY and not left):
-            left = STILL_ROUNDS
-            log.warning("history: the clock shows %.1f days %s than it did last: nothing old is dropped for a week",
-                        abs(moved) / DAY, "more" if moved > 0 else "less")
-        session.merge(Setting(name=name, value=left, text=repr(now)))
-        return not left
 
     def note(self, kind: str, text: str, at: float, **about: str) -> None:
         """Adds an event to what is written next; the arguments are those of record_event."""
@@ -11772,6 +11774,29 @@ def stop_slow_polls(pollers: Iterable[Poller], drain: float) -> None:
                 poller.stop()
 
 
+def behind_by(session: Session, now: float) -> float:
+    """Seconds by which a clock that says `now` is behind what was found last; ahead is what to be off looks like."""
+    return max(0.0, (session.scalar(sqlalchemy.select(func.max(Status.polled_at))) or 0.0) - now)
+
+
+def move_rows(session: Session, moved: float, now: float) -> None:
+    """After the clock, which said `now`, was set by so much; what is later was found before a start with one that was
+    behind."""
+    if abs(moved) > CLOCK_DRIFT:
+        session.execute(sqlalchemy.update(Status).where(Status.polled_at <= now + CLOCK_STEP).values(
+            polled_at=Status.polled_at + moved))
+    if abs(moved) > CLOCK_STEP:
+        move_times(session, moved, now)
+
+
+def tell_step(session: Session, moved: float, at: float) -> tuple[float, str]:
+    """Notes that the clock was set, and gives when and how."""
+    how = f"the clock was set {'forward' if moved > 0 else 'back'} by {abs(moved):,.0f} s"
+    log.warning("%s", how)
+    record_event(session, "clock", how, at=at)
+    return at, how
+
+
 class Monitor(threading.Thread):
     """Starts, stops and reconciles the pollers; restarts dead ones; sees leases expire, and that a clock was set."""
 
@@ -11795,13 +11820,15 @@ class Monitor(threading.Thread):
 
     def begin(self) -> None:
         """Registers every resource and takes over fresh stored states; all begins, but polls, which `start` does."""
-        now_at = self._zero_at
+        now_at, behind = self._zero_at, 0.0
         with self._store.reading() as session:
             if remembered(session, self._store.own("boot")).value == boot_number() != 0:    # whatever the clock became
                 self._zero_at = remembered(session, self._store.own("clock")).value / 1000
+            else:
+                behind = behind_by(session, lease_clock() + now_at)
         self._exchange.begin(lambda: lease_clock() + self._zero_at)
         self._reconcile()
-        self._take_clock(now_at)
+        self._take_clock(now_at, behind)
         self._context.aggregator.start()
         self._context.uplink.begin(self._context.urge, self._report_again, self._context.recorder.note)
         self._context.recorder.start()
@@ -11886,19 +11913,16 @@ class Monitor(threading.Thread):
             self._take_clock(zero_at)
         self.override.end()
 
-    def _take_clock(self, zero_at: float) -> None:
-        """Takes down how the clock stands, for the next start, and notes that it was set."""
-        moved, way = zero_at - self._zero_at, "forward" if zero_at > self._zero_at else "back"
+    def _take_clock(self, zero_at: float, behind: float = 0.0) -> None:
+        """Takes down how the clock stands, for the next start, and notes that it was set, or is behind after a boot."""
+        moved = zero_at - self._zero_at
         with self._store.writing() as session:
             for name, value in (("boot", boot_number()), ("clock", round(1000 * zero_at))):
                 session.merge(Setting(name=self._store.own(name), value=value))
-            if abs(moved) > CLOCK_DRIFT and not self._context.members.is_shared:    # else the rows have the database's
-                session.execute(sqlalchemy.update(Status).values(polled_at=Status.polled_at + moved))
-                if abs(moved) > CLOCK_STEP:
-                    move_times(session, moved, lease_clock() + self._zero_at)
-                    at, how = self.clock_step = self._wall(), f"the clock was set {way} by {abs(moved):,.0f} s"
-                    log.warning("%s", how)
-                    record_event(session, "clock", how, at=at)
+            if not self._context.members.is_shared:     # else the rows have the database's
+                move_rows(session, moved, lease_clock() + self._zero_at)
+                if abs(moved - behind) > CLOCK_STEP:
+                    self.clock_step = tell_step(session, moved - behind, self._wall())
         self._zero_at = zero_at     # now that it is written
         self.guards.write_again()
         self.maintenance.follow(lease_clock() + zero_at)
@@ -18915,7 +18939,7 @@ class Installation:
 
     def __init__(self, path: Path, *, accepts_removals: bool = False, listen_on: str | None = None,
                  secrets: bool = True) -> None:
-        """`listen_on` is --listen, in place of service.listen; `secrets`: see InventoryLoader."""
+        """`listen_on` is --listen, in place of service.listen; see fetch_secret for `secrets`."""
         self.path, self._accepts_removals, self._secrets = path.absolute(), accepts_removals, secrets
         self.inventory, self.listen_on = load_inventory(self.path, secrets=secrets), listen_on
         for name in self.inventory.secret_variables:

@@ -644,6 +644,7 @@ def test_commands_that_need_no_secret_need_no_variables_of_the_service(tmp_path:
     path = write_inventory(tmp_path, rows, "  heartbeat_env: ONE\n  status_token_env: TWO\n  lease_file: lease\n")
     with Service(path, env=variables) as service:
         service.wait_status("/-/readyz", 200)
+        wait_for(lambda: "has not said yet" not in run_cheaply("--inventory", str(path), "status")[1])
         for words, code, told in (
             ("status calm", 0, "OPEN: calm healthy"), ("gate close --reason x", 0, "closed by command line: x"),
             ("gate auto", 0, "runs"), ("maintenance list", 0, "NUMBER"), ("trust a", 1, "connection refused"),
