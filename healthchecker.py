@@ -7575,8 +7575,8 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
 #   services: Get-Service, with SC_MANAGER_CONNECT, SC_MANAGER_ENUMERATE_SERVICE and, of each, SERVICE_QUERY_STATUS (and
 #     in PowerShell 7 SERVICE_QUERY_CONFIG); Get-ItemProperty of HKLM:\SYSTEM\CurrentControlSet\Services for hidden ones
 #   checks: Invoke-Expression, Start-Sleep, and whatever they call. So that the next poll can have the shell, too:
-#     Get-Process; with checks Get-ChildItem, Get-Job, Get-PSDrive, Get-Variable, Stop-Process; in full language
-#     Get-CimSession, Get-EventSubscriber, Get-Module, Get-PSSession; where constrained, in 5.1, Win32_Process
+#     Get-Process; with checks Add-Member, Get-ChildItem, Get-Job, Get-PSDrive, Get-Variable, Stop-Process; in full
+#     language Get-CimSession, Get-EventSubscriber, Get-Module, Get-PSSession; where constrained, in 5.1, Win32_Process
 COLLECT = r"""
 $ErrorActionPreference = 'Stop'
 $ProgressPreference = $WarningPreference = 'SilentlyContinue'
@@ -7609,8 +7609,10 @@ function Native {    # kernel32 without a compiler: once a process, which rememb
             $takes = @{ GetTickCount64 = @(); GetSystemTimes = $out, $out, $out
                 GetDiskFreeSpaceExW = [string], $out, $out, $out; K32GetPerformanceInfo = [IntPtr[]], [uint32]
                 CreateToolhelp32Snapshot = [uint32], [uint32]; CloseHandle = , [IntPtr]
-                Process32FirstW = [IntPtr], [byte[]]; Process32NextW = [IntPtr], [byte[]] }
-            $gives = @{ GetTickCount64 = [uint64]; CreateToolhelp32Snapshot = [IntPtr] }
+                Process32FirstW = [IntPtr], [byte[]]; Process32NextW = [IntPtr], [byte[]]
+                GetConsoleCP = @(); GetConsoleOutputCP = @(); GetOEMCP = @() }
+            $gives = @{ GetTickCount64 = [uint64]; CreateToolhelp32Snapshot = [IntPtr]; GetConsoleCP = [uint32]
+                GetConsoleOutputCP = [uint32]; GetOEMCP = [uint32] }
             foreach ($name in $takes.Keys) {
                 $returns = if ($gives[$name]) { $gives[$name] } else { [bool] }
                 $type.DefinePInvokeMethod($name, 'kernel32', 'Public, Static, PinvokeImpl', 'Standard', $returns,
@@ -7661,9 +7663,20 @@ function Children {    # all that was started here. Numbers are used again: what
     $lost = @(foreach ($id in $parents.Keys) { if ($null -eq $parents[$parents[$id]]) { $id } })    # perhaps a check's
     foreach ($one in Young $lost $begun) { if ($one.SessionId -eq $me.SessionId) { $orphans.seen = $true } }
 }
+function Kinds {    # what COLLECT reads: whatever is called so has the type's members. Get-TypeData takes far longer
+    'Microsoft.Management.Infrastructure.CimInstance', 'Win32_OperatingSystem', 'Win32_PageFileUsage', 'Win32_Volume',
+        'Win32_PerfRawData_Counters_ProcessorInformation', 'Win32_PerfRawData_PerfOS_Processor', 'Win32_Process',
+        'System.ServiceProcess.ServiceController', 'System.ComponentModel.Component', 'System.MarshalByRefObject',
+        'System.Diagnostics.Process', 'System.IO.DriveInfo', 'System.IO.DirectoryInfo', 'System.IO.FileSystemInfo',
+        'System.String', 'System.DateTime', 'System.Management.Automation.ErrorRecord' | ForEach-Object {
+        $name = $_ -replace '^Win32', 'Microsoft.Management.Infrastructure.CimInstance#root/cimv2/Win32'
+        New-Object PSObject | Add-Member -TypeName $name -PassThru
+    }
+}
 function State {    # a number for all that a check can leave; what modules bring counts where COLLECT uses it
     $used = '^(Get-(ChildItem|Cim(Instance|Session)|Date|EventSubscriber|ItemProperty|Job|Module|Process|PSDrive|' +
-        'PSSession|Service|Variable)|Stop-Process|Invoke-Expression|.+-Object|Out-String|Convert(To|From)-Json)$'
+        'PSSession|Service|Variable)|Add-Member|Stop-Process|Invoke-Expression|.+-Object|Out-String|' +
+        'Convert(To|From)-Json)$'
     $own = '^([?^$]|Error|HealthChecker|LASTEXITCODE|StackTrace)$'
     $seen = @("$PWD", @(Get-Job).Count, ($PSDefaultParameterValues | Out-String), $(try { $none } catch { 'strict' }))
     foreach ($one in Get-ChildItem 'Function:', 'Alias:') {
@@ -7677,6 +7690,7 @@ function State {    # a number for all that a check can leave; what modules brin
     foreach ($one in $drives) {
         if ([string]$one.Provider.ModuleName -like 'Microsoft.*') { $seen += "$($one.Name) $($one.Root)" }
     }
+    foreach ($one in $HealthChecker.kinds) { $seen += "$($one.PSObject.Members)" }
     foreach ($one in Get-Variable -Scope Global) {
         if ($one.Name -notmatch $own) { $seen += "$($one.Name) $($one.Value)" }    # of objects the type
     }
@@ -7687,6 +7701,14 @@ function State {    # a number for all that a check can leave; what modules brin
         $seen += "$($net::CertificatePolicy) $($net::ServerCertificateValidationCallback)"
         $seen += @(if (Get-Module CimCmdlets) { Get-CimSession }).Count, @(Get-PSSession).Count
         $seen += @(Get-EventSubscriber).Count
+        $by = $ExecutionContext.InvokeCommand
+        $seen += "$($by.PreCommandLookupAction) $($by.PostCommandLookupAction) $($by.CommandNotFoundAction)"
+        # Where there is no console yet it will have this; who asks [Console] settles its encodings before that.
+        $pages = @((Native)::GetConsoleCP(), (Native)::GetConsoleOutputCP())
+        foreach ($one in [Console].GetFields('NonPublic, Static')) {
+            if ($one.Name -like '*putEncoding') { $pages += $one.GetValue($null).CodePage }
+        }
+        foreach ($one in $pages) { $seen += if ($one) { $one } else { (Native)::GetOEMCP() } }
     }
     ($seen -join "`n").GetHashCode()
 }
@@ -7869,7 +7891,8 @@ $r.services = @(foreach ($name in $wanted.services) {
 $r
 } }
 if (-not $HealthChecker) {    # as it was before the first check
-    $global:HealthChecker = try { @{ state = $(if ($wanted.checks.Count) { State }) } } catch { @{ state = 'unknown' } }
+    $global:HealthChecker = @{ state = 'unknown' }
+    if ($wanted.checks.Count) { try { $HealthChecker.kinds = @(Kinds); $HealthChecker.state = State } catch { } }
 }
 if (-not $first) { $first = 1 }
 Row ($first - 1) $answer

@@ -21,6 +21,7 @@ from service import write_inventory
 from test_powershell import Polled, connection_to, poll, target
 from test_windows_kept import Kept
 from test_windows_probes import GRAMMARS, nodes, tree
+from test_windows_shells import RUNS, SERVICE
 from test_wsman_server import settings_for
 from wsman_server import Script, WSManServer
 
@@ -257,6 +258,19 @@ def test_polls_share_its_session(engine: Engine, checks: list[dict[str, Any]]) -
         assert (server.requests["Create"], kept.connection.record.outcomes) == (1, {"accepted": 1})
         kept.connection.close()
         wait_for(lambda: not server.shells)
+
+
+def test_no_check_speaks_for_the_services_of_the_next_poll(engine: Engine) -> None:
+    """By a type that it changes: what restricts the login does not restrict the checks."""
+    runs = {"name": "runs", "command": RUNS.format(SERVICE), "timeout": 60}
+    asked: dict[str, Any] = {"services": ["BITS"], "checks": [runs]}
+    with serving(engine, configuration(**asked)) as server:
+        kept = Kept(server, endpoint=True, timeout=TIMEOUT, **asked)
+        for _ in range(2):
+            verdict, sample = kept.poll()
+            assert sample and sample.checks["runs"].good, verdict
+            assert sample.services["BITS"].text == "Stopped"
+        kept.connection.close()
 
 
 def test_a_check_that_does_not_end_costs_no_other(engine: Engine) -> None:

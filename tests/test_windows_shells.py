@@ -150,6 +150,9 @@ def test_what_a_check_does_to_its_poll_changes_no_later_one(polled: Polled, tamp
         assert polled.ask(check="'as it was'") == {"check": (True, "as it was")}
 
 
+# All services run from here on, where this type is a service's or one that it comes from.
+RUNS = "Update-TypeData -TypeName {} -MemberType ScriptProperty -MemberName Status -Value {{ 'Running' }} -Force"
+COMPONENT, SERVICE = "System.ComponentModel.Component", "System.ServiceProcess.ServiceController"
 LEFT = {  # what a check leaves, and how it goes
     "function": ("function global:Get-Service { 'mine' }", "Remove-Item Function:Get-Service"),
     "alias": ("Set-Alias Get-Service Get-Date -Scope Global", "Remove-Item Alias:Get-Service"),
@@ -159,6 +162,7 @@ LEFT = {  # what a check leaves, and how it goes
     "job": ("$null = Start-Job { 1 } | Wait-Job", "Get-Job | Remove-Job"),
     "variable": ("$global:OFS = 1", "Remove-Variable OFS -Scope Global"),
     "preference": ("$global:ErrorActionPreference = 'Stop'", "$global:ErrorActionPreference = 'Continue'"),
+    "type": (RUNS.format(COMPONENT), f"Remove-TypeData -TypeName {COMPONENT}"),
     "default": ("$PSDefaultParameterValues['Get-Date:Year'] = 1", "$PSDefaultParameterValues.Clear()"),
 }
 PROCESS = {  # the same of what belongs to all of the process, in full language
@@ -183,7 +187,16 @@ PROCESS = {  # the same of what belongs to all of the process, in full language
         "$global:OutputEncoding = [Text.Encoding]::Unicode",
         "$global:OutputEncoding = [Text.Encoding]::Default",
     ),
+    "console": ("[Console]::OutputEncoding = [Text.Encoding]::Unicode", "$console.SetValue($null, $shown)"),
+    **{
+        action: (f"$ExecutionContext.InvokeCommand.{action}Action = {{ }}",
+                 f"$ExecutionContext.InvokeCommand.{action}Action = $null")
+        for action in ("PreCommandLookup", "PostCommandLookup", "CommandNotFound")
+    },  # fmt: skip
 }
+# Where .NET keeps what the console's encoding is: not even asked for by who polls, for that settles it.
+CONSOLE = """$console = [Console].GetFields('NonPublic, Static') | Where-Object Name -like '*outputEncoding'
+    $shown = $console.GetValue($null)"""
 GONE = ("Set-StrictMode -Version Latest", "$zz = 1", "function mine { 1 }", "$ErrorActionPreference = 'Stop'", "exit 3")
 
 
@@ -196,6 +209,17 @@ FOUND = {  # how the next poll would see it
     "job": "@(Get-Job).Count",
     "strict": '"none$none"',
 }
+
+
+def test_no_check_speaks_for_the_services_of_the_next_poll(polled: Polled) -> None:
+    """In the shell that the check ran in, every service would run until the next login."""
+    for command in ("'x'", RUNS.format(SERVICE), "'x'"):
+        check = {"name": "check", "command": command, "timeout": 60}
+        polled.target = target(polled.server, checks=[check], services=["BITS"], timeout=TIMEOUT)
+        verdict, sample = polled.poll()
+        assert sample and sample.checks["check"].good, verdict
+        assert sample.services["BITS"].text == "Stopped"
+        assert polled.keeps == (command == "'x'")
 
 
 @pytest.mark.long
@@ -277,7 +301,8 @@ def changed(host: WSManServer, constrained: bool) -> dict[str, list[bool]]:
     with open_pool(host) as pool:
         mode = run_script(pool, "$ExecutionContext.SessionState.LanguageMode")
         assert mode == ("ConstrainedLanguage" if constrained else "FullLanguage")
-        said = iter(after(pool, "$before = '{}'".format(run_script(pool, "[Environment]::CurrentDirectory")), *steps))
+        before = "$before = '{}'".format(run_script(pool, "[Environment]::CurrentDirectory"))
+        said = iter(after(pool, before if constrained else f"{before}; {CONSOLE}", *steps))
         return {name: [next(said) for _ in range(count)] for name, count in number.items()}
 
 
