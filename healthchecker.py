@@ -4264,6 +4264,7 @@ class Output:
     clean = True            # what ran left nothing that the next script could see
     due_mono = math.inf     # until when the script has to say more, or it is stopped
     exits = False           # a check of the script ends it
+    flood: ProbeError | None = None     # what is said of a check that sends too much
 
     def __init__(self, mark: str) -> None:
         self.mark = mark.encode()
@@ -4277,6 +4278,10 @@ class Output:
             raise AnswerError("protocol", f"the host sent more than {OUTPUT_BYTES} bytes")
         self.whole = self.printed.find(self.mark, start) >= 0
         return self.whole
+
+    def excess(self, received: int) -> int:
+        """How many of the bytes that came so far count for nothing, since a check is a flood."""
+        return 0
 
     def rest(self, code: int | None, fault: ProbeError | None) -> str:
         """What to run after a script that ended (with an exit code, where that is known) or was stopped."""
@@ -6162,7 +6167,7 @@ class Pipeline(PowerShell):
             self.add_script("Invoke-Expression $args[0]", use_local_scope=True).add_argument(script)
         self.begin_invoke()
 
-    def follow(self, output: Output, deadline: Deadline, settings: ResourceSettings) -> None:
+    def follow(self, output: Output, opened: GuardedSocket, deadline: Deadline, settings: ResourceSettings) -> None:
         """Until the script ends, or need not say more, or is late; then it is stopped. Raises ProbeError, and what
         pypsrp raises."""
         enough, wait, quick = False, 1.0, False
@@ -6170,8 +6175,9 @@ class Pipeline(PowerShell):
             if self.output:
                 enough = self._pass(output)
                 continue
-            wait = round(min(output.due_mono - time.monotonic(), deadline.left() - 0.3), 3)   # then to answer "not yet"
-            if wait > 0:
+            opened.received -= output.excess(opened.received)
+            wait = 0.0 if output.flood else round(min(output.due_mono - time.monotonic(), deadline.left() - 0.3), 3)
+            if wait > 0:    # and 0.3 s to answer "not yet"
                 time.sleep(GATHER_TIME if quick else 0)
                 asked_mono = time.monotonic()
                 self.poll_invoke(timeout=cast(int, wait))   # sent as PT9.7S, a valid duration
@@ -6183,7 +6189,7 @@ class Pipeline(PowerShell):
                 self.stop()
             wsman.operation_timeout = seconds
         if wait <= 0:
-            raise ProbeError(*WINRM_FAULTS[2150858793])
+            raise output.flood or ProbeError(*WINRM_FAULTS[2150858793])
         if self.state == PSInvocationState.FAILED:
             raise script_fault(self.streams.error, settings)
 
@@ -6425,7 +6431,7 @@ class WinrmSession(HostSession):
             while script:
                 pipelines.append(Pipeline(self.pool))
                 fault = self._run(pipelines[-1], script, output, deadline)
-                if fault and (not self.opened.in_step or (used and fault.cause != "timeout")):
+                if fault and (not self.opened.in_step or (used and fault.cause != "timeout" and not output.flood)):
                     raise fault
                 script = output.rest(pipelines[-1].exit_code, fault)
                 if script and fault and fault.cause != "timeout":
@@ -6454,7 +6460,7 @@ class WinrmSession(HostSession):
                     self.fit = pipeline.state == PSInvocationState.NOT_STARTED
                     raise
                 self.opened.deadline = deadline
-                pipeline.follow(output, deadline, settings)
+                pipeline.follow(output, self.opened, deadline, settings)
         except ProbeError as error:
             return error
         return None
@@ -7580,6 +7586,7 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
 COLLECT = r"""
 $ErrorActionPreference = 'Stop'
 $ProgressPreference = $WarningPreference = 'SilentlyContinue'
+try { $global:ProgressPreference = 'SilentlyContinue' } catch { }    # which the functions of modules look at
 $wanted = 'WANTED' | ConvertFrom-Json
 $wmi = @{ use = $true; refused = '' }
 function Line($Number, $Answer) {
@@ -7900,6 +7907,7 @@ for ($number = $first; $number -le $wanted.checks.Count; $number++) { Judge $num
 """
 
 
+CHECK_BYTES = 1 << 18           # bytes that a check may send; its row has an eighth of that at most
 WINDOWS_MOUNT = re.compile(r"[A-Za-z]:(\\[^*?[]*)?")   # no pattern
 
 
@@ -7927,6 +7935,7 @@ class WindowsOutput(Output):
         self._next = 0      # number of the row that is expected
         self._then = "begin"    # what the script does: it begins, runs checks (""), ends by "exit", or waits for "stop"
         self._line = b""        # that is not whole
+        self._counted = self._before = 0    # the number of a row, and what had come when it was expected first
         has_nonce = settings.endpoint or settings.platform is Platform.LOCAL    # else a pipeline's output is its own
         self._nonce = mark.split(None, 1)[0][1:] if has_nonce else ""
 
@@ -7945,6 +7954,15 @@ class WindowsOutput(Output):
                 elif expected == row["number"] <= len(self._settings.checks):
                     self._add(row)
         return self._end()
+
+    def excess(self, received: int) -> int:
+        """Progress, say, goes past what a check prints. It costs that check, and nothing of the cap for the others."""
+        if self._counted != self._next:
+            self._counted, self._before = self._next, received
+        if not self._rows or received - self._before <= CHECK_BYTES:
+            return 0
+        self.flood = ProbeError("protocol", f"sends more than {CHECK_BYTES >> 10} KiB")
+        return received - self._before
 
     def rest(self, code: int | None, fault: ProbeError | None) -> str:
         """Raises ProbeError where not even the first row came."""
@@ -7966,7 +7984,7 @@ class WindowsOutput(Output):
             self._miss(f"not run: the poll's {self._deadline.seconds:g} s were over")
         if self._end():
             return ""
-        self._then, self.due_mono = "begin", math.inf
+        self._then, self.due_mono, self.flood = "begin", math.inf, None
         endpoint, first = self._settings.endpoint, self._next
         return f"{self._nonce} {first}" if endpoint else build_windows_script(self._settings, first)
 

@@ -31,7 +31,7 @@ from test_wsman_server import settings_for
 from wsman_server import SHELL_LIMIT, WSManServer
 
 import healthchecker
-from healthchecker import Platform, build_windows_script
+from healthchecker import CHECK_BYTES, Platform, build_windows_script
 
 TIMEOUT = 120.0  # seconds; wine may be slow, and the first poll of a run starts PowerShell for the first time
 CMD = "C:\\windows\\system32\\cmd.exe"  # PowerShell in wine finds no program without its path
@@ -118,6 +118,23 @@ def test_nothing_of_a_check_is_found_by_the_next_poll(polled: Polled) -> None:
     assert polled.connection.record.second_tries == 0
 
 
+PROGRESS = "1..6000 | ForEach-Object { Write-Progress -Activity ('x' * 300) -PercentComplete 1 }"
+
+
+def test_progress_of_a_check_costs_no_other(polled: Polled, engine: Engine) -> None:
+    """It goes past what the check prints. Functions of a module do not see the preference of who calls them."""
+    module = engine.write("progress.psm1", f"function Show-Progress {{ {PROGRESS} }}")
+    floods = {"before": "'1'", "floods": f"$ProgressPreference = 'Continue'; {PROGRESS}", "after": "'2'"}
+    flood = (False, f"sends more than {CHECK_BYTES >> 10} KiB")
+    for _ in range(2):
+        assert polled.ask(module=f"Import-Module '{module}'; Show-Progress; 'x'") == {"module": (True, "x")}
+        assert polled.keeps
+        assert polled.ask(**floods, again=floods["floods"]) == {
+            "before": (True, "1"), "floods": flood, "after": (True, "2"), "again": flood}  # fmt: skip
+        assert not polled.keeps
+    assert polled.connection.record.second_tries == 0
+
+
 def test_a_script_is_compiled_once(polled: Polled, engine: Engine, constrained: bool) -> None:
     """PowerShell 7 shows which texts it knows; there is no looking at it in constrained language."""
     if constrained or engine.five:
@@ -192,7 +209,7 @@ PROCESS = {  # the same of what belongs to all of the process, in full language
         action: (f"$ExecutionContext.InvokeCommand.{action}Action = {{ }}",
                  f"$ExecutionContext.InvokeCommand.{action}Action = $null")
         for action in ("PreCommandLookup", "PostCommandLookup", "CommandNotFound")
-    },  # fmt: skip
+    },
 }
 # Where .NET keeps what the console's encoding is: not even asked for by who polls, for that settles it.
 CONSOLE = """$console = [Console].GetFields('NonPublic, Static') | Where-Object Name -like '*outputEncoding'
