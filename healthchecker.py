@@ -7723,7 +7723,12 @@ function Unchanged {    # whether another poll may have this shell; what the che
     if ($wanted.checks.Count) {
         $left = @(Children)
         if ($left) { $left | Stop-Process -Force -ErrorAction SilentlyContinue; return $false }
-        if ($orphans.seen -or (State) -ne $HealthChecker.state) { return $false }
+        if ($orphans.seen) { return $false }
+        $net = [Net.ServicePointManager]
+        if ($full -and $net::SecurityProtocol -ne $HealthChecker.protocols) {    # what many scripts set costs no shell
+            $net::SecurityProtocol = $HealthChecker.protocols
+        }
+        if ((State) -ne $HealthChecker.state) { return $false }
     }
     $size = (Get-Process -Id $PID).WorkingSet64
     if (-not $HealthChecker.size) { $HealthChecker.size = $HealthChecker.swept = $size }    # with what checks load
@@ -7899,6 +7904,7 @@ $r
 } }
 if (-not $HealthChecker) {    # as it was before the first check
     $global:HealthChecker = @{ state = 'unknown' }
+    if ($full) { $HealthChecker.protocols = [Net.ServicePointManager]::SecurityProtocol }
     if ($wanted.checks.Count) { try { $HealthChecker.kinds = @(Kinds); $HealthChecker.state = State } catch { } }
 }
 if (-not $first) { $first = 1 }

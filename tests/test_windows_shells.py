@@ -187,10 +187,6 @@ PROCESS = {  # the same of what belongs to all of the process, in full language
         "[Net.ServicePointManager]::ServerCertificateValidationCallback = { $true }",
         "[Net.ServicePointManager]::ServerCertificateValidationCallback = $null",
     ),
-    "protocols": (
-        "[Net.ServicePointManager]::SecurityProtocol = 'Tls12'",
-        "[Net.ServicePointManager]::SecurityProtocol = 'SystemDefault'",
-    ),
     "proxy": (
         "[Net.WebRequest]::DefaultWebProxy = New-Object Net.WebProxy",
         "[Net.WebRequest]::DefaultWebProxy = [Net.WebRequest]::GetSystemWebProxy()",
@@ -334,6 +330,15 @@ def test_what_a_check_leaves_is_seen(changed: dict[str, list[bool]], constrained
 
 def test_what_ends_with_a_check_is_not(pool: RunspacePool) -> None:
     assert after(pool, *(["'x'", command] for command in GONE)) == [True] * len(GONE)
+
+
+def test_protocols_of_tls_are_put_back(pool: RunspacePool, constrained: bool) -> None:
+    """Scripts for 5.1 set them again and again: each poll would want a shell of its own."""
+    net = "[Net.ServicePointManager]::SecurityProtocol"
+    before = "" if constrained else run_script(pool, f'"{{$({net})}}"')
+    for _ in range(2):
+        assert is_clean(pool, f"{net} = 'Tls12'; {net}")
+        assert constrained or run_script(pool, f'"{{$({net})}}"') == before
 
 
 def test_a_session_that_lacks_a_cmdlet_is_polled_and_not_kept(pool: RunspacePool) -> None:
