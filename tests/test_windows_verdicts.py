@@ -188,7 +188,7 @@ class Cost(NamedTuple):
 
 
 def watch_shells(host: WSManServer, done: threading.Event) -> Cost:
-    """Look at the host's one shell again and again."""
+    """Look at the host's one shell again and again; where it is replaced, the one that took most counts."""
     cost, begun = Cost(0, 0), dict[int, float]()
     while not done.wait(0.02):
         for shell in list(host.shells.values()):
@@ -198,7 +198,8 @@ def watch_shells(host: WSManServer, done: threading.Event) -> Cost:
                 peak = (folder / "status").read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0]
                 ticks = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[11:13]
                 cpu = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-                cost = Cost(int(peak) << 10, cpu - begun.setdefault(shell.process.pid, cpu))
+                cpu -= begun.setdefault(shell.process.pid, cpu)
+                cost = Cost(max(cost.memory, int(peak) << 10), max(cost.cpu, cpu))
     return cost
 
 
