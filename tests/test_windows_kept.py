@@ -114,6 +114,33 @@ def test_without_keep_each_poll_has_its_own() -> None:
             assert (kept.server.requests["Create"], kept.server.requests["Delete"]) == (number, number)
 
 
+class Noted(list[Any]):
+    """Events of a session, and how many there were in all."""
+
+    count = 0
+
+    def append(self, event: Any) -> None:
+        self.count += 1
+        super().append(event)
+
+
+def test_events_of_a_host_are_not_kept() -> None:
+    """pypsrp has them for whoever looks, as long as the shell lives."""
+
+    def lines() -> Iterator[str]:
+        (shell,) = server.shells.values()
+        shell._pool.send_event(1, "mine")
+        yield from CLEAN.splitlines()
+
+    server = counting(lambda _: Answer(output=lines()))
+    with keeping(server) as kept:
+        kept.good()
+        events = kept.session.pool.user_events = Noted()
+        for number in range(1, 3):
+            kept.good()
+            assert (events.count, list(events)) == (number, [])
+
+
 def test_a_host_that_hangs_up_on_an_idle_connection_gets_another_login_for_the_same_shell() -> None:
     with keeping(counting()) as kept:
         for number in range(3):
