@@ -183,7 +183,8 @@ def test_totals_outlive_the_process_that_counted_them() -> None:
 
 SAMPLE: dict[str, Any] = {
     "details": {"hostname": "secret-host", "os": "Linux", "uptime_seconds": 86400.0, "cpu_count": 4.0},
-    "metrics": {"cpu_percent": 1.5, "memory_percent": 20.0, "disk_percent /": 40.0, "disk_percent /var/my data": 50.0,
+    "metrics": {"cpu_percent": 1.5, "memory_percent": 20.0, "commit_percent": 30.0,
+                "disk_percent /": 40.0, "disk_percent /var/my data": 50.0,
                 "load_per_cpu": 0.25},
     "services": {"nginx": {"good": True, "text": "active"}},
     "checks": {"replication": {"good": False, "text": "secret output"}},
@@ -258,7 +259,8 @@ def test_every_resource_for_the_bearer(store: Store, metrics: Metrics) -> None:
         ("cause", "unreachable", "db2"): 1,
         ("poll_duration_seconds", "db1"): 0.3, ("poll_duration_seconds", "db2"): 0.3,
         ("last_poll_timestamp_seconds", "db1"): 1000, ("last_poll_timestamp_seconds", "db2"): 1000,
-        ("cpu_percent", "db1"): 1.5, ("memory_percent", "db1"): 20, ("load_per_cpu", "db1"): 0.25,
+        ("cpu_percent", "db1"): 1.5, ("memory_percent", "db1"): 20, ("commit_percent", "db1"): 30,
+        ("load_per_cpu", "db1"): 0.25,
         ("disk_percent", "/", "db1"): 40, ("disk_percent", "/var/my data", "db1"): 50,
         ("uptime_seconds", "db1"): 86400,
         ("service_good", "db1", "nginx"): 1, ("check_good", "replication", "db1"): 0,

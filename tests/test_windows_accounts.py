@@ -6,14 +6,17 @@ in what IsInRole says, which `as_plain` changes in the script. CIM's answers are
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import wait_for
+from console import NAME, local_console
 from pwsh import CONSTRAINED, ROWS, Engine
-from test_powershell import poll, send, target
+from test_powershell import PASSWORD, poll, send, target, windows
 from test_probes import wanting
 from wsman_server import WSManServer
 
@@ -167,6 +170,21 @@ def test_constrained_language_reads_cim(engine: Engine, constrained: WSManServer
     assert disks(sample) == {"C:": 40.16, "C:\\mnt\\sqldata": 97.0, "C:\\ClusterStorage\\Volume1": 45.0}
     why = "Q: has no size: locked, not formatted, or access denied (Constrained Language Mode)"
     assert sample.problems == {"disk_percent": why}
+
+
+def test_commit_charge_is_shown_like_the_others(engine: Engine, constrained: WSManServer, tmp_path: Path) -> None:
+    system = {**ROWS["Win32_OperatingSystem"][0], "TotalVirtualMemorySize": 20_000_000, "FreeVirtualMemory": 5_000_000}
+    engine.set_rows(Win32_OperatingSystem=[system])
+    asked = windows(constrained, timeout=TIMEOUT, interval=600, limits={"commit_percent": "70"})
+    row = json.dumps(asked | {"password": PASSWORD}, default=str)
+    with local_console(tmp_path, f"  - {row}\n") as local:
+        local.log_in_as(NAME, "token")
+        wait_for(lambda: local.api("GET", "resources/win").json["state"] != "unknown", TIMEOUT)
+        shown = local.api("GET", "resources/win").json
+        assert (shown["state"], shown["reason"]) == ("unhealthy", "commit_percent at 75.0, fail above 70")
+        assert shown["sample"]["metrics"]["commit_percent"] == 75.0
+        page = local.ask("GET", "/-/resources/win").body
+    assert re.search(r"Commit charge </th>\s*<td>.*75\.0 %</td>\s*<td></td>\s*<td>70</td>", page)
 
 
 def test_commit_charge_that_cannot_be_read(constrained: WSManServer) -> None:
