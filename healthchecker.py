@@ -18236,6 +18236,12 @@ class Announcer:
         self.row.made_at = self.row.next_at = now
         self.row.tries = 0
 
+    def leave(self) -> None:
+        """Leaves all but problems to another machine."""
+        if self.row.message:
+            self._give_up()
+        self.notices = {key: notice for key, notice in self.notices.items() if notice.kind == "problem"}
+
     def take_result(self, came: Delivery, now: float) -> bool:
         """Takes what became of a try; False where the message is given up."""
         row, is_late = self.row, now - self.row.made_at >= RETRY_TIME
@@ -18534,12 +18540,14 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
 
 class Notifier(threading.Thread):
     """Tells the receivers of the rows. A message is written down before it is sent and again when it was: who is killed
-    in between sends it once more, for one that comes twice is better than one that never comes."""
+    in between sends it once more, for one that comes twice is better than one that never comes. Who is cut off from the
+    others leaves to them what is in the rows, and tells what only this machine knows: that the database is away."""
 
     def __init__(self, store: Store, vault: Vault, problems: Callable[[], Mapping[str, str]], console: str,
                  monitor: Monitor) -> None:
         super().__init__(name="notifier", daemon=True)
-        self._members, self._monitor, self._epoch = monitor.members, monitor, ""
+        self._members, self._monitor = monitor.members, monitor
+        self._life = "", False      # in which the rows were read, and whether others may have taken them over since
         self._store, self._vault, self._problems, self._console = store, vault, problems, console
         self._ending, self._trouble = threading.Event(), Trouble("nobody can be told")
         self._unread, self._unkept = Trouble("what to tell cannot be read"), Trouble("what was told cannot be kept")
@@ -18563,28 +18571,47 @@ class Notifier(threading.Thread):
 
     def look(self, now: float) -> None:
         """Takes up what happened since the last look, and sends what is to be said, if it is this machine that does."""
-        if self._epoch != (epoch := self._members.epoch) or not self._members.speaks:
-            self._told += [notice for announcer in self._announcers.values() for notice in announcer.notices.values()
-                           if notice.kind == "problem" and notice.told_at]
-            self._epoch, self._announcers, self._saved, self._revision, self._picture = epoch, {}, {}, -1, None
+        if self._life != (life := self._current_life()) or not self._members.speaks:
+            self._begin(*life)
         if not self._members.speaks:
             return self._take_results(now)
-        is_read = False
+        if (life[1] or not self._tell(now)) and self._picture:  # that the database is away can be told all the same
+            problems = {**self._picture.problems, **self._problems()}
+            self._announce([], self._picture._replace(problems=problems), now)
+        self._take_results(now)
+        if (life[1] or self._save()) and life == self._current_life():  # both may have waited for a silent database
+            self._dispatch(now)
+
+    def _current_life(self) -> tuple[str, bool]:
+        members = self._members
+        return members.epoch, members.is_cut_off and len(members.names) > 1
+
+    def _begin(self, epoch: str, is_cut_off: bool) -> None:
+        """Has the rows read anew; or leaves to others what is in them, or on its way, but for problems."""
+        if is_cut_off and self._life == (epoch, False) and self._picture:
+            self._picture = self._picture._replace(unhealthy={}, works={})
+            self._announcers = {number: announcer for number, announcer in self._announcers.items()
+                                if number not in self._threads}
+            for announcer in self._announcers.values():
+                announcer.leave()
+        else:
+            self._told += [notice for announcer in self._announcers.values() for notice in announcer.notices.values()
+                           if notice.kind == "problem" and notice.told_at]
+            self._announcers, self._saved, self._revision, self._picture = {}, {}, -1, None
+        self._life = epoch, is_cut_off
+
+    def _tell(self, now: float) -> bool:
+        """Takes up what the rows say; whether it could be read."""
         with self._unread.caught():         # what cannot be read is no reason to keep what is known to oneself
             with self._store.reading() as session:
                 self._follow(session)
                 self._take_results(now)     # after that, or what came would be forgotten, and be sent again
                 found, picture = self._see(session, now)
-            is_read = True
             if picture:
                 self._picture = picture
                 self._announce(found, picture, now)
-        if not is_read and self._picture:       # that the database is away can be told all the same
-            problems = {**self._picture.problems, **self._problems()}
-            self._announce([], self._picture._replace(problems=problems), now)
-        self._take_results(now)
-        if self._save():
-            self._dispatch(now)
+            return True
+        return False
 
     def close(self) -> None:
         """Ends the thread; messages on their way have NOTIFY_END seconds, and are sent again after the next start."""
@@ -18598,7 +18625,7 @@ class Notifier(threading.Thread):
                 child.end()
         for thread in self._threads.values():
             thread.join(NOTIFY_END)
-        if not self.is_alive():
+        if not (self.is_alive() or self._life[1]):
             self._take_results(self._store.wall())
             self._save()
 

@@ -1140,7 +1140,7 @@ class Lives:
 
     def __init__(self) -> None:
         self.members = self
-        self.epoch, self.speaks = "first", True
+        self.epoch, self.speaks, self.is_cut_off, self.names = "first", True, False, frozenset("ab")
         self.blames, self.aggregator = Alone.blames, Alone.aggregator
 
     @staticmethod
@@ -1168,6 +1168,37 @@ def test_a_database_that_is_away_is_told(tmp_path: Path, store: Store, hook: Hoo
     notifier.close()
     first, second = (request.json for request in hook.requests)
     assert "it is away" in first["message"] and "again" in second["title"], second
+
+
+@pytest.mark.parametrize("others", ["", "b"], ids=["alone", "others"])
+def test_who_is_cut_off_leaves_the_rows_to_others(tmp_path: Path, store: Store, hook: Hook, others: str) -> None:
+    """What could not be delivered, and what waits; but that the database is away is told. Alone all of it goes on."""
+    take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 1, on: [gate, problem]}}")
+    problems, lives = dict[str, str](), Lives()
+    lives.names = frozenset("a" + others)
+    notifier = Notifier(store, prepared_vault(tmp_path), lambda: problems, "", cast("healthchecker.Monitor", lives))
+    notifier.look(NOON)
+    with store.writing() as session:
+        record_event(session, "gate", "open -> closed", state="closed", at=NOON)
+    hook.status = 503
+    look_until(notifier, hook, 1, NOON + 10)
+
+    def titles(now: float) -> list[str]:
+        notifier.look(now)
+        return [" ".join(request.json["title"].split()[1:]) for request in hook.requests]
+
+    hook.status, lives.is_cut_off = 200, True
+    problems["database"] = "it is away"
+    notifier.look(NOON + 40)
+    closed, away = "the gate is closed", "HealthChecker's database is in trouble"
+    wait_for(lambda: titles(NOON + 100)[-1] == away and not notifier._threads)
+    assert titles(NOON + 101) == ([closed, away] if others else [closed, closed, away])
+    lives.is_cut_off = False
+    problems.clear()
+    well = "HealthChecker's database is well again"
+    wait_for(lambda: titles(NOON + 200)[-1] == well and not notifier._threads)
+    notifier.close()
+    assert titles(NOON + 201) == ([closed, away, closed, well] if others else [closed, closed, away, well])
 
 
 def test_a_database_that_cannot_be_read_is_one_trouble(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import random
@@ -531,6 +532,38 @@ def test_a_message_is_sent_once(tmp_path: Path, postgres: Postgres, hook: Hook) 
                 made.machines.pop(speaker).kill()
                 wait_for(lambda: made.shared_by(*rest), 60)  # noqa: B023
         assert ["closed" in each.json["title"] for each in hook.requests] == [True, False] * 2
+
+
+@pytest.mark.long
+def test_a_message_that_waits_is_left_to_another_one(tmp_path: Path, postgres: Postgres, pgbouncer: Program,
+                                                      hook: Hook) -> None:  # noqa: F811  # fmt: skip
+    """Who speaks is cut off from the database while its receiver is down: another one speaks by now, and tells it."""
+    made = Site(tmp_path, postgres, f"notify: [{{name: ops, url: 'json://{hook.place}/x', wait: 1}}]\n")
+    speaker = owner_of("", frozenset("ab"))
+    other = "ab".replace(speaker, "")
+    with contextlib.closing(made):
+        made.begin(other)
+        direct, made.url = made.url, made.url.replace(f":{postgres.port}/", f":{pgbouncer.port}/")
+        made.begin(speaker)
+        made.url = direct
+        tries = "SELECT tries FROM receiver WHERE name = 'ops'"
+        asked = functools.partial(execute, database_in(tmp_path / other))
+        wait_for(lambda: made.shared_by("a", "b") and made.answers() == {200}, 60)
+        hook.status = 503
+        made.hosts[NAMES[0]].leave()
+        wait_for(lambda: asked(tries)[0][0] >= 1, 60)
+        pgbouncer.end()
+        try:
+            wait_for(lambda: {name for name, *_ in asked(LIVING)} == {other}, 60)
+            hook.requests.clear()
+            hook.status = 200
+            wait_for(lambda: asked("SELECT message FROM receiver WHERE name = 'ops'") == [("",)], 120)
+            begun = time.monotonic()
+            wait_for(lambda: time.monotonic() - begun > 10, 60)     # for so long it would be told by the other one, too
+            titles = [each.json["title"].split()[1:] for each in hook.requests]
+            assert titles.count("the gate is closed, 1 unhealthy".split()) == 1, titles
+        finally:
+            pgbouncer.begin()
 
 
 @pytest.mark.long
