@@ -4520,7 +4520,8 @@ class LoginJournal(NamedTuple):
     keep: Callable[[str, str, float, Collection[str]], bool] = lambda row, text, patience, rows: True
     wall: Callable[[], float] = time.time       # the Unix time that all of them mean
     life: float = 0.0                           # of the service: when it began
-    machines: Callable[[], int] = lambda: 1     # that write there
+    machines: Callable[[], int] = lambda: 1     # that write there, as was heard last
+    is_heard: Callable[[], bool] = lambda: True     # by the others
 
 
 class LoginRows:
@@ -4578,8 +4579,9 @@ class LoginGuard:
     accepted lately, else AUTH_BACKOFF, then always AUTH_BACKOFF. An accepted login proves the credential: what others
     were refused before it concerns them alone. REFUSALS in a row, of one host or without an accepted one between,
     stop the host or all; the last of them is left to one that was accepted, which is asked for it. As many logins may
-    be without outcome as could be refused; one where nothing is proven. Those whose outcome nobody lived to see count
-    with others that were refused; without any, those of so many lives have the next one wait for AUTH_RETRY.
+    be without outcome as could be refused; one where nothing is proven. Several machines have these between them, and
+    while they do not hear of each other the refusals, too. Logins whose outcome nobody lived to see count with others
+    that were refused; without any, those of so many lives have the next one wait for AUTH_RETRY.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, locks: bool = True,
@@ -4622,8 +4624,9 @@ class LoginGuard:
         with self._turn:
             own, wrong = self._counted(self._refused.get(name, [])), self._counted(self._wrong)
             most = REFUSALS_ASKED if name in self._asked else REFUSALS
+            most = most if self.rows.journal.is_heard() else self._share(most)
             good = self._good if self.polled is None else self._good.intersection(self.polled)
-            shared = most - (name not in good and bool(good) and name not in self._asked)
+            shared = max(1, most - (name not in good and bool(good) and name not in self._asked))
             unseen = self.rows.unseen(self._accepted_mono)
             both = sorted([*wrong, *(at for at, _ in unseen)]) if wrong else []
             ends_mono = [times[-1] + LOCKOUT_WINDOW for times, limit in ((own, most), (both, shared))
@@ -4662,8 +4665,12 @@ class LoginGuard:
         with self._turn:
             self._asked.add(name)
 
+    def _share(self, count: int) -> int:
+        """What of so many is this machine's, which cannot know what becomes of the others'."""
+        return max(1, count // self.rows.journal.machines())
+
     def _has_room(self) -> bool:
-        most = max(2, math.ceil(REFUSALS / self.rows.journal.machines()))   # together never less than one of them alone
+        most = self._share(REFUSALS)
         lately = self._clock() - self._accepted_mono < ACCEPTED_LATELY
         return not self._locks or self._running < (most if lately and not self._wrong else 1)
 
@@ -11756,8 +11763,9 @@ class Exchange:
             before, others = written_logins(session, self._store.machine)
         writer, members = self._context.recorder.logins, self._members
         writer.hear = self._guards.hear
-        self._guards.begin(LoginJournal(writer.keep, wall, self._store.wall(),
-                                        lambda: 1 if members.is_cut_off else len(members.names) or 1), before)
+        self._guards.begin(LoginJournal(
+            writer.keep, wall, self._store.wall(), lambda: len(members.names) or 1,
+            lambda: not (members.is_cut_off or self._context.recorder.unwritten)), before)
         self._guards.hear(others)
 
     def look(self, pollers: Mapping[str, Poller]) -> None:

@@ -27,6 +27,7 @@ from pydantic import SecretStr
 from service import Program as Separate
 from service import Service, prepared_keys, run, write_inventory
 from soak_machines import Gate
+from sshd import Login, ParamikoSshd
 from test_notify import Hook, hook  # noqa: F401  # a fixture
 from test_poll import House, Machines, house, machines, unreachable, vault
 
@@ -598,6 +599,44 @@ def test_a_login_holds_everywhere(site: Site) -> None:
     for name in [name for name in NAMES if owner_of(name, frozenset("ab")) == "a"][:2]:
         wait_for(lambda: client.api("POST", f"resources/{name}/check").status == 200  # noqa: B023
                  and site.pollers()[name] == "b")  # noqa: B023  # until a polls it again, a second later
+
+
+class Hesitant(Login):
+    """Says after three seconds that a password is wrong."""
+
+    def check_auth_password(self, username: str, password: str) -> int:
+        if password != self.server.password:
+            time.sleep(3)
+        return super().check_auth_password(username, password)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("away", [False, True], ids=["refused slowly", "the database is away"])
+def test_a_changed_password_locks_no_account(tmp_path: Path, *, away: bool) -> None:
+    """Three machines that all know it for right try it four times at most between them, though none of them may have
+    heard of the others' refusals when it begins; the common policy locks at the fifth."""
+    with open_postgres() as server, contextlib.closing(Site(tmp_path, server)) as made, ParamikoSshd() as sshd:
+        sshd.login, right = Login if away else Hesitant, sshd.password
+        rows = "".join(f"  - {{name: h{number}, hostname: {sshd.address}, port: {sshd.port}, username: {sshd.username}, "
+                       f"password: {right}, platform: linux, interval: 2, retry_interval: 1, timeout: 10}}\n"
+                       for number in range(12))  # fmt: skip
+        with contextlib.ExitStack() as stack:
+            for name in "abc":
+                path = made.write(name, rows, "  known_hosts: known_hosts\n")
+                (path.parent / "known_hosts").write_text(sshd.known_hosts(), encoding="utf-8")
+                if name == "a":
+                    prepared_database(path.parent)
+                made.machines[name] = stack.enter_context(Service(path, deadline=120))
+            wait_for(lambda: made.answers() == {200} and {*made.pollers().values()} == {*"abc"}, 120)
+            if away:
+                server.end()
+                wait_for(lambda: sshd.log().count("Accepted password") >= 36, 120)
+            sshd.password = "another one"
+            sshd.kill_sessions()
+            wait_for(lambda: sshd.log().count("Failed password") > 2, 60)
+            begun = time.monotonic()
+            wait_for(lambda: sshd.log().count("Failed password") > 4 or time.monotonic() - begun > 15, 60)
+            assert sshd.log().count("Failed password") in (3, 4)
 
 
 @pytest.mark.long
