@@ -3052,10 +3052,10 @@ def migrate(session: Session, version: int) -> None:
         for statement in statements:
             session.execute(sqlalchemy.text(statement))
     connection = session.connection()
-    found = columns_in(connection)
+    found, double = columns_in(connection), sqlalchemy.Double().compile(dialect=connection.dialect)
     for place, remedy in LACKING.items():
         for statement in remedy if place not in found and place[0] in dict(found) else ():
-            session.execute(sqlalchemy.text(statement))
+            session.execute(sqlalchemy.text(statement.replace("DOUBLE", double)))
     Base.metadata.create_all(connection)
     for statement in TO_MAINTENANCE if ("resource", "maintenance") in found else ():
         session.execute(sqlalchemy.text(statement))
@@ -3366,6 +3366,7 @@ DATABASE_CLOCK = "CAST(extract(epoch FROM clock_timestamp()) AS double precision
 # Nor does what was seen in a future, which a clock once showed.
 IS_LIVING = f"abs(seen_at - {DATABASE_CLOCK}) < {CLAIM_LIFE}"
 LIVING = f"SELECT name, instance, seen_at, able FROM machine WHERE {IS_LIVING}"     # noqa: S608  # nobody's words
+PLACES = f"SELECT name, instance, seen_at FROM machine WHERE {IS_LIVING}"           # noqa: S608  # of any schema's
 FORGET_DEAD = f"DELETE FROM machine WHERE NOT {IS_LIVING}"                          # noqa: S608
 BEGIN_LIFE = ("INSERT INTO machine (instance, name, version, able, started_at, seen_at) "   # noqa: S608
               f"VALUES (%s, %s, %s, %s, {DATABASE_CLOCK}, {DATABASE_CLOCK})")
@@ -3441,19 +3442,32 @@ class Claim(threading.Thread):
 
     def require_alone_for(self, version: int) -> None:
         """Raises StorageError where others live on a schema that this program would bring to the next one."""
-        if 0 < version < SCHEMA and (others := self.company.everybody - {self.machine}):
-            raise StorageError(f"an earlier version uses this database on {', '.join(sorted(others))}, and this one "
+        if 0 < version < SCHEMA:
+            self._require_none(self.company.everybody - {self.machine})
+
+    @staticmethod
+    def _require_none(others: Collection[str]) -> None:
+        if others:
+            names = ", ".join(name or "a command" for name in sorted(others))
+            raise StorageError(f"an earlier version uses this database on {names}, and this one "
                                "changes it: stop that first, start this one, then update it")
 
     def _try(self) -> dict[tuple[str, str], float]:
         """Has a new row where nobody lives in this place; else when they were seen, by name and instance."""
-        asked_mono, connection, create = lease_clock(), self._connection, CreateTable(Base.metadata.tables["machine"])
+        asked_mono, connection = lease_clock(), self._connection
         try:
             connection.execute(WRITING)
-            if connection.execute("SELECT to_regclass('machine')").fetchone() == (None,):
-                connection.execute(str(create.compile(dialect=sqlalchemy.make_url(POSTGRES).get_dialect()())))
-            living = {(name, instance): seen for name, instance, seen, _ in connection.execute(LIVING)
+            is_made = connection.execute("SELECT to_regclass('machine')").fetchone() != (None,)
+            rows = connection.execute(PLACES).fetchall() if is_made else []
+            is_todays = ("machine", "able") in connection.execute(POSTGRES_COLUMNS).fetchall()
+            if not is_todays:   # of an earlier version's, perhaps, which lives on it
+                self._require_none({name for name, *_ in rows} - {self.machine})
+            living = {(name, instance): seen for name, instance, seen in rows
                       if instance != self._instance and (not self.machine or name in ("", self.machine))}
+            if not (living or is_todays):
+                create = CreateTable(Base.metadata.tables["machine"])
+                connection.execute("DROP TABLE IF EXISTS machine")
+                connection.execute(str(create.compile(dialect=sqlalchemy.make_url(POSTGRES).get_dialect()())))
             if not living:
                 connection.execute(FORGET_DEAD)
                 connection.execute(END_LIFE, [self._instance])  # whose COMMIT came after we had given it up
@@ -3648,12 +3662,23 @@ class PostgresServer:
         """Whether a service is on the database, that of a `machine` or any, without a change. Raises StorageError."""
         with self._connected() as connection:
             is_made = connection.execute("SELECT to_regclass('machine')").fetchone() != (None,)
-            rows = connection.execute(LIVING).fetchall() if is_made else ()
+            rows = connection.execute(PLACES).fetchall() if is_made else ()
         return any(machine in ("", name) for name, *_ in rows)
 
     def copy(self, place: Path) -> None:
-        """Raises StorageError."""
-        raise StorageError(f"database {self} is of schema {self.inspect()}; a start would bring it to {SCHEMA}")
+        """Copies what a start looks at into a file, as far as an earlier schema has it. Raises StorageError."""
+        engine = sqlalchemy.create_engine(SqliteFile(place).engine_options()["url"], poolclass=sqlalchemy.NullPool)
+        dialect = self._url.get_dialect()()
+        with self._connected() as connection, Session(engine) as session:
+            Base.metadata.create_all(session.connection())
+            found = {*connection.execute(POSTGRES_COLUMNS)}
+            for table in (Base.metadata.tables[row.__tablename__] for row in (User, Resource, Setting, Receiver)):
+                names = [column.name for column in table.columns if (table.name, column.name) in found]
+                chosen = sqlalchemy.select(*(table.c[name] for name in names)).compile(dialect=dialect)
+                if rows := [dict(zip(names, row, strict=True)) for row in connection.execute(str(chosen))]:
+                    session.execute(sqlalchemy.insert(table), rows)
+            SqliteFile(place).mark(session)
+            session.commit()
 
     def engine_options(self) -> dict[str, Any]:
         """What SQLAlchemy is to open it with; a connection that was lost meanwhile is replaced."""
@@ -19757,8 +19782,9 @@ def check(arguments: argparse.Namespace) -> int:
     with rehearsal(installation, opens=arguments.probe is not None) as (vault, changes, targets):
         print(f"{installation.path.name} is valid; a start would make: {changes}")
         if 0 < (version := installation.database.inspect(whole=False)) < SCHEMA:
+            way = "`backup`" if installation.service.database_path else "copy by pg_dump"
             print(f"a start would bring the database from schema {version} to {SCHEMA}, and no earlier version opens it"
-                  " then: make a `backup` first")
+                  f" then: make a {way} first")
         for line in gate_lines(installation.inventory.gates, installation.inventory.resources):
             print(line)
         show_readable(installation)

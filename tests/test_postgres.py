@@ -744,7 +744,7 @@ def test_of_several_each_is_said_to_run_or_not(folder: Path, capsys: pytest.Capt
 
 def test_a_service_that_died_is_waited_for(server: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its row counts until it is too old by the database's clock."""
-    for name in ("LIVING", "FORGET_DEAD"):
+    for name in ("LIVING", "PLACES", "FORGET_DEAD"):
         monkeypatch.setattr(healthchecker, name, getattr(healthchecker, name).replace("6.0", "1.0"))
     dead = Claim(server.connect, lambda: None)
     assert dead.take() == ""
@@ -851,6 +851,37 @@ def test_backup_is_the_servers_own(folder: Path) -> None:
     done = run(path, "backup", str(folder / "b.tar.gz"))
     assert done.returncode == UsageError.exit_code and "pg_dump" in done.stderr
 
+
+# What came with schema 7, and to the tables of schema 6 while it was the last one.
+SCHEMA_6 = ("ALTER TABLE status DROP COLUMN read", "ALTER TABLE status DROP COLUMN read_at",
+            "ALTER TABLE machine DROP COLUMN able", "ALTER TABLE login_session DROP COLUMN expires_at",
+            "UPDATE setting SET value = 6 WHERE name = 'schema'")  # fmt: skip
+
+
+def test_a_database_of_schema_6(folder: Path) -> None:
+    """`check` says what a start will do and changes nothing; none begins under a living machine of the version before,
+    and then one brings it to this schema, with all that is in it."""
+    path, database = write_inventory(folder, HERE, "  machine: b\n"), database_in(folder)
+    with Service(path) as service:
+        service.wait_status("/", 200)
+    kept = execute(database, "SELECT * FROM resource"), execute(database, "SELECT count(*) FROM event")
+    execute(database, *SCHEMA_6)
+    columns = execute(database, healthchecker.POSTGRES_COLUMNS)
+    checked = run(path, "check")
+    assert checked.returncode == 0 and "a start would make: 0 added, 0 changed, 0 removed, 1 kept" in checked.stdout
+    assert "would bring the database from schema 6 to 7" in checked.stdout and "pg_dump first" in checked.stdout
+    assert run(path, "status").returncode == 3
+    assert execute(database, healthchecker.POSTGRES_COLUMNS) == columns
+    execute(database, f"INSERT INTO machine VALUES ('x', 'a', '1', 0, {healthchecker.DATABASE_CLOCK})")
+    refused = run(path)
+    assert refused.returncode == 4 and "an earlier version uses this database on a, and this one" in refused.stderr
+    execute(database, "DELETE FROM machine")
+    with Service(path) as service:
+        assert "migrated from schema 6 to 7" in service.output
+        service.wait_status("/", 200)
+    assert execute(database, "SELECT * FROM resource") == kept[0]
+    assert execute(database, "SELECT count(*) FROM event") > kept[1]
+    assert {("machine", "able"), ("status", "read")} <= {*execute(database, healthchecker.POSTGRES_COLUMNS)}
 
 
 # --- a database of the other kind ---

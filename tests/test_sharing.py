@@ -617,8 +617,8 @@ def test_a_changed_password_locks_no_account(tmp_path: Path, *, away: bool) -> N
     heard of the others' refusals when it begins; the common policy locks at the fifth."""
     with open_postgres() as server, contextlib.closing(Site(tmp_path, server)) as made, ParamikoSshd() as sshd:
         sshd.login, right = Login if away else Hesitant, sshd.password
-        rows = "".join(f"  - {{name: h{number}, hostname: {sshd.address}, port: {sshd.port}, username: {sshd.username}, "
-                       f"password: {right}, platform: linux, interval: 2, retry_interval: 1, timeout: 10}}\n"
+        rows = "".join(f"  - {{name: h{number}, hostname: {sshd.address}, port: {sshd.port}, "
+                       f"username: {sshd.username}, password: {right}, platform: linux, interval: 2, retry_interval: 1, timeout: 10}}\n"
                        for number in range(12))  # fmt: skip
         with contextlib.ExitStack() as stack:
             for name in "abc":
