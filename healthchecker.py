@@ -2607,9 +2607,10 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # The tables, and how those of an older version are migrated. Secrets are stored sealed only. Here as everywhere else
 # stands SQL that both SQLite and PostgreSQL have, but for migrations before schema 6, the first one on PostgreSQL.
 # In any thread of the main process, within the transaction of whoever calls.
-# Gives: Acknowledgement, APPLICATION, Base, BIG_INTEGER, binding, carry_logins, columns_in, db, Event, login_row,
-# LOGINS, LoginSession, LOOKED_AT, Machine, Maintenance, migrate, Notice, own_name, READ_WORD, Receiver, remembered,
-# REMOVED, Resource, Result, revise, revision, ROW_LENGTH, SCHEMA, Setting, Status, StoredText, User, YEAR_3000
+# Gives: Acknowledgement, APPLICATION, Base, BIG_INTEGER, binding, carry_logins, columns_in, db, differs_from, Event,
+# login_row, LOGINS, LoginSession, LOOKED_AT, Machine, Maintenance, migrate, Notice, own_name, READ_WORD, Receiver,
+# remembered, REMOVED, Resource, Result, revise, revision, ROW_LENGTH, SCHEMA, Setting, Status, StoredText, User,
+# YEAR_3000
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 YEAR_3000 = 32_503_680_000      # Unix time, the last one that Windows can show
 
@@ -3084,6 +3085,13 @@ def carry_logins(session: Session, before: str, after: str) -> None:
 def own_name(name: str, machine: str) -> str:
     """Of a Setting, or a secret of the service, that each machine has for itself."""
     return f"{name}/{machine}" if machine else name
+
+
+def differs_from(session: Session, machine: str) -> str:
+    """The other machine whose inventory is watched and says something else than this one's; empty for none."""
+    names = "inventory", "digest", own_name("file", machine)
+    owner, watched, own = (remembered(session, name).text for name in names)
+    return owner if machine and owner != machine and watched != own else ""
 
 
 def revision(session: Session) -> int:
@@ -3664,21 +3672,6 @@ class PostgresServer:
             is_made = connection.execute("SELECT to_regclass('machine')").fetchone() != (None,)
             rows = connection.execute(PLACES).fetchall() if is_made else ()
         return any(machine in ("", name) for name, *_ in rows)
-
-    def copy(self, place: Path) -> None:
-        """Copies what a start looks at into a file, as far as an earlier schema has it. Raises StorageError."""
-        engine = sqlalchemy.create_engine(SqliteFile(place).engine_options()["url"], poolclass=sqlalchemy.NullPool)
-        dialect = self._url.get_dialect()()
-        with self._connected() as connection, Session(engine) as session:
-            Base.metadata.create_all(session.connection())
-            found = {*connection.execute(POSTGRES_COLUMNS)}
-            for table in (Base.metadata.tables[row.__tablename__] for row in (User, Resource, Setting, Receiver)):
-                names = [column.name for column in table.columns if (table.name, column.name) in found]
-                chosen = sqlalchemy.select(*(table.c[name] for name in names)).compile(dialect=dialect)
-                if rows := [dict(zip(names, row, strict=True)) for row in connection.execute(str(chosen))]:
-                    session.execute(sqlalchemy.insert(table), rows)
-            SqliteFile(place).mark(session)
-            session.commit()
 
     def engine_options(self) -> dict[str, Any]:
         """What SQLAlchemy is to open it with; a connection that was lost meanwhile is replaced."""
@@ -4548,6 +4541,10 @@ class LoginJournal(NamedTuple):
     machines: Callable[[], int] = lambda: 1     # that write there, as was heard last
     is_heard: Callable[[], bool] = lambda: True     # by the others
 
+    def share(self, count: int) -> int:
+        """What of so many is this machine's, which cannot know yet what becomes of the others'."""
+        return max(1, count // self.machines())
+
 
 class LoginRows:
     """What a guard has in the journal: refusals that count, and logins whose outcome nobody has seen yet."""
@@ -4649,7 +4646,7 @@ class LoginGuard:
         with self._turn:
             own, wrong = self._counted(self._refused.get(name, [])), self._counted(self._wrong)
             most = REFUSALS_ASKED if name in self._asked else REFUSALS
-            most = most if self.rows.journal.is_heard() else self._share(most)
+            most = most if self.rows.journal.is_heard() else self.rows.journal.share(most)
             good = self._good if self.polled is None else self._good.intersection(self.polled)
             shared = max(1, most - (name not in good and bool(good) and name not in self._asked))
             unseen = self.rows.unseen(self._accepted_mono)
@@ -4690,12 +4687,8 @@ class LoginGuard:
         with self._turn:
             self._asked.add(name)
 
-    def _share(self, count: int) -> int:
-        """What of so many is this machine's, which cannot know what becomes of the others'."""
-        return max(1, count // self.rows.journal.machines())
-
     def _has_room(self) -> bool:
-        most = self._share(REFUSALS)
+        most = self.rows.journal.share(REFUSALS)
         lately = self._clock() - self._accepted_mono < ACCEPTED_LATELY
         return not self._locks or self._running < (most if lately and not self._wrong else 1)
 
@@ -10854,6 +10847,11 @@ class Membership:
         """Whether the others take this machine for dead: it does not reach the database."""
         return self._claim is not None and self._clock() - self._claim.company.heard_mono >= CLAIM_LIFE
 
+    @property
+    def life(self) -> tuple[str, bool]:
+        """The epoch, and whether others take this machine for dead."""
+        return self.epoch, self.is_cut_off and len(self.names) > 1
+
     def owns(self, name: str) -> bool:
         """Whether a name is this machine's, as was heard last; SITE is that of what one of them says for all."""
         return self._claim is None or owner_of(name, self.names) == self._claim.machine
@@ -11781,6 +11779,7 @@ class Exchange:
         self._members, self._guards = context.members, context.access.guards
         self._found: dict[int, Found] = {}      # by others, of settings that are not followed yet
         self._epoch = ""        # in which the resources were shared
+        self.differs_from = ""  # the machine whose inventory is watched, where this one's says something else
 
     def begin(self, wall: Callable[[], float]) -> None:
         """Takes up what was written of logins, also by others, and has it written from now on."""
@@ -11802,6 +11801,14 @@ class Exchange:
                 self._take_found(pollers.values())
         finally:        # what nobody else polls does not wait for what cannot be read
             self._share(pollers)
+
+    def compare(self, session: Session) -> None:
+        """Says once that this machine's inventory differs from the one that is watched, and that it does no more."""
+        before, self.differs_from = self.differs_from, differs_from(session, self._store.machine)
+        if self.differs_from not in ("", before):
+            log.error("inventory: that of %s is watched, and the one here differs from it", self.differs_from)
+        elif before and not self.differs_from:
+            log.info("inventory: the one here differs no more from that of %s", before)
 
     def _share(self, pollers: Mapping[str, Poller]) -> None:
         """Has polled what is this machine's, and nothing else; in a new life all of it, for what was found in the last
@@ -11892,7 +11899,7 @@ class Monitor(threading.Thread):
         self.override = OverrideKeeper(store, context.aggregator, self._wall)
         self._zero_at = self._wall() - lease_clock()    # the Unix time of lease_clock's 0, by which times are stored
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
-        self.maintenance, self._exchange = MaintenanceKeeper(store), Exchange(store, context)
+        self.maintenance, self.exchange = MaintenanceKeeper(store), Exchange(store, context)
         context.recorder.incidents.standings = self.standings
         self._revision, self._looked_mono = -1, -math.inf   # of the rows that were followed, and when
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
@@ -11906,7 +11913,7 @@ class Monitor(threading.Thread):
                 self._zero_at = remembered(session, self._store.own("clock")).value / 1000
             else:
                 behind = behind_by(session, lease_clock() + now_at)
-        self._exchange.begin(lambda: lease_clock() + self._zero_at)
+        self.exchange.begin(lambda: lease_clock() + self._zero_at)
         self._reconcile()
         self._take_clock(now_at, behind)
         self._context.aggregator.start()
@@ -11983,13 +11990,12 @@ class Monitor(threading.Thread):
         start_new(self.pollers.values())
         self.override.say()
         self._context.aggregator.beat("monitor")
-        self._exchange.look(self.pollers)
+        self.exchange.look(self.pollers)
         with self._store.reading() as session:
             current = revision(session)
         if current != self._revision or lease_clock() - self._looked_mono > FOLLOW_INTERVAL:
             self._reconcile()
-        zero_at = self._wall() - lease_clock()
-        if abs(zero_at - self._zero_at) > CLOCK_DRIFT:
+        if abs((zero_at := self._wall() - lease_clock()) - self._zero_at) > CLOCK_DRIFT:
             self._take_clock(zero_at)
         self.override.end()
 
@@ -12024,6 +12030,7 @@ class Monitor(threading.Thread):
         with self._store.reading() as session:
             current = revision(session)     # first: what changes from now on is followed the next time
             self.override.follow(self._zero_at)     # it holds whatever is wrong with the rest
+            self.exchange.compare(session)
             targets = load_targets(session, self._vault, self.targets)
             gates = imported_gates(session)
             is_known = current == self._revision and targets == self.targets
@@ -16330,6 +16337,9 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% if cut %}
 <p class="notice">Since {{ cut.begun_at|time_tag }} {{ cut.text }}.</p>
 {% endif %}
+{% if differs_from %}
+<p class="notice">The inventory of {{ differs_from }} is watched, and the one here differs from it.</p>
+{% endif %}
 {% for name, why in untold %}
 <p class="notice">{{ name if name[:1] not in "/" else "service.heartbeat" }} cannot be told: {{ why }}.</p>
 {% endfor %}
@@ -17431,6 +17441,7 @@ def overview(**more: Any) -> flask.Response:
                        said={blocker["name"] for blocker in blockers[:5]}, groups=groups, rows=rows,
                        sections=sections_of(rows, wanted, groups), cut=context.monitor.uplink.cut,
                        clock_step=context.monitor.clock_step, turns=turns, untold=untold,
+                       differs_from=context.monitor.exchange.differs_from,
                        refresh="" if flask.request.method == "GET" else shown_at(PREFIX),
                        **overview_choices(everything, found, wanted, groups), **more)
 
@@ -18269,11 +18280,12 @@ class Announcer:
         self.row.made_at = self.row.next_at = now
         self.row.tries = 0
 
-    def leave(self) -> None:
-        """Leaves all but problems to another machine."""
+    def left(self) -> Announcer:
+        """The same without what is left to another machine: all but problems."""
         if self.row.message:
             self._give_up()
         self.notices = {key: notice for key, notice in self.notices.items() if notice.kind == "problem"}
+        return self
 
     def take_result(self, came: Delivery, now: float) -> bool:
         """Takes what became of a try; False where the message is given up."""
@@ -18579,8 +18591,7 @@ class Notifier(threading.Thread):
     def __init__(self, store: Store, vault: Vault, problems: Callable[[], Mapping[str, str]], console: str,
                  monitor: Monitor) -> None:
         super().__init__(name="notifier", daemon=True)
-        self._members, self._monitor = monitor.members, monitor
-        self._life = "", False      # in which the rows were read, and whether others may have taken them over since
+        self._members, self._monitor, self._life = monitor.members, monitor, ("", False)    # of which the rows are
         self._store, self._vault, self._problems, self._console = store, vault, problems, console
         self._ending, self._trouble = threading.Event(), Trouble("nobody can be told")
         self._unread, self._unkept = Trouble("what to tell cannot be read"), Trouble("what was told cannot be kept")
@@ -18604,7 +18615,7 @@ class Notifier(threading.Thread):
 
     def look(self, now: float) -> None:
         """Takes up what happened since the last look, and sends what is to be said, if it is this machine that does."""
-        if self._life != (life := self._current_life()) or not self._members.speaks:
+        if self._life != (life := self._members.life) or not self._members.speaks:
             self._begin(*life)
         if not self._members.speaks:
             return self._take_results(now)
@@ -18612,21 +18623,15 @@ class Notifier(threading.Thread):
             problems = {**self._picture.problems, **self._problems()}
             self._announce([], self._picture._replace(problems=problems), now)
         self._take_results(now)
-        if (life[1] or self._save()) and life == self._current_life():  # both may have waited for a silent database
+        if (life[1] or self._save()) and life == self._members.life:    # both may have waited for a silent database
             self._dispatch(now)
-
-    def _current_life(self) -> tuple[str, bool]:
-        members = self._members
-        return members.epoch, members.is_cut_off and len(members.names) > 1
 
     def _begin(self, epoch: str, is_cut_off: bool) -> None:
         """Has the rows read anew; or leaves to others what is in them, or on its way, but for problems."""
         if is_cut_off and self._life == (epoch, False) and self._picture:
             self._picture = self._picture._replace(unhealthy={}, works={})
-            self._announcers = {number: announcer for number, announcer in self._announcers.items()
+            self._announcers = {number: announcer.left() for number, announcer in self._announcers.items()
                                 if number not in self._threads}
-            for announcer in self._announcers.values():
-                announcer.leave()
         else:
             self._told += [notice for announcer in self._announcers.values() for notice in announcer.notices.values()
                            if notice.kind == "problem" and notice.told_at]
@@ -18826,7 +18831,7 @@ class Heartbeat(threading.Thread):
 # Database, keys and inventory in one archive, while the service runs, and back where there are none; and a database as
 # one of the other kind. In the process of the command; what it reads fits each other, and what it writes is its owner's
 # alone.
-# Gives: backup, copy_rows, DATABASE, restore
+# Gives: backup, copy_known, copy_rows, DATABASE, restore
 DATABASE = "healthchecker.db"   # in a backup, wherever it stands
 PRIVATE_KEYS = {"keys/private.pem", "keys/next.pem"}
 COPIED_AT_ONCE = 1000           # rows
@@ -18932,6 +18937,21 @@ def copy_rows(source: Store, target: Store, show: Callable[[int, int], None]) ->
                 show(done := done + len(before), 2 * total)
     target.checkpoint()
     return total
+
+
+def copy_known(source: Database, place: Path) -> None:
+    """Copies a database of an earlier schema into a file: PostgreSQL's what a start looks at, as far as it is there."""
+    if isinstance(source, SqliteFile):
+        return source.copy(place)
+    engine = sqlalchemy.create_engine("postgresql+psycopg://", creator=source.connect, poolclass=sqlalchemy.NullPool)
+    source.attach(engine)
+    with Session(engine) as old, contextlib.closing(Store(place)) as store, store.writing() as new:
+        found = columns_in(old.connection())
+        for table in (Base.metadata.tables[row.__tablename__] for row in (User, Resource, Setting, Receiver)):
+            columns = [column for column in table.columns if (table.name, column.name) in found]
+            if rows := [{**row._mapping} for row in old.execute(sqlalchemy.select(*columns))]:
+                new.execute(sqlalchemy.insert(table), rows)
+    return None
 
 
 def restore(arguments: argparse.Namespace) -> int:
@@ -19096,7 +19116,7 @@ class Installation:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
                 database = SqliteFile(Path(folder) / DATABASE)
                 if version:
-                    self.database.copy(database.path)
+                    copy_known(self.database, database.path)
             machine = self.service.machine_name
             yield stack.enter_context(contextlib.closing(Store(database, locked=locked, machine=machine)))
 
@@ -19134,11 +19154,13 @@ class Installation:
         return open_vault(self.service.keys, sealed_tokens(session, self.inventory))
 
     def rows_owner(self, session: Session, *, again: bool = False) -> str:
-        """The other machine whose inventory is watched; empty: this one's is. At a start, not `again`, it takes the
-        place of that of a machine that is gone only where it says the same. Raises StorageError."""
+        """The other machine whose inventory is watched; empty: this one's is. It takes the place of that of a machine
+        that is gone, which a restart is for seconds, only where it says the same, or `again` where that is meant.
+        Raises StorageError."""
         machine, follows = self.service.machine_name, self.service.inventory == "follow"
         owner, digest = (remembered(session, name).text for name in ("inventory", "digest"))
-        is_gone = machine and (again or digest == self.inventory.digest) and not session.scalar(PLACE, {"name": owner})
+        is_meant = digest == self.inventory.digest or (again and self._accepts_removals)
+        is_gone = machine and is_meant and not session.scalar(PLACE, {"name": owner})
         if not machine or (not follows and (owner in ("", machine) or is_gone)):
             return ""
         if not owner:
@@ -19180,6 +19202,7 @@ class Installation:
         """Takes down with which settings of its own the service runs."""
         own = functools.partial(own_name, machine=self.service.machine_name)
         session.merge(Setting(name=own("service"), text=json.dumps(self._started_with())))
+        session.merge(Setting(name=own("file"), text=self.inventory.digest))    # for differs_from
         session.merge(Setting(name=own(STANDING), text=""))     # the one before may have been killed a moment ago
 
     def changed_service(self, session: Session) -> list[str]:
@@ -19212,14 +19235,11 @@ def prepare(installation: Installation, store: Store) -> Vault:
         record_event(session, "service", f"started, version {VERSION}{installation.place}")
         installation.keep_service(session)
         owner, initial = installation.rows_owner(session), initial_user(session)
-        differs = owner and remembered(session, "digest").text != installation.inventory.digest
         changes = "" if owner else installation.take_over(session, vault)
         if owner:
             import_receivers(session, installation.inventory, vault, secrets_only=True)
     installation.mark()
-    log.log(logging.ERROR if differs else logging.INFO, "inventory: %s", changes or (
-        f"that of {owner} is watched" + (f", and {installation.path.name} here differs from it: `reload` here takes it "
-                                         "over once that machine is gone" if differs else "")))
+    log.info("inventory: %s", changes or f"that of {owner} is watched")
     if initial:
         log.warning("the password of %s is the documented one: change it at /-/password or by `user passwd`", initial)
     if installation.service.mode == "observe":
@@ -19242,9 +19262,14 @@ def take_over_again(installation: Installation, store: Store, actor: str = "") -
     with store.writing(long=True) as session:
         if installation.open_vault(session).key_id != vault.key_id:
             raise UsageError("the keys were changed meanwhile; nothing was taken over: try again")
-        if owner := installation.rows_owner(session, again=True):
-            raise UsageError(f"the inventory of {owner} is watched; `reload` there")
-        changes = installation.take_over(session, vault, actor)
+        owner = installation.rows_owner(session, again=True)
+        changes = "" if owner else installation.take_over(session, vault, actor)
+        session.merge(Setting(name=store.own("file"), text=installation.inventory.digest))
+        revise(session)
+    if owner:
+        way = ", or here with --accept-removals once that machine is gone for good"
+        raise UsageError(f"the inventory of {owner} is watched; `reload` there"
+                         f"{way if installation.service.inventory == 'own' else ''}")
     yield f"inventory: {changes}"
     if waiting:
         yield f"{', '.join(waiting)} changed: that needs a restart"

@@ -1143,6 +1143,10 @@ class Lives:
         self.epoch, self.speaks, self.is_cut_off, self.names = "first", True, False, frozenset("ab")
         self.blames, self.aggregator = Alone.blames, Alone.aggregator
 
+    @property
+    def life(self) -> tuple[str, bool]:
+        return self.epoch, self.is_cut_off and len(self.names) > 1
+
     @staticmethod
     def lives(_session: Any) -> bool:
         return True

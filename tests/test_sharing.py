@@ -618,7 +618,8 @@ def test_a_changed_password_locks_no_account(tmp_path: Path, *, away: bool) -> N
     with open_postgres() as server, contextlib.closing(Site(tmp_path, server)) as made, ParamikoSshd() as sshd:
         sshd.login, right = Login if away else Hesitant, sshd.password
         rows = "".join(f"  - {{name: h{number}, hostname: {sshd.address}, port: {sshd.port}, "
-                       f"username: {sshd.username}, password: {right}, platform: linux, interval: 2, retry_interval: 1, timeout: 10}}\n"
+                       f"username: {sshd.username}, password: {right}, platform: linux, interval: 2, "
+                       "retry_interval: 1, timeout: 10}\n"
                        for number in range(12))  # fmt: skip
         with contextlib.ExitStack() as stack:
             for name in "abc":
@@ -639,6 +640,41 @@ def test_a_changed_password_locks_no_account(tmp_path: Path, *, away: bool) -> N
             assert sshd.log().count("Failed password") in (3, 4)
 
 
+WATCHED = ("the inventory of a is watched; `reload` there, or here with --accept-removals once that machine is gone "
+           "for good\n")  # fmt: skip
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no SIGHUP")
+def test_a_difference_is_said_when_it_comes_and_when_it_goes(site: Site) -> None:
+    """After a `reload` of the machine whose inventory is watched, once, in the log and on the overview; the other one
+    takes its own over neither then nor while the first is stopped, which a restart is, too."""
+    one, two = (f"  - {{name: {name}, platform: simulated, mean_healthy: 1e6}}\n" for name in ("one", "two"))
+    path = site.write("a", one)
+    prepared_database(path.parent)
+    with contextlib.ExitStack() as stack:
+        with Service(path, deadline=60):
+            other = stack.enter_context(Service(site.write("b", one), deadline=60))
+            client = Client(*other.console).log_in()
+            said = "that of a is watched, and the one here differs from it"
+            assert said not in other.output and "differs" not in str(client.ask("GET", "/-/").body)
+            site.write("a", one + two)
+            assert run(path, "reload").returncode == 0
+            other.wait_line(said)
+            wait_for(lambda: "the one here differs" in str(client.ask("GET", "/-/").body))
+        refused = run(other.inventory, "reload")
+        assert (refused.returncode, refused.stderr) == (2, WATCHED)
+        os.kill(other.pid, signal.SIGHUP)
+        other.wait_line("the inventory was not taken over: the inventory of a is watched")
+        assert site.execute("SELECT name FROM resource ORDER BY name") == [("one",), ("two",)]
+        with Service(path, deadline=60):
+            site.write("b", one + two)
+            assert run(other.inventory, "reload").returncode == 2
+            other.wait_line("the one here differs no more from that of a")
+            wait_for(lambda: "the one here differs" not in str(client.ask("GET", "/-/").body))
+            assert other.output.count(said) == 1
+        assert run(other.inventory, "reload").returncode == 0, "it says the same, and the first one is gone"
+
+
 @pytest.mark.long
 def test_inventories_that_differ(site: Site) -> None:
     """The first one's is watched; the other says so, undoes nothing, and takes over when the first is gone."""
@@ -646,10 +682,10 @@ def test_inventories_that_differ(site: Site) -> None:
     wait_for(lambda: len(site.pollers()) == len(NAMES), 60)
     path = site.write("b", f"  - {{name: other, platform: simulated, {OFTEN}}}\n")
     with Service(path, deadline=60) as other:
-        assert "that of a is watched, and inventory.yaml here differs from it" in other.output
+        assert "that of a is watched, and the one here differs from it" in other.output
         assert other.get("/").status in (200, 503) and len(site.execute("SELECT * FROM resource")) == len(NAMES)
         refused = run(path, "reload")
-        assert (refused.returncode, refused.stderr) == (2, "the inventory of a is watched; `reload` there\n")
+        assert (refused.returncode, refused.stderr) == (2, WATCHED)
     site.machines["a"].kill()
     with Service(path, deadline=60):
         wait_for(lambda: run(path, "--accept-removals", "reload").returncode == 0, 60)
