@@ -197,7 +197,7 @@ def repeated(_options: argparse.Namespace, _folder: Path) -> int:
 
 def on_postgresql(_options: argparse.Namespace, _folder: Path) -> int:
     """What the suite runs on both databases is there already."""
-    names = ("poll", "api", "pages", "overview", "overrides", "status", "security")
+    names = ("poll", "api", "pages", "overview", "overrides", "status", "security", "reload")
     tests = [sys.executable, "-m", "pytest", "-n", "4", "--postgresql", *(f"tests/test_{name}.py" for name in names)]
     return subprocess.run(tests, cwd=Path(__file__).parent.parent, check=False).returncode
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 from console import Client, prepared_database, prepared_keys
-from service import Program, Service, command, environment, run, run_cheaply, write_inventory
+from service import Program, Service, command, environment, run, run_cheaply, store_in, write_inventory
 from sshd import wait_for
 
 import healthchecker
-from healthchecker import Store, events, main
+from healthchecker import events, main
 
 CALM = "platform: simulated, mean_healthy: 100000, interval: 1"
 HOSTS = [f"  - {{name: h{number}, {CALM}}}\n" for number in range(9)]
@@ -31,7 +31,7 @@ WAYS = ["reload", HANGUP]
 
 def told(folder: Path, *kinds: str) -> list[tuple[str, str]]:
     """What the events of these kinds say, oldest first, and who did it."""
-    with contextlib.closing(Store(folder / "healthchecker.db")) as store, store.reading() as session:
+    with contextlib.closing(store_in(folder)) as store, store.reading() as session:
         found = [event for event in events(session, limit=1000) if event.kind in kinds]
     return [(event.text, event.actor) for event in reversed(found)]
 
@@ -138,6 +138,7 @@ def test_removals_are_accepted_where_they_are_meant(tmp_path: Path) -> None:
         assert done.returncode == 0 and "8 removed, 1 kept" in done.stdout
 
 
+@pytest.mark.of_files
 def test_reload_before_the_first_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_inventory(tmp_path, HOSTS[0])
     assert main(["--inventory", str(path), "reload"]) == 2
@@ -192,7 +193,11 @@ def test_start_and_stop_are_events(tmp_path: Path) -> None:
         service.wait_status("/-/readyz", 200)
         wait_for(lambda: any(text.startswith("closed -> open") for text, _ in told(tmp_path, "gate")))
     kinds = "service", "change", "gate"
-    lines = [text.partition(" after")[0] for text, _ in told(tmp_path, *kinds)]
+
+    def said() -> list[str]:
+        return [re.split(" after|, on ", text)[0] for text, _ in told(tmp_path, *kinds)]
+
+    lines = said()
     assert lines == [
         f"started, version {healthchecker.VERSION}",
         "inventory: 1 added, 0 changed, 0 removed, 0 kept; added: h0",
@@ -207,8 +212,8 @@ def test_start_and_stop_are_events(tmp_path: Path) -> None:
     ):
         write_inventory(tmp_path, resources, service_settings)
         assert run_cheaply("--inventory", str(path))[0] in (2, 3)
-    assert [text.partition(" after")[0] for text, _ in told(tmp_path, *kinds)] == lines
-    with contextlib.closing(Store(tmp_path / "healthchecker.db")) as store, store.reading() as session:
+    assert said() == lines
+    with contextlib.closing(store_in(tmp_path)) as store, store.reading() as session:
         times = [event.at for event in events(session)]
     assert times == sorted(times, reverse=True)
 

@@ -640,6 +640,38 @@ def test_a_changed_password_locks_no_account(tmp_path: Path, *, away: bool) -> N
             assert sshd.log().count("Failed password") in (3, 4)
 
 
+@pytest.mark.long
+@pytest.mark.skipif(os.name != "posix", reason="no SIGSTOP")
+def test_a_key_is_trusted_wherever_it_is_asked_for(site: Site) -> None:
+    """And a connection is tested from the machine that is asked, whichever polls the host."""
+    with ParamikoSshd() as sshd:
+        names = [f"h{number}" for number in range(6)]
+        rows = "".join(f"  - {{name: {name}, hostname: {sshd.address}, port: {sshd.port}, username: {sshd.username}, "
+                       f"password: {sshd.password}, platform: linux, interval: 2, retry_interval: 1}}\n"
+                       for name in names)  # fmt: skip
+        prepared_database(site.write("a", rows).parent)
+        with Service(site.write("a", rows), deadline=60) as a, Service(site.write("b", rows), deadline=60) as b:
+            wait_for(lambda: (a.get("/").status, b.get("/").status) == (200, 200), 60)
+            wait_for(lambda: {*site.pollers().values()} == {"a", "b"}, 60)
+            client = Client(*b.console).log_in()
+            far = next(name for name in names if owner_of(name, frozenset("ab")) == "a")
+            sshd.rekey()
+            wait_for(lambda: (a.get("/").status, b.get("/").status) == (503, 503), 60)
+            body = {"name": "new", "hostname": sshd.address, "port": sshd.port, "username": sshd.username,
+                    "password": sshd.password, "platform": "linux"}  # fmt: skip
+            os.kill(a.pid, signal.SIGSTOP)
+            try:
+                answers = [client.api("POST", f"resources/{far}/{what}", {}) for what in ("trust", "check")]
+                answers.append(client.api("POST", "test", body))
+            finally:
+                os.kill(a.pid, signal.SIGCONT)
+            assert [answer.status for answer in answers] == [200, 200, 200]
+            assert answers[-1].json["state"] == "healthy", answers[-1].body
+            for name in names:
+                assert client.api("POST", f"resources/{name}/trust", {}).status == 200
+            wait_for(lambda: (a.get("/").status, b.get("/").status) == (200, 200), 60)
+
+
 WATCHED = ("the inventory of a is watched; `reload` there, or here with --accept-removals once that machine is gone "
            "for good\n")  # fmt: skip
 
