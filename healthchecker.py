@@ -3465,10 +3465,9 @@ class Claim(threading.Thread):
         asked_mono, connection = lease_clock(), self._connection
         try:
             connection.execute(WRITING)
-            is_made = connection.execute("SELECT to_regclass('machine')").fetchone() != (None,)
-            rows = connection.execute(PLACES).fetchall() if is_made else []
-            is_todays = ("machine", "able") in connection.execute(POSTGRES_COLUMNS).fetchall()
-            if not is_todays:   # of an earlier version's, perhaps, which lives on it
+            columns = connection.execute(POSTGRES_COLUMNS).fetchall()
+            rows = connection.execute(PLACES).fetchall() if ("machine", "name") in columns else []
+            if not (is_todays := ("machine", "able") in columns):   # an earlier version's, which may live on it
                 self._require_none({name for name, *_ in rows} - {self.machine})
             living = {(name, instance): seen for name, instance, seen in rows
                       if instance != self._instance and (not self.machine or name in ("", self.machine))}
@@ -3773,13 +3772,11 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self, *, migrates: bool = False, long: bool = False, fleeting: bool = False) -> Iterator[Session]:
-        """A session that no other writes beside; all or nothing. In SQLite that is BEGIN IMMEDIATE: a deferred one that
-        reads first fails when another writes. `long`: it asks nothing for more than CLAIM_LIFE, perhaps. `fleeting`: a
-        loss of power may take it, which saves SQLite a wait for the disk."""
+        """A session that no other writes beside; all or nothing. In SQLite BEGIN IMMEDIATE, for one that is deferred
+        fails beside others. `long`: may ask nothing for CLAIM_LIFE. `fleeting`: a loss of power may take it."""
         with self.app.app_context():
             session = self._session()
-            session.connection(execution_options={
-                "immediate": True, "migrates": migrates, "long": long, "fleeting": fleeting})
+            session.connection(execution_options=dict(immediate=True, migrates=migrates, long=long, fleeting=fleeting))
             yield session
             session.commit()
 
@@ -5919,9 +5916,8 @@ class SshConnection(SshLogin):
 
 
 # === PowerShell ==============================================================
-# A script goes to a Windows host over pypsrp, text comes back. pypsrp sends by requests, which is given one socket
-# that is open, secured and verified: certificate before password, deadline and cap on every read, and no second
-# connection, whatever requests or urllib3 make of an answer. In the poller's thread.
+# A script goes to a Windows host over pypsrp, text comes back. pypsrp's requests are given one socket that is open,
+# secured and verified: certificate before password, deadline and cap on every read. In the poller's thread.
 # Gives: CLEANUP_TIME, FinalResponse, GuardedSocket, missing_package, PowerShellConnection, TlsConnection
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
 SHELL_END = 5.0                 # seconds for a shell to be deleted; a tenth of it behind the deadline of a poll
