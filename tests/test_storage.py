@@ -1236,11 +1236,14 @@ def test_a_valid_but_empty_file_becomes_the_database(bench: Bench) -> None:
 
 
 @pytest.mark.of_files
-@pytest.mark.parametrize("url", ["nowhere/x.db", "inventory.yaml/x.db", "keys"])
-def test_database_in_an_impossible_place(url: str, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("url", "code"), [("nowhere/x.db", 4), ("inventory.yaml/x.db", 4), ("folder", 4), ("keys", 2)])
+def test_database_in_an_impossible_place(
+    url: str, code: int, bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_inventory(bench.folder, C, service=f"  database: sqlite:///{url}")
+    (bench.folder / "folder").mkdir()
     for command in (["keys", "rotate"], ["check"]):
-        assert healthchecker.main(["--inventory", str(path), *command]) == 4
+        assert healthchecker.main(["--inventory", str(path), *command]) == code
         assert len(capsys.readouterr().err.splitlines()) <= 1
     assert not (bench.folder / "nowhere").exists()
 

@@ -776,8 +776,8 @@ def test_a_file_that_is_edited_once_it_was_read(
     write_inventory(tmp_path, rows["a"] + rows["b"])
     genuine = healthchecker.load_inventory
 
-    def edited(path: Path) -> Any:
-        found = genuine(path)
+    def edited(path: Path, **options: bool) -> Any:
+        found = genuine(path, **options)
         write_inventory(tmp_path, "".join(rows.values()))
         return found
 
