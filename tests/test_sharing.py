@@ -629,9 +629,13 @@ def test_a_changed_password_locks_no_account(tmp_path: Path, *, away: bool) -> N
                     prepared_database(path.parent)
                 made.machines[name] = stack.enter_context(Service(path, deadline=120))
             wait_for(lambda: made.answers() == {200} and {*made.pollers().values()} == {*"abc"}, 120)
+            for each in made.machines.values():
+                each.wait_line("machines that poll: a, b, c", 60)
             if away:
                 server.end()
                 wait_for(lambda: sshd.log().count("Accepted password") >= 36, 120)
+                for each in made.machines.values():
+                    wait_for(lambda: "the database cannot be written" in each.output, 60)  # noqa: B023
             sshd.password = "another one"
             sshd.kill_sessions()
             wait_for(lambda: sshd.log().count("Failed password") > 2, 60)
