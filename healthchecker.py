@@ -5524,7 +5524,8 @@ class SshLogin(Connection):
         settings, lookup = self._settings, self._context.known_hosts.lookup
         alias = settings.host_key_alias
         portless = lookup(alias or settings.hostname, SSH_PORT)
-        known, revoked, authorities = portless if alias else lookup(settings.hostname, settings.connect_port)
+        has_port = not alias and settings.connect_port != SSH_PORT
+        known, revoked, authorities = lookup(settings.hostname, settings.connect_port) if has_port else portless
         revoked = revoked | portless[1]
         if settings.host_key and settings.host_key != "strict":
             return {settings.host_key}, revoked, set(), set()
@@ -8866,6 +8867,14 @@ class Group:
         return bool(more) and hoped >= quorum_of(self._quorum, total)
 
 
+def reached(name: str, onward: Callable[[str], Iterable[str]]) -> set[str]:
+    """A name and all that is found from it, step by step."""
+    found, level = {name}, {name}
+    while level := {each for known in level for each in onward(known)} - found:
+        found |= level
+    return found
+
+
 class GroupTree:
     """What resources make of the groups and routes that they are in, of those above these, and of what depends on them.
 
@@ -8957,37 +8966,27 @@ class GroupTree:
                 return self.blocker(parent, now) or parent
         return ""
 
+    def _children_of(self, name: str) -> list[str]:
+        return [child for child in self._children.get(name, ()) if child in self.spans]
+
     def behind(self, name: str) -> int:
         """How many resources with a result depend on it, or on one that does."""
-        found: set[str] = set()
-        level = {name}
-        while level := {child for each in level for child in self._children.get(each, ())
-                        if child in self.spans} - found:
-            found |= level
-        return len(found)
+        return len(reached(name, self._children_of)) - 1
 
     def gates(self, name: str) -> set[str]:
         """The routes and the site that count on a group, or are what is named."""
-        found, level = {name}, {name}
-        while level := {above for each in level for above in self._above.get(each, TOP)} - found:
-            found |= level
+        found = reached(name, lambda each: self._above.get(each, TOP))
         return {each for each in found if each == SITE or each.startswith("/")}
 
     def closed_by(self, name: str) -> frozenset[str]:
         """The site, routes and groups that count on a resource, or on what is behind it while that is unhealthy."""
-        found, level = {name}, {name}
-        while level := {each for known in level for each in (*self.places(known), *(
-                child for child in self._children.get(known, ()) if child in self.spans))} - found:
-            found |= level
-        return frozenset(found & self.groups.keys())
+        found = reached(name, lambda each: (*self.places(each), *self._children_of(each)))
+        return frozenset(self.groups.keys() & found)
 
     def sources(self, name: str) -> set[str]:
         """The resources on whose results it depends whether this one is behind another."""
-        found, level = set[str](), {*self.parents.get(name, ())}
-        while level:
-            found |= level
-            level = {member for each in level for member in self.members.get(each, ())} - found
-        return found - self.groups.keys()
+        within = (reached(each, lambda one: self.members.get(one, ())) for each in self.parents.get(name, ()))
+        return set[str]().union(*within) - self.groups.keys()
 
     def why(self, name: str, now: float) -> str:
         """What keeps a group from being healthy: of several, the one that takes longest; empty: nothing does."""
@@ -13651,17 +13650,18 @@ def listen(setting: str, value: str, wait: float = PORT_WAIT,
     """Binds the address:port that `setting` of the inventory names, a name on all its addresses, or takes what systemd
     has bound; one in use may become free for `wait` seconds. `other`: our other door, and what sets it. Raises
     UsageError."""
-    host, port = value.rpartition(":")[0].strip("[]"), int(value.rpartition(":")[2])
+    host, _, port = value.rpartition(":")
+    place = host.strip("[]"), int(port)
     ends = time.monotonic() + wait
     while True:
         try:
-            socks = bind(host, port)
+            socks = bind(*place)
             if not {*socks} & {*other[1]}:
                 return socks
             raise OSError(errno.EADDRINUSE, "systemd's socket is the other door")
         except (OSError, UnicodeError) as error:
             number = getattr(error, "errno", 0)
-            if number == errno.EADDRINUSE and is_ours(host, port, other[1]):
+            if number == errno.EADDRINUSE and is_ours(*place, other[1]):
                 raise UsageError(
                     f"{setting} {value} is the address of {other[0]}; write another port, or off") from None
             if number != errno.EADDRINUSE or time.monotonic() > ends:
@@ -14434,8 +14434,8 @@ class ConsoleContext:
         """The inventory with the defaults that were taken over last, maybe by another process."""
         with self.store.reading() as session:
             text = remembered(session, "defaults").text
-        with contextlib.suppress(ValidationError):      # of a damaged row, or of none
-            return replace(self.inventory, defaults=TypeAdapter(dict[str, Any]).validate_json(text))
+        with contextlib.suppress(ValueError, TypeError):    # of a damaged row, or of none
+            return replace(self.inventory, defaults={} | json.loads(text))
         return self.inventory
 
     @property
