@@ -1,8 +1,10 @@
 """Hosts polled over connections that are kept, by SSH and WinRM, while those die: a part of tests/soak.py.
 
 No resource may become unhealthy that was healthy; meanwhile some turn bad and good by a file that their check reads,
-and each turn is seen within two intervals and the timeout. At the end nothing is left: neither threads nor descriptors
-here, nor sessions of the sshds, nor shells. And a shell that is polled again and again may not grow.
+or a host comes back with other keys for a while, and each turn is seen within two intervals and the timeout. One host
+asks each second who is still there, one takes one session at a time, and at one others have all shells but one. At the
+end nothing is left: neither threads nor descriptors here, nor sessions of the sshds, nor shells. And a shell that is
+polled again and again may not grow.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from console import Local, local_console
 from pwsh import Engine, EngineShell, open_engine
 from sshd import Sshd, send
 from test_sessions import Proxy
-from test_windows_kept import CLEAN, Kept
-from wsman_server import WSManServer
+from test_transport import settings_digest
+from test_windows_kept import CLEAN, Kept, shells_of_others
+from wsman_server import SHELL_LIMIT, WSManServer
 
 ROW = """  - {{name: host{number}, hostname: {address}, port: {port}, username: {username}, key_file: {key},
      platform: linux, interval: {interval}, timeout: {timeout}, retry_interval: {interval}, relogin: {relogin},
@@ -38,7 +41,10 @@ WINDOWS_ROW = """  - {{name: windows{number}, hostname: 127.0.0.1, port: {port},
      interval: {interval}, timeout: {timeout}, retry_interval: {interval},
      relogin: {relogin}, fall: 1, rise: 1}}
 """
+# sshd's settings, server by server; the rest have none.
+SETTINGS = ("ClientAliveInterval 1\nClientAliveCountMax 1", "MaxSessions 1")
 FAULTS = ("kill", "stop", "reset", "half_close", "silent", "nothing")
+TURNS = ("file", "file", "file", "host keys")
 TURNING = 10  # hosts that turn bad and good, of those by SSH
 GROWN = 20e6  # bytes that a shell may grow
 THREE = ("$true", "(Get-Service Eventlog).Status -eq 'Running'", "(Get-ChildItem C:\\windows).Count -gt 0")
@@ -81,9 +87,14 @@ def strike(fault: str, server: Sshd, proxy: Proxy) -> None:
         proxy.open = newer
 
 
+def our_shells(server: WSManServer) -> list[str]:
+    """Without those of others."""
+    return [name for name, shell in list(server.shells.items()) if shell.resource_uri]
+
+
 def end_shells(server: WSManServer) -> None:
     """As the host itself does."""
-    for name in list(server.shells):
+    for name in our_shells(server):
         with contextlib.suppress(KeyError):  # whose poll was over just now
             server.shells.pop(name).close()
 
@@ -139,21 +150,43 @@ class Watch:
 
     def turn(self, path: Path) -> list[str]:
         """One resource turns bad and good; what was wrong."""
-        wrong, pause, name = list[str](), threading.Event(), f"host{path.name}"
-        poller, most = self.pollers[name], 2 * self.plan.interval * 1.1 + self.plan.timeout + self.plan.busy
-        for wanted, change in (("unhealthy", path.touch), ("healthy", path.unlink)):
-            change()
-            if self.plan.asks:
-                poller.poll_now()
-            begun_mono = time.monotonic()
-            while poller.standing.state != wanted and time.monotonic() < begun_mono + most:
-                pause.wait(0.05)
-            if poller.standing.state != wanted:
-                wrong.append(f"{name} was not seen {wanted} within {most:.0f} s")
-            if wanted == "unhealthy" and poller.standing.cause != "check":
-                wrong.append(f"{name}: {poller.standing.why}")
-        self.since[name] = poller.standing.since_at
+        name = f"host{path.name}"
+        wrong = self.see([name], path.touch, "unhealthy", "check") + self.see([name], path.unlink, "healthy")
         return wrong + self.fallen()
+
+    def rekey(self, number: int, server: Sshd) -> list[str]:
+        """The hosts on a server have other keys for a while, which nobody learns; what was wrong."""
+        names = [f"host{host}" for host in range(number, self.plan.hosts, self.plan.servers)]
+        kinds = tuple(server.host_keys)
+        kept = {kind: (server.folder / f"host_{kind}").read_bytes() for kind in kinds}, server.host_keys
+        wrong = self.see(names, server.rekey, "unhealthy", "host_key")
+
+        def restore() -> None:
+            server.kill()
+            for kind, content in kept[0].items():
+                (server.folder / f"host_{kind}").write_bytes(content)
+            server.host_keys = kept[1]
+            server.revive()
+
+        return wrong + self.see(names, restore, "healthy") + self.fallen()
+
+    def see(self, names: list[str], change: Callable[[], object], wanted: str, cause: str = "") -> list[str]:
+        """A change, after which these shall be found so in time; what was wrong."""
+        wrong, pause, pollers = list[str](), threading.Event(), [self.pollers[name] for name in names]
+        most = 2 * self.plan.interval * 1.1 + self.plan.timeout + self.plan.busy
+        change()
+        for poller in pollers if self.plan.asks else ():
+            poller.poll_now()
+        ends_mono = time.monotonic() + most
+        while any(poller.standing.state != wanted for poller in pollers) and time.monotonic() < ends_mono:
+            pause.wait(0.05)
+        for name, poller in zip(names, pollers, strict=True):
+            if poller.standing.state != wanted:
+                wrong.append(f"{name} was not seen {wanted} within {most:.0f} s: {poller.standing.why}")
+            elif cause and poller.standing.cause != cause:
+                wrong.append(f"{name}: {poller.standing.why}")
+            self.since[name] = poller.standing.since_at
+        return wrong
 
     def poll_all(self) -> list[str]:
         """A poll of each from now on, and none is due then: what is struck next is open and idle. Who falls silent in
@@ -176,30 +209,34 @@ def soak(plan: Plan) -> list[str]:
     """What was wrong; prints what was done."""
     chance, wrong = random.Random(plan.seed), list[str]()
     kinds = [kind for kind in WINDOWS_FAULTS if plan.engine or kind != "killed"]
-    ways, windows_ways = in_turn(list(FAULTS), chance), in_turn(kinds, chance)
-    done = dict.fromkeys((*FAULTS, *kinds), 0)
+    ways, windows_ways, turns = (in_turn(list(some), chance) for some in (FAULTS, kinds, TURNS))
+    done = dict.fromkeys((*FAULTS, *kinds, *TURNS), 0)
     with contextlib.ExitStack() as stack:
         folder, shared = (Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(2))
         shared.chmod(0o755)
         servers = [stack.enter_context(Sshd()) for _ in range(plan.servers)]
+        for server, settings in zip(servers, SETTINGS, strict=False):
+            stack.enter_context(settings_digest(server, settings))
         stack.enter_context(no_leaks())
         engine = stack.enter_context(open_engine()) if plan.engine else None
         windows = [stack.enter_context(windows_host(engine)) for _ in range(plan.windows)]
+        stack.enter_context(shells_of_others(windows[0], SHELL_LIMIT - 1))
         proxies = [stack.enter_context(Proxy(server)) for server in servers]
         with local_console(folder, rows(plan, proxies, windows, shared), keeps=True) as local:
             ends_mono, watch = time.monotonic() + plan.seconds, Watch(local, plan)
             while time.monotonic() < ends_mono and not wrong:
-                number, fault, worse = chance.randrange(len(servers)), next(ways), next(windows_ways)
+                number, fault, worse, turn = chance.randrange(len(servers)), next(ways), next(windows_ways), next(turns)
                 strike(fault, servers[number], proxies[number])
                 WINDOWS_FAULTS[worse](chance.choice(windows))
-                done[fault] += 1
-                done[worse] += 1
-                found = watch.turn(shared / str(chance.randrange(min(TURNING, plan.hosts)))) or watch.poll_all()
-                wrong += [f"after {fault} of {number}, {worse}: {why}" for why in found]
+                for name in (fault, worse, turn):
+                    done[name] += 1
+                file = shared / str(chance.randrange(min(TURNING, plan.hosts)))
+                found = watch.turn(file) if turn == "file" else watch.rekey(number, servers[number])
+                wrong += [f"after {fault} of {number}, {worse}, {turn}: {why}" for why in found or watch.poll_all()]
             records = local.context.connections.records.values()
             print(f"{done}; {sum(record.outcomes['accepted'] for record in records)} logins, "
                   f"{sum(record.second_tries for record in records)} second tries (seed {plan.seed})")  # fmt: skip
-        wait_for(lambda: not any(server.shells for server in windows))
+        wait_for(lambda: not any(our_shells(server) for server in windows))
         for server in servers:
             server.thaw()
             wait_for(lambda: not server._sessions())  # noqa: B023  # used before it changes
