@@ -8740,7 +8740,7 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
 # with the clock: of the whole site, of each route and of each group. Reports come from any thread; under one lock a
 # changed one goes up the groups it is in and down to what depends on it, as far as it changes them, and then the leases
 # of groups are written. What opens or closes is announced in `transitions`, which the recorder empties.
-# Gives: closed_by, closed_groups, gates_of, GroupState, HealthAggregator, Lease, Override, SITE
+# Gives: closed_groups, counting_on, gates_of, GroupState, HealthAggregator, Lease, Override, SITE
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 OVERRIDE_TTL = 30.0             # seconds for which the gate is opened by hand, unless that is said again
 Span = tuple[float, float]      # monotonic times: until when something is healthy, and when it can be so again
@@ -8917,7 +8917,7 @@ class GroupTree:
     def relieve(self, name: str, why: str, now: float) -> None:
         """Notes what opens without a resource, if that is unhealthy: it may be as bad as before."""
         if why and name in self.spans and self.spans[name][0] <= now:
-            self.relieved |= dict.fromkeys(self.closed_by(name), why)
+            self.relieved |= dict.fromkeys(self.counting_on(name, now), why)
 
     def put(self, name: str, span: Span | None, reason: str | None = None) -> None:
         """What its own results say of a resource, None: it does not count; and why, where it is unhealthy."""
@@ -8978,10 +8978,16 @@ class GroupTree:
         found = reached(name, lambda each: self._above.get(each, TOP))
         return {each for each in found if each == SITE or each.startswith("/")}
 
-    def closed_by(self, name: str) -> frozenset[str]:
-        """The site, routes and groups that count on a resource, or on what is behind it while that is unhealthy."""
-        found = reached(name, lambda each: (*self.places(each), *self._children_of(each)))
-        return frozenset(self.groups.keys() & found)
+    def counting_on(self, name: str, now: float = math.inf) -> frozenset[str]:
+        """The site, routes and groups that count on a resource, or on what is behind it while that is unhealthy; at a
+        moment of the lease's clock those only that are not healthy."""
+        def onward(each: str) -> Iterator[str]:
+            yield from self._children_of(each)
+            for place in self.places(each):
+                span = self._span(place)
+                if not span or span[0] <= now:
+                    yield place
+        return frozenset(self.groups.keys() & reached(name, onward))
 
     def sources(self, name: str) -> set[str]:
         """The resources on whose results it depends whether this one is behind another."""
@@ -9314,10 +9320,11 @@ def closed_groups(aggregator: HealthAggregator, known: Collection[str]) -> dict[
                                                  for name in tree.groups if tree.end_of(name, beats) <= now}
 
 
-def closed_by(aggregator: HealthAggregator, name: str) -> frozenset[str]:
-    """The site, routes and groups that count on a resource, or on what is behind it while that is unhealthy."""
+def counting_on(aggregator: HealthAggregator, name: str, closed: bool = False) -> frozenset[str]:
+    """The site, routes and groups that count on a resource, or on what is behind it while that is unhealthy; of them
+    those that are `closed` now."""
     with aggregator._lock:
-        return aggregator._tree.closed_by(name)
+        return aggregator._tree.counting_on(name, aggregator._clock() if closed else math.inf)
 
 
 def gates_of(aggregator: HealthAggregator, name: str) -> set[str]:
@@ -10471,7 +10478,7 @@ def actors(session: Session, aggregator: HealthAggregator, one: Incident) -> str
         Event.kind.in_(("acknowledgement", "change", "maintenance")), is_about,
         Event.at.between(one.from_at, one.to_at)).order_by(Event.id))
     acted = [actor for actor, resource, group in found
-             if not (name := resource or group) or one.group in closed_by(aggregator, name)]
+             if not (name := resource or group) or one.group in counting_on(aggregator, name)]
     return one_line(", ".join(filter(None, dict.fromkeys([*one.actor.split(", "), *acted]))))
 
 
@@ -18572,7 +18579,7 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
             tags[name] = tags_of(text)
         if is_bad:
             unhealthy[name] = Unhealthy(since_at or now, caused(cause or "", reason or ""), tags[name],
-                                        closed_by(monitor.aggregator, name), other is not None)
+                                        counting_on(monitor.aggregator, name, closed=True), other is not None)
         else:
             healthy[name] = polled_at or 0.0
     groups = frozenset(imported_gates(session).members({}))

@@ -22,7 +22,7 @@ from healthchecker import (
     Metrics,
     ResourceSettings,
     ServingMetrics,
-    closed_by,
+    counting_on,
     generate_latest,
     load_inventory,
     usable_parents,
@@ -145,11 +145,27 @@ def test_what_a_resource_closes() -> None:
                         {"name": "lone", "members": ["z"]}], {"/r": ["lone"], "/free": []})
     aggregator, _ = make({"h": "s"}, gates, aside="s")
     report(aggregator, "shxyz")
-    found = {name: {*closed_by(aggregator, name)} for name in "shxyza"}
+    found = {name: {*counting_on(aggregator, name)} for name in "shxyza"}
     assert found["s"] == found["h"] == found["x"] == {"shop", "", "/r"}
     assert (found["y"], found["z"], found["a"]) == ({"stock", "", "/r"}, {"lone", "/r"}, {"", "/r"})
     aggregator.deregister("h")
-    assert not closed_by(aggregator, "s")
+    assert not counting_on(aggregator, "s")
+
+
+def test_what_is_well_without_a_resource_is_not_closed_by_it() -> None:
+    gates = gates_with([{"name": "shop", "members": ["h", "x"], "healthy": "any"}], {"/r": ["y"], "/free": []})
+    aggregator, clock = make({"h": "s"}, gates, aside="s")
+    report(aggregator, "hxyz")
+    report(aggregator, "sz", healthy=False)
+    found = {name: {*counting_on(aggregator, name, closed=True)} for name in "sz"}
+    assert found == {"s": set(), "z": {"", "/r"}}
+    report(aggregator, "x", healthy=False)
+    assert counting_on(aggregator, "s", closed=True) == counting_on(aggregator, "x", closed=True) == {"shop", "", "/r"}
+    report(aggregator, "x", ttl=50)
+    report(aggregator, "z")
+    assert counting_on(aggregator, "s", closed=True) == frozenset()
+    clock.now += 60
+    assert counting_on(aggregator, "s", closed=True) == {"shop", "", "/r"}, "the other one's lease is over"
 
 
 def test_a_parent_that_is_not_critical() -> None:
