@@ -634,103 +634,121 @@ INVENTORY_BYTES = 4 << 20       # bytes; a larger inventory is refused
 INVENTORY_DEPTH = 8             # levels of nesting
 INVENTORY_NODES = 600_000       # YAML events
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)     # in C, where PyYAML was built so: four times as fast
+NO_YAML = "not valid YAML here (is a value with special characters unquoted?)"
 NodePath = tuple[str | int, ...]
-
-
-def line_column(mark: Any) -> str:
-    """`line:column`, counted from 1."""
-    return f"{mark.line + 1}:{mark.column + 1}"
-
-
-def mark_after(before: str) -> yaml.Mark:
-    """The mark behind a text."""
-    lines = re.split("\r\n|[\n\r\x85\u2028\u2029]", before)      # what YAML takes for a line break
-    return yaml.Mark("", len(before), len(lines) - 1, len(lines[-1]), None, 0)
-
-
+# Where a value begins and ends in the text, and what it says if it is a text: plain, for there may be 300,000 of them,
+# and the garbage collector lets go of these.
+Node = tuple[int, int, str | None]
+LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")     # what YAML takes for one
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+def line_begins(text: str) -> list[int]:
+    return [0, *(found.end() for found in LINE_BREAK.finditer(text))]
+
+
+def event_fault(event: Any) -> str | None:
+    """What is wrong with a value, whatever stands around it."""
+    if event.anchor:    # an alias has one, too
+        return "anchors and aliases are not allowed; quote what starts with & or *"
+    if event.tag:
+        return "tags are not allowed; quote what starts with !"
+    return "half a character (a surrogate) is not allowed" if SURROGATE.search(getattr(event, "value", "")) else None
+
+
+def inside(events: Iterator[yaml.Event]) -> Iterator[Any]:
+    """What stands in the list or mapping that has begun; of what begins there, the caller takes the rest."""
+    return itertools.takewhile(lambda event: not isinstance(event, yaml.CollectionEndEvent), events)
+
+
 class Document:
-    """A YAML file, read as nested dicts, lists and texts, with the node of every path and of every key: no tags,
-    anchors, aliases, merges or duplicate keys. Never quotes the source."""
+    """A YAML file, read as nested dicts, lists and texts, with the node of every path and the place of every key: no
+    tags, anchors, aliases, merges or duplicate keys. Never quotes the source."""
 
     def __init__(self, name: str = "", source: bytes = b"") -> None:
         """Raises InventoryError for what is no YAML that we allow."""
         self.name = name
-        self.nodes: dict[NodePath, yaml.Node] = {}
-        self.keys: dict[NodePath, yaml.Node] = {}
+        self.nodes: dict[NodePath, Node] = {}
+        self.keys: dict[NodePath, int] = {}
         self.faults: list[str] = []     # what is wrong with keys and values that could be read all the same
-        root, text = None, self._decode(source)
+        self._refused: list[str] = []   # what is wrong with the rest
+        self.value: Any = None
+        text = self._decode(source)
+        self._lines = line_begins(text)
         try:
-            if not self.faults and self._allowed(text):
-                root = yaml.compose(text, Loader=YAML_LOADER)
+            for event in (events := self._events(text)):
+                self.value = self._read(events, event, ())
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            self.fault(mark_after(text) if mark is None or mark.index >= len(text) else mark,   # in C a line further
-                       "not valid YAML here (is a value with special characters unquoted?)")
+            index = min(mark.index, len(text)) if mark else len(text)       # in C it is further
+            self._refused.append(self._line(index, error.note or NO_YAML))
         except yaml.reader.ReaderError as error:
-            self.fault(mark_after(text[:error.position]), "this character is not allowed in YAML")
-        if self.faults:
-            raise InventoryError("\n".join(self.faults))
-        self.value = self._convert(root, ()) if root else None
+            self._refused.append(self._line(error.position, "this character is not allowed in YAML"))
+        if self._refused:
+            raise InventoryError("\n".join(self._refused))
 
-    def fault(self, mark: Any, message: str) -> None:
-        self.faults.append(f"{self.name}:{line_column(mark)}: {message}")
+    def _line(self, index: int, message: str) -> str:
+        return f"{self.name}:{self._line_column(index)}: {message}"
+
+    def _line_column(self, index: int) -> str:
+        """Of a place in the text, counted from 1."""
+        line = bisect.bisect_right(self._lines, index)
+        return f"{line}:{index - self._lines[line - 1] + 1}"
 
     def position(self, path: NodePath, *, key: bool = False) -> str:
-        """`line:column`, counted from 1, of the key `path` or of the nearest value at or above it."""
-        node = self.keys.get(path) if key else None
-        while node is None and path:
-            node, path = self.nodes.get(path), path[:-1]
-        return line_column(node.start_mark) if node else "1:1"
+        """`line:column` of the key `path` or of the nearest value at or above it."""
+        index = self.keys.get(path) if key else None
+        while index is None and path:
+            index, path = self.nodes.get(path, (None,))[0], path[:-1]
+        return self._line_column(index or 0)
 
     def _decode(self, source: bytes) -> str:
         try:
             if len(source) <= INVENTORY_BYTES:
                 return source.decode("utf-8-sig")
-            self.faults.append(f"{self.name}: the file is larger than {INVENTORY_BYTES} bytes")
+            self._refused.append(f"{self.name}: the file is larger than {INVENTORY_BYTES} bytes")
         except UnicodeDecodeError as error:
-            self.fault(mark_after(source[:error.start].decode("utf-8", "replace")),
-                       "this byte is not UTF-8; save the file as UTF-8")
+            before = source[:error.start].decode("utf-8", "replace")
+            self._lines = line_begins(before)
+            self._refused.append(self._line(len(before), "this byte is not UTF-8; save the file as UTF-8"))
         return ""
 
-    def _allowed(self, text: str) -> bool:
-        """Looks at the events before anything is built, so that nothing hostile is."""
-        depth = 0
-        for count, node in enumerate(yaml.parse(text, Loader=YAML_LOADER)):
-            if isinstance(node, yaml.AliasEvent) or getattr(node, "anchor", None):
-                self.fault(node.start_mark, "anchors and aliases are not allowed; quote what starts with & or *")
-            elif getattr(node, "tag", None):
-                self.fault(node.start_mark, "tags are not allowed; quote what starts with !")
-            elif SURROGATE.search(getattr(node, "value", "")):
-                self.fault(node.start_mark, "half a character (a surrogate) is not allowed")
-            if isinstance(node, yaml.CollectionStartEvent):
-                depth += 1
-            elif isinstance(node, yaml.CollectionEndEvent):
-                depth -= 1
-            if depth > INVENTORY_DEPTH or count > INVENTORY_NODES:
-                self.fault(node.start_mark, f"nested deeper than {INVENTORY_DEPTH} levels"
-                           if depth > INVENTORY_DEPTH else "too many values")
-                return False
-        return not self.faults
+    def _events(self, text: str) -> Iterator[Any]:
+        """The events of the values, of which nothing is built before it was looked at. Raises yaml.MarkedYAMLError."""
+        depth, documents, events = 0, 0, cast(Iterator[Any], yaml.parse(text, Loader=YAML_LOADER))
+        for count, event in enumerate(events):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            documents += isinstance(event, yaml.DocumentStartEvent)
+            if depth > INVENTORY_DEPTH or count > INVENTORY_NODES or documents > 1:
+                raise yaml.MarkedYAMLError(problem_mark=event.start_mark, note=(
+                    f"nested deeper than {INVENTORY_DEPTH} levels" if depth > INVENTORY_DEPTH
+                    else "too many values" if count > INVENTORY_NODES else None))
+            index = event.start_mark.index
+            if isinstance(event, yaml.NodeEvent) and (fault := event_fault(event)):
+                self._refused.append(self._line(index, fault))
+            if isinstance(event, (yaml.NodeEvent, yaml.CollectionEndEvent)):
+                yield event
 
-    def _convert(self, node: yaml.Node, path: NodePath) -> Any:
-        self.nodes[path] = node
-        if isinstance(node, yaml.ScalarNode):
-            return node.value
-        if isinstance(node, yaml.SequenceNode):
-            return [self._convert(item, (*path, index)) for index, item in enumerate(node.value)]
+    def _read(self, events: Iterator[Any], event: Any, path: NodePath) -> Any:
+        """The value that begins with this event."""
+        text = getattr(event, "value", None)
+        self.nodes[path] = event.start_mark.index, event.end_mark.index, text
+        if isinstance(event, yaml.SequenceStartEvent):
+            return [self._read(events, item, (*path, index)) for index, item in enumerate(inside(events))]
+        if not isinstance(event, yaml.MappingStartEvent):
+            return text
         mapping: dict[str, Any] = {}
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
-                self.fault(key.start_mark, "a key must be plain text; merge keys are not allowed")
-            elif key.value in mapping:
-                self.fault(key.start_mark, "this key stands here twice")
-            else:
-                where = (*path, key.value)
-                self.keys[where] = key
-                mapping[key.value] = self._convert(value, where)
+        for key in inside(events):
+            name, index = getattr(key, "value", "<<"), key.start_mark.index
+            where = (*path, name)
+            if name == "<<":
+                self.faults.append(self._line(index, "a key must be plain text; merge keys are not allowed"))
+                self._read(events, key, where)      # to its end
+            elif name in mapping:
+                self.faults.append(self._line(index, "this key stands here twice"))
+            self.keys[where] = index
+            mapping[name] = self._read(events, next(events), where)
+        mapping.pop("<<", None)
         return mapping
 
 
@@ -783,6 +801,10 @@ class Settings(BaseModel):
     """Base of all settings: unknown keys are faults, values never show in an error, nothing changes later."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    def __deepcopy__(self, memo: Any = None) -> Any:
+        """Itself: pydantic would copy a default, and all in it, for each resource."""
+        return self
 
 
 def network_of(text: str) -> str:
@@ -1349,6 +1371,7 @@ USUAL: Mapping[str, dict[str, Any]] = {      # what a platform has by itself
     Platform.PUSH: {"hostname": "localhost", "rise": 1, "fall": 1}}     # who reports has decided
 
 
+@functools.lru_cache
 def foreign_fields(platform: str) -> frozenset[str]:
     """Settings that have no meaning on a platform."""
     return frozenset(name for platforms, names in ONLY if platform not in platforms for name in names)
@@ -1700,7 +1723,8 @@ def dependency_faults(gates: Gates, resources: Sequence[ResourceSettings]) -> It
             if fault := again or (name not in known and unknown_name(name, known)):
                 clean = False
                 yield index, ("depends_on", number), fault
-    tangled = dict(knots(groups | {settings.name: settings.depends_on for settings in resources})) if clean else {}
+    parents = {settings.name: settings.depends_on for settings in resources if settings.depends_on}
+    tangled = dict(knots(groups | parents)) if clean and parents else {}
     for index, settings in enumerate(resources) if tangled else ():
         if settings.name in tangled and settings.depends_on:
             yield index, ("depends_on",), tangled[settings.name]
@@ -2180,7 +2204,7 @@ class InventoryLoader:
                 self.fault(("service", setting), f"is {min(found)}, too; name another file")
         looked_up = functools.cache(identities)     # many may share one
         for index, resource in resources:
-            for name, value in resource:
+            for name, value in vars(resource).items():      # to iterate over a model itself takes four times as long
                 if isinstance(value, Path) and (which := [*filter(None, map(known.get, looked_up(value)))]):
                     self.fault(("resources", index, name), f"is {which[0]}, too; name another file")
 
@@ -2224,9 +2248,9 @@ class InventoryLoader:
             source = "name" if "name" in own or "name" in defaults else "hostname"
             self.fault(locate((source,)), f"the resource at {first} has this name; names are unique")
         self.places.setdefault(str(raw["name"]), f"{self.path.name}:{self.document.position(here)}")
-        for name in FILES:
+        for name in (name for name in FILES if isinstance(raw.get(name), str)):
             with contextlib.suppress(ValueError):       # the model reports that
-                if isinstance(raw.get(name), str) and not os.path.isfile(absolute(raw[name], self.folder)):
+                if not os.path.isfile(absolute(raw[name], self.folder)):
                     self.fault(locate((name,)), "there is no such file")
         for kind, source in sources.items():
             try:
@@ -19513,15 +19537,15 @@ def parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
 # Gives: replace_keys, rotate_keys, seal
 def scalars(document: Document) -> dict[NodePath, str]:
     """Every text of the file by its path."""
-    return {where: node.value for where, node in document.nodes.items() if isinstance(node, yaml.ScalarNode)}
+    return {where: text for where, (_, _, text) in document.nodes.items() if text is not None}
 
 
 def rewrite(path: Path, document: Document, replacements: Mapping[NodePath, str]) -> None:
     """Replaces the texts at some paths of the file, all or nothing; comments and layout stay."""
     raw = path.read_bytes()
     text = raw.decode("utf-8-sig")
-    for where in sorted(replacements, key=lambda where: document.nodes[where].start_mark.index, reverse=True):
-        begin, end = document.nodes[where].start_mark.index, document.nodes[where].end_mark.index
+    for where in sorted(replacements, key=document.nodes.__getitem__, reverse=True):
+        begin, end, _ = document.nodes[where]
         kept = ""
         if text[begin] in "|>":     # a block: its first line may hold a comment, its end holds line breaks
             block = text[begin:end]
@@ -19552,8 +19576,8 @@ def secret_nodes(inventory: Inventory, document: Document, *, sealed: bool) -> l
     for index, settings in zip(inventory.entries, inventory.resources, strict=True):
         found += [(("resources", index, kind), binding(kind, settings), functools.partial(open_stated, settings, kind))
                   for kind in settings.secrets if hosts[index] == 1]
-    return [node for node in found if node[0] in document.nodes
-            and document.nodes[node[0]].value.startswith(TOKEN_PREFIXES) is sealed]
+    texts = scalars(document)
+    return [node for node in found if node[0] in texts and texts[node[0]].startswith(TOKEN_PREFIXES) is sealed]
 
 
 def seal(arguments: argparse.Namespace) -> int:

@@ -578,6 +578,18 @@ def many_rows(plan: Plan) -> Iterator[Row]:
     yield at_most("... memory of the main process", [memory], 1.2, "GB", 2)
 
 
+WRITTEN_ROW = ("  - {{hostname: h{}.example.com, username: monitor, password: p, limits: {{disk_percent: 90, "
+               "memory_percent: {{warn: 80, fail: 95}}}}, checks: [{{name: replication, command: replication.sh}}]}}\n")
+
+
+def written_rows(plan: Plan) -> Iterator[Row]:
+    """As many hosts as MANY, each with an entry of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_inventory(Path(folder), "".join(map(WRITTEN_ROW.format, range(MANY))), SETTINGS)
+        loads = timeit.repeat(lambda: hc.load_inventory(path), "import gc; gc.enable()", number=1, repeat=plan.rounds)
+    yield at_most(f"{MANY} hosts written out, with limits and a check: to read the inventory", loads, 3, "s", 1)
+
+
 def kept_row(figure: str, kept: float, fresh: float, most: float) -> Row:
     """What a poll costs in milliseconds over what is open, and with a login."""
     return Row(figure, f"{kept / fresh:.2f} times ({kept:,.1f} ms to {fresh:,.1f} ms)", f"≤ {most} times",
@@ -775,6 +787,7 @@ PARTS: dict[str, Part] = {
     "kept": kept_rows,
     "crowd": crowd_rows,
     "many": many_rows,
+    "written": written_rows,
     "kept_windows": kept_windows_rows,
     "checks": checks_rows,
     "windows": windows_rows,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -690,11 +691,30 @@ def test_a_slip_of_many(stated: str, folder: Path, monkeypatch: pytest.MonkeyPat
     ids=["a range", "one by one"],
 )
 def test_ten_thousand_hosts_load(entries: str, folder: Path) -> None:
-    """In about 1 and 2 s of CPU."""
+    """In about half a second and a second of CPU."""
     begin = time.process_time()
     names = [resource.name for resource in load(folder, "resources:\n" + entries).resources]
     assert names == [f"h{number:05}.example.com" for number in range(1, 10_001)]
     assert time.process_time() - begin < 12
+
+
+LIMITED = ENTRY.replace("limits: {{cpu_percent: 95}}", "limits: {{disk_percent: 90, memory_percent: {{warn: 80, "
+                        "fail: 95}}}}, checks: [{{name: c, command: c}}]")
+
+
+def test_entries_cost_little_more_than_to_go_through_their_text(folder: Path) -> None:
+    """Each is read once, and all of them by 8 to 10 times of what its parser needs alone."""
+    entries = "".join(LIMITED.format(f"h{number:05}") for number in range(4000))
+
+    def seconds(work: Callable[[], object]) -> float:
+        begin = time.process_time()
+        work()
+        return time.process_time() - begin
+
+    path = write(folder, "resources:\n" + entries)
+    text, loader = path.read_text(encoding="utf-8"), healthchecker.YAML_LOADER
+    alone = min(seconds(lambda: sum(1 for _ in yaml.parse(text, Loader=loader))) for _ in range(3))
+    assert min(seconds(lambda: load_inventory(path)) for _ in range(3)) < 13 * alone
 
 
 RANGES = {
