@@ -2445,8 +2445,9 @@ def make_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def private_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to be written that only its owner can read; the whole file or none, and never over another one."""
+def private_file(path: Path, place: Callable[[Path, Path], object] = put_name) -> Iterator[IO[bytes]]:
+    """A file to be written that only its owner can read; the whole file or none, and never over another one: `place`
+    says otherwise, which is given the file that was made and the name that it is to have."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
@@ -2456,7 +2457,7 @@ def private_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        put_name(temporary, path)
+        place(temporary, path)
     except OSError as error:
         if error.filename in (None, str(temporary)):
             error.filename, error.filename2 = str(path), None   # which is what a user knows
@@ -12744,19 +12745,19 @@ class LeaseFile:
     def _publish(path: Path, content: bytes) -> None:
         """The whole file under its name, or none."""
         if sys.platform == "win32" and path.exists():   # there nobody can replace or cut what somebody has mapped
-            with path.open("r+b") as file:
-                file.truncate(max(len(content), os.path.getsize(path)))
-                file.write(content.ljust(os.path.getsize(path)))
+            with path.open("r+b") as mapped:
+                mapped.truncate(max(len(content), os.path.getsize(path)))
+                mapped.write(content.ljust(os.path.getsize(path)))
             return
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            create_private(temporary, content)
+
+        def place(made: Path, path: Path) -> None:
             if sys.platform != "win32" and not os.geteuid():
-                os.chown(temporary, 0, 0)       # who could cut it would end us
-            let_read(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+                os.chown(made, 0, 0)    # who could cut it would end us
+            let_read(made)
+            os.replace(made, path)
+
+        with private_file(path, place) as file:
+            file.write(content)
 
 
 # === HTTP ====================================================================
@@ -19555,16 +19556,12 @@ def rewrite(path: Path, document: Document, replacements: Mapping[NodePath, str]
     content = (b"\xef\xbb\xbf" if raw.startswith(b"\xef\xbb\xbf") else b"") + text.encode()
     if scalars(Document(path.name, content)) != {**scalars(document), **replacements}:
         raise InventoryError(f"{path.name}: its layout is too unusual to be rewritten; nothing was changed")
-    real = path.resolve()       # a symbolic link stays one
-    temporary = real.with_name(f".{real.name}.{secrets.token_hex(4)}")
     try:
-        create_private(temporary, content)
-        take_place(temporary, real)
+        with private_file(path.resolve(), take_place) as file:      # a symbolic link stays one
+            file.write(content)
     except OSError as error:
         raise InventoryError(f"{path.name}: cannot be replaced: {error.strerror}; is it open elsewhere, or another "
                              "account's?") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def secret_nodes(inventory: Inventory, document: Document, *, sealed: bool) -> list[
