@@ -2692,7 +2692,7 @@ class Base(DeclarativeBase):
 
 Base.registry.update_type_annotation_map({str: StoredText, float: StoredNumber, int: StoredInteger})
 
-db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
+db = SQLAlchemy(model_class=Base)
 SCHEMA = 7                      # of a database that this program writes
 APPLICATION = 0x48434B31        # "HCK1": whose database it is
 LOGINS = "logins/"              # begins the name of a setting with what is known of logins
@@ -3755,13 +3755,12 @@ class Store:
         `machine`: this one, of several. Raises StorageError."""
         self.machine = machine
         self.database = database = SqliteFile(database) if isinstance(database, Path) else database
-        version, options = database.inspect(whole=False), database.engine_options()
-        self.app = flask.Flask("healthchecker")
-        self.app.config["SQLALCHEMY_DATABASE_URI"] = options.pop("url")
-        self.app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options | {"hide_parameters": True}
-        db.init_app(self.app)
-        with self.app.app_context():
-            database.attach(db.engine)
+        version, app = database.inspect(whole=False), flask.Flask("healthchecker")
+        app.config["SQLALCHEMY_ENGINE_OPTIONS"] = database.engine_options() | {"hide_parameters": True}
+        db.init_app(app)
+        with app.app_context():
+            self.engine = db.engine
+        database.attach(self.engine)
         database.ensure()
         if version == SCHEMA:
             return
@@ -3789,26 +3788,18 @@ class Store:
                         "changed: the version before goes on with it, and with a backup that it made")
             raise StorageError(f"database {database} {told}") from error
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[Session]:
+    def reading(self) -> Session:
         """A session for reading; it sees one state of the database."""
-        with self.app.app_context():
-            yield self._session()
+        return Session(self.engine, expire_on_commit=False, info={"wall": self.wall})
 
     @contextlib.contextmanager
     def writing(self, *, migrates: bool = False, long: bool = False, fleeting: bool = False) -> Iterator[Session]:
         """A session that no other writes beside; all or nothing. In SQLite BEGIN IMMEDIATE, for one that is deferred
         fails beside others. `long`: may ask nothing for CLAIM_LIFE. `fleeting`: a loss of power may take it."""
-        with self.app.app_context():
-            session = self._session()
+        with self.reading() as session:
             session.connection(execution_options=dict(immediate=True, migrates=migrates, long=long, fleeting=fleeting))
             yield session
             session.commit()
-
-    def _session(self) -> Session:
-        session = cast(Session, db.session())
-        session.info["wall"] = self.wall
-        return session
 
     def wall(self) -> float:
         """Unix time, by the one clock that all on the database have in common."""
@@ -3820,12 +3811,11 @@ class Store:
 
     def checkpoint(self) -> None:
         """Brings to the disk what was committed, the last of which a loss of power might take. Raises StorageError."""
-        with self.app.app_context(), db.engine.connect() as connection:
+        with self.engine.connect() as connection:
             self.database.checkpoint(connection)
 
     def close(self) -> None:
-        with self.app.app_context():
-            db.engine.dispose()
+        self.engine.dispose()
 
 
 # === Import ==================================================================
@@ -18932,23 +18922,12 @@ def rows_in(session: Session, table: sqlalchemy.Table) -> Iterator[list[dict[str
                 for name, value in row._mapping.items()} for row in part]
 
 
-@contextlib.contextmanager
-def transaction(store: Store, **options: bool) -> Iterator[Session]:
-    """A session beside that of another store: Flask-SQLAlchemy has one at a time."""
-    with store.app.app_context():
-        engine = db.engine
-    with Session(engine) as session:
-        session.connection(execution_options=options)
-        yield session
-        session.commit()
-
-
 def copy_rows(source: Store, target: Store, show: Callable[[int, int], None]) -> int:
     """Copies everything into an empty database and compares what is there then, all or nothing; how many rows. `show`
     is told how many are done, of how many. Raises UsageError and StorageError."""
     of_now = (Machine.__tablename__, Result.__tablename__)
     tables = [table for table in Base.metadata.sorted_tables if table.name not in of_now]
-    with transaction(source) as old, transaction(target, immediate=True, long=True) as new:
+    with source.reading() as old, target.writing(long=True) as new:
         if any(count_rows(new, table) for table in tables):
             raise UsageError(f"database {target.database} is not empty; name another one")
         total, done = sum(count_rows(old, table) for table in tables), 0

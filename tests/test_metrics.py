@@ -52,7 +52,6 @@ from healthchecker import (
     Store,
     UsageError,
     build_console,
-    db,
     read_token,
 )
 
@@ -518,10 +517,9 @@ def test_a_text_is_made_once_a_second(store: Store, metrics: Metrics, monkeypatc
     monkeypatch.setattr("healthchecker.METRICS_AGE", 600.0)  # the second is not over until the test says so
     add(store, "db1", "healthy", SAMPLE)
     selects: list[str] = []
-    with store.app.app_context():
-        sqlalchemy.event.listen(
-            db.engine, "before_cursor_execute", lambda conn, cursor, statement, *rest: selects.append(statement)
-        )
+    sqlalchemy.event.listen(
+        store.engine, "before_cursor_execute", lambda conn, cursor, statement, *rest: selects.append(statement)
+    )
     bodies: list[str] = []
 
     def scrape() -> None:

@@ -419,13 +419,12 @@ def test_bounds_are_of_the_transaction(server: PostgresServer) -> None:
         for _ in range(20):
             with store.reading() as session:
                 session.scalars(sqlalchemy.select(User)).all()
-        with store.app.app_context():
-            connection = healthchecker.db.engine.raw_connection()
-            found = [connection.driver_connection.execute(statement).fetchone()[0] for statement in (
-                "SHOW statement_timeout", "SHOW default_transaction_read_only",
-                "SELECT count(*) FROM pg_prepared_statements",
-                "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()")]  # fmt: skip
-            connection.close()
+        connection = store.engine.raw_connection()
+        found = [connection.driver_connection.execute(statement).fetchone()[0] for statement in (
+            "SHOW statement_timeout", "SHOW default_transaction_read_only",
+            "SELECT count(*) FROM pg_prepared_statements",
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()")]  # fmt: skip
+        connection.close()
         assert found == ["0", "off", 0, 0]
 
 
