@@ -150,6 +150,7 @@ import logging.handlers
 import math
 import mmap
 import multiprocessing
+import operator
 import queue
 import random
 import re
@@ -2614,6 +2615,16 @@ class Vault:
             raise SecretError("a sealed secret belongs to another name, hostname, port or username, or was altered; "
                               "write the password again") from error
 
+    def read(self, secret: str, *row: str) -> str:
+        """A secret that is sealed or not; raises SecretError."""
+        return self.open(secret, *row) if secret.startswith(TOKEN_PREFIXES) else secret
+
+    def keeps(self, token: str | None, secret: str, *row: str) -> bool:
+        """Whether a token is there and holds a secret."""
+        with contextlib.suppress(SecretError):
+            return hmac.compare_digest(self.open(token or "", *row).encode(), secret.encode())
+        return False
+
     def require(self, tokens: Iterable[str]) -> None:
         """Raises SecretError when tokens name private keys, none of which is here; a damaged one names none."""
         named = {found[1] for token in tokens if (found := SEALED.fullmatch(token))}
@@ -3822,8 +3833,8 @@ class Store:
 # The rows follow the inventory. In come an Inventory and a Vault, out go rows and, for pollers, Targets with their
 # secrets opened. Within the transaction of whoever calls: a start, a reload, a change by the console.
 # Gives: Changes, forget_behind, import_inventory, import_receivers, imported_gates, is_still, keeping_word,
-# load_targets, named_by, open_sealed, open_stated, open_url, open_vault, rename_row, reseal, sealed_tokens,
-# stored_gates, Target, target_of, update_row
+# load_targets, named_by, open_stated, open_vault, rename_row, reseal, sealed_tokens, stored_gates, Target, target_of,
+# update_row
 THE_REST = GATES_CHANGED, PLANS_CHANGED, RECEIVERS_CHANGED = "groups and routes", "planned maintenance", "who is told"
 
 
@@ -3851,35 +3862,16 @@ class Changes(NamedTuple):
 def open_stated(settings: ResourceSettings, kind: str, vault: Vault) -> str:
     """The secret that settings state; sealed for the name before, it opens as well. Raises SecretError."""
     secret = settings.secrets[kind]
-    if not secret.startswith(TOKEN_PREFIXES):
-        return secret
     with contextlib.suppress(SecretError):
         if settings.was:
-            return vault.open(secret, *binding(kind, settings.model_copy(update={"name": settings.was})))
-    return vault.open(secret, *binding(kind, settings))
-
-
-def open_sealed(secret: str, bound: Sequence[str], vault: Vault) -> str:
-    """A secret that is sealed or not. Raises SecretError."""
-    return vault.open(secret, *bound) if secret.startswith(TOKEN_PREFIXES) else secret
-
-
-def open_url(url: str, name: str, vault: Vault) -> str:
-    """The URL of a receiver, sealed or not. Raises SecretError."""
-    return open_sealed(url, url_binding(name), vault)
-
-
-def holds(token: str, plain: str, bound: Sequence[str], vault: Vault) -> bool:
-    """Whether a token holds a secret."""
-    with contextlib.suppress(SecretError):
-        return hmac.compare_digest(vault.open(token, *bound).encode(), plain.encode())
-    return False
+            return vault.read(secret, *binding(kind, settings.model_copy(update={"name": settings.was})))
+    return vault.read(secret, *binding(kind, settings))
 
 
 def store_secret(row: Resource, kind: str, plain: str, vault: Vault) -> bool:
     """Keeps the stored token while it holds the same secret; says whether it was replaced."""
-    stored, bound = getattr(row, kind), binding(kind, row)
-    if stored and holds(stored, plain, bound, vault):
+    bound = binding(kind, row)
+    if vault.keeps(getattr(row, kind), plain, *bound):
         return False
     setattr(row, kind, vault.seal(plain, *bound))
     return True
@@ -4084,7 +4076,7 @@ def claim_receiver(rows: dict[str, Receiver], name: str, plain: str, vault: Vaul
     """Takes out of `rows` that of its name, or of its name before: it has the same URL, and is not `named` any more.
     What was told under that name gets its end."""
     before = [row for old, row in rows.items() if name in named and old not in named and row.is_told
-              and holds(row.url, plain, row.bound, vault)]
+              and vault.keeps(row.url, plain, *row.bound)]
     if name in rows or not before:
         return rows.pop(name, None)
     row = rows.pop(before[0].name)
@@ -4105,14 +4097,14 @@ def import_receivers(session: Session, inventory: Inventory, vault: Vault, *, se
         if secrets_only and name not in own:
             continue
         try:
-            plain = open_url(secret, name, vault)
+            plain = vault.read(secret, *url_binding(name))
         except SecretError as error:
             place = inventory.places.get(f"notify/{name}", inventory.path.name)
             raise SecretError(f"{place}: {OWN_SECRETS.get(name, name)}: {error}") from error
         row = claim_receiver(rows, own.get(name, name), plain, vault, settings) or Receiver(
             name=own.get(name, name), url="", settings="{}", joined_at=session.info["wall"](),
             cursor=session.scalar(sqlalchemy.select(func.max(Event.id))) or 0)
-        if row.url and holds(row.url, plain, row.bound, vault) and row.settings == settings.get(name, "{}"):
+        if vault.keeps(row.url, plain, *row.bound) and row.settings == settings.get(name, "{}"):
             continue
         row.url, row.settings, changed = vault.seal(plain, *row.bound), settings.get(name, "{}"), True
         row.next_at = 0.0       # what was to be waited for may be what was corrected
@@ -18538,7 +18530,7 @@ def check_receivers(inventory: Inventory, vault: Vault) -> Iterator[HealthChecke
     if not has_apprise():
         yield UsageError(NO_APPRISE)
         return
-    answer = ChildProcess().ask([open_url(url, name, vault) for _, name, url in named])
+    answer = ChildProcess().ask([vault.read(url, *url_binding(name)) for _, name, url in named])
     if answer is None:
         yield UsageError("apprise, of which notify is made, cannot be imported: install it anew")
     for (where, name, _), count in zip(named, answer["targets"] if answer else (), strict=False):
@@ -19547,7 +19539,7 @@ def secret_nodes(inventory: Inventory, document: Document, *, sealed: bool) -> l
         tuple[NodePath, tuple[str, ...], Callable[[Vault], str]]]:
     """Paths of the secrets that stand in the file, sealed or plain ones, what each belongs to, and what opens it."""
     found: list[tuple[NodePath, tuple[str, ...], Callable[[Vault], str]]] = [
-        (where, bound, functools.partial(open_sealed, secret, bound)) for where, secret, bound in inventory.secrets()]
+        (where, bound, operator.methodcaller("read", secret, *bound)) for where, secret, bound in inventory.secrets()]
     hosts = collections.Counter(inventory.entries)
     for index, settings in zip(inventory.entries, inventory.resources, strict=True):
         found += [(("resources", index, kind), binding(kind, settings), functools.partial(open_stated, settings, kind))
@@ -19844,7 +19836,7 @@ def notify_test(arguments: argparse.Namespace) -> int:
     if not has_apprise():
         raise UsageError(NO_APPRISE)
     with installation.store(scratch=True) as store, store.reading() as session:
-        url = open_url(urls[arguments.name], arguments.name, installation.open_vault(session))
+        url = installation.open_vault(session).read(urls[arguments.name], *url_binding(arguments.name))
     message = Message("HealthChecker: a test", f"{arguments.name} hears from HealthChecker.")
     came = deliver(url, message, ChildProcess())
     print(f"{arguments.name}: {'delivered' if came.is_delivered else f'not delivered: {came.why}'}")
