@@ -8750,7 +8750,8 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
 # Gives: closed_groups, counting_on, gates_of, GroupState, HealthAggregator, Lease, Override, SITE
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 OVERRIDE_TTL = 30.0             # seconds for which the gate is opened by hand, unless that is said again
-Span = tuple[float, float]      # monotonic times: until when something is healthy, and when it can be so again
+# Monotonic times: until when something is healthy, and, negative, when it can be so again. The greater one is better.
+Span = tuple[float, float]
 WAITED_FOR: Span = (0.0, 0.0)   # of what has no result yet, at the start
 SITE = ""                       # the whole site among groups and routes
 # The site waits for it until all have a result. No resource has a slash in its name, no route two of them.
@@ -8829,49 +8830,39 @@ class GroupState:
 
 
 class Group:
-    """So many of its members as are needed: the N-th latest end, the N-th soonest opening. Nobody needs nothing.
+    """So many of its members as are needed: the N-th best of their spans. Nobody needs nothing.
 
-    Two sorted lists: to look through 10,000 members at each report would cost a hundred times as much."""
+    They are sorted: to look through 10,000 members at each report would cost a hundred times as much."""
 
     def __init__(self, quorum: Quorum = "all", warn: Quorum | None = None) -> None:
         self._quorum, self._warn = quorum, warn
-        self._ends: list[float] = []        # of the healthy ones
-        self._openings: list[float] = []    # of the others
+        self._spans: list[Span] = []
         self.needed = 0     # how many of those that count now, at most all of them
         self.span: Span | None = None   # of who counts; None while nobody does
 
     def exchange(self, before: Span | None, after: Span | None) -> None:
         """A member's span changes; it is None while the member does not count."""
-        ends, openings = self._ends, self._openings
         if before:
-            end, opening = before
-            values, old = (ends, end) if opening == -math.inf else (openings, opening)
-            del values[bisect.bisect_left(values, old)]
+            del self._spans[bisect.bisect_left(self._spans, before)]
         if after:
-            end, opening = after
-            values, new = (ends, end) if opening == -math.inf else (openings, opening)
-            bisect.insort(values, new)
+            bisect.insort(self._spans, after)
         if not before or not after:
-            self.needed = quorum_of(self._quorum, len(ends) + len(openings))
-        if not self.needed:
-            self.span = None
-        elif self.needed <= len(ends):
-            self.span = ends[-self.needed], -math.inf
-        else:
-            self.span = 0.0, openings[self.needed - len(ends) - 1]
+            self.needed = quorum_of(self._quorum, len(self._spans))
+        self.span = self._spans[-self.needed] if self.needed else None
+
+    def _good(self, now: float) -> int:
+        return len(self._spans) - bisect.bisect_right(self._spans, (now, math.inf))
 
     def state(self, now: float) -> Literal["healthy", "degraded", "unhealthy"]:
         """At a moment of the lease's clock."""
-        good = len(self._ends) - bisect.bisect_right(self._ends, now)
-        short = self._warn and good < quorum_of(self._warn, len(self._ends) + len(self._openings))
+        short = self._warn and self._good(now) < quorum_of(self._warn, len(self._spans))
         return "degraded" if short else "healthy"
 
     def may_yet(self, member: Span | None, more: int, now: float) -> bool:
         """Whether it can be healthy with a member, as known until now, gone bad, by so many more that have no result
         yet."""
-        hoped = len(self._ends) - bisect.bisect_right(self._ends, now) - bool(member and member[0] > now) + more
-        total = len(self._ends) + len(self._openings) + (member is None) + more
-        return bool(more) and hoped >= quorum_of(self._quorum, total)
+        hoped = self._good(now) - bool(member and member[0] > now) + more
+        return bool(more) and hoped >= quorum_of(self._quorum, len(self._spans) + (member is None) + more)
 
 
 def reached(name: str, onward: Callable[[str], Iterable[str]]) -> set[str]:
@@ -9013,7 +9004,7 @@ class GroupTree:
         told = [each for each in own if each in self.groups or each in self.reasons] if own else bad
         if not told:
             return f"{good}no result of {', '.join(each.lstrip('/') for each in own[:5])}"
-        worst = max(told, key=lambda each: spans[each][1])
+        worst = min(told, key=lambda each: spans[each][1])
         why = (self.why(worst, now) if worst in self.groups else self.reasons[worst] if worst not in behind
                else f"parent: behind {behind[worst]}")
         return f"{good}{worst or 'the whole site'}: {why}" + (f" and {len(told) - 1} more" if len(told) > 1 else "")
@@ -9047,7 +9038,7 @@ class GroupTree:
         for parent in self.parents.get(name, ()) if span and span != WAITED_FOR else ():
             other = self._span(parent)
             if span and other and other != WAITED_FOR:
-                span = min(span[0], other[0]), max(span[1], other[1])
+                span = min(span[0], other[0]), min(span[1], other[1])
         if span:
             self.spans[name] = span
         if span != before:
@@ -9222,7 +9213,7 @@ class HealthAggregator:
             self._announced = self._announced or name not in self._owners
             self._owners.setdefault(name, owner)
             now = self._clock()
-            span: Span = (now + ttl, -math.inf) if healthy else (0.0, now + opens)
+            span: Span = (now + ttl, math.inf) if healthy else (0.0, -(now + opens))
             self._first.take(name, span, None if healthy else reason)
             self._publish()
 
@@ -9288,7 +9279,7 @@ class HealthAggregator:
         for name, until in ends.items():
             if lease := self.lease.part(name):
                 span = self._tree.groups[name].span if name in self._tree.groups else None
-                override, opens = self._tree.override_of(name), max(span[1], 0.0) if span else 0.0
+                override, opens = self._tree.override_of(name), max(0.0, -span[1]) if span else 0.0
                 lease.by_hand.value = 0 if not override else 1 if override.action == "open" else -1
                 lease.opens.value = max(opens, self._tree.overridden_until) if lease.by_hand.value < 0 else opens
                 lease.until.value = until
