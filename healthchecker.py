@@ -9661,14 +9661,14 @@ class Uplink:
 
     def __init__(self, addresses: Sequence[str] = (), hold: float = 0.0, resolver: Resolver | None = None,
                  clock: Callable[[], float] = lease_clock, wall: Callable[[], float] = time.time) -> None:
-        self._addresses, self._hold, self._resolver, self.clock = addresses, hold, resolver or Resolver(), clock
+        self._addresses, self.hold, self._resolver, self.clock = addresses, hold, resolver or Resolver(), clock
         self._wall = wall
         self._lock = threading.Lock()               # guards the next fourteen
         self.cut: Cut | None = None
-        self._last: Cut | None = None               # this one, or the one before
-        self._is_cut = False                        # also while most machines do not answer
+        self.last: Cut | None = None                # this one, or the one before
+        self.is_cut = False                         # also while most machines do not answer
         self._machines: set[str] = set()            # that count: with a result, or asked for no uplink answers
-        self._failing: set[str] = set()             # those of them that did not answer the last time
+        self.failing: set[str] = set()              # those of them that did not answer the last time
         self._unsure: set[str] = set()              # and those that were asked, of which nothing is known yet
         self._extra: set[str] = set()               # and those that were asked though another machine polls them
         self._others: set[str] = set()              # what other machines poll
@@ -9677,7 +9677,7 @@ class Uplink:
         self._urged_mono = -math.inf                # when those unsure were asked
         self._asked_mono = -math.inf                # begin of the last question that is over
         self._silent_mono = math.inf                # since when no uplink answers
-        self._calm_mono = clock()                   # see Cut
+        self.calm_mono = clock()                    # see Cut
         self._woken, self._is_ending = threading.Event(), False
         self._trouble = Trouble("what the uplinks say is not known")
         self._thread = threading.Thread(target=self._run, name="uplink", daemon=True)
@@ -9708,8 +9708,8 @@ class Uplink:
             self._unsure.discard(name)
             if failed:
                 self._failed_mono = self.clock()
-                self._fell_mono = self._fell_mono if name in self._failing else self._failed_mono
-            (self._failing.add if failed else self._failing.discard)(name)
+                self._fell_mono = self._fell_mono if name in self.failing else self._failed_mono
+            (self.failing.add if failed else self.failing.discard)(name)
             before = self.cut
             self._judge()
         if failed or self.cut is not before:
@@ -9718,7 +9718,7 @@ class Uplink:
     def forget(self, name: str) -> None:
         """It is not watched any more, or in maintenance."""
         with self._lock:
-            for names in (self._machines, self._failing, self._unsure, self._others, self._extra):
+            for names in (self._machines, self.failing, self._unsure, self._others, self._extra):
                 names.discard(name)
             self._judge()
 
@@ -9728,56 +9728,37 @@ class Uplink:
             self._others.add(name)
             if self._silent_mono == math.inf:
                 self._machines.discard(name)
-                self._failing.discard(name)
-
-    def covers(self, name: str, since_mono: float, round_seconds: float) -> bool:
-        """Whether a machine does not answer because this one is cut off. A cut lasts on for what it holds, when most
-        machines answer again: then for that alone."""
-        cut = self.cut
-        is_of_it = cut is not None and (self._is_cut or abs(cut.begun_mono - since_mono) <= round_seconds)
-        return is_of_it and name in self._failing
-
-    def held(self, since_mono: float, round_seconds: float, recovery_seconds: float) -> float:
-        """Seconds for which what was before an outage counts on; 0: it does not. Only for one that began in the round
-        of polls before the cut or after its begin, and when that is over for as long as it takes to recover; and until
-        it is known whether there is one: polls may fail sooner than an uplink is known to be silent, and most do."""
-        cut = self._last
-        if self._calm_mono < since_mono and self.is_doubtful(since_mono):
-            return max(0.0, since_mono + min(self._hold, UPLINK_DOUBT) - self.clock())
-        if (cut is None or not cut.calm_mono < since_mono < cut.over_mono
-                or abs(cut.begun_mono - since_mono) > round_seconds):
-            return 0.0
-        return max(0.0, min(cut.ends_mono, cut.over_mono + recovery_seconds) - self.clock())
+                self.failing.discard(name)
 
     def is_doubtful(self, since_mono: float) -> bool:
         """Whether it may soon turn out that this machine is cut off, and an outage due to that."""
         if self.cut or not self._addresses or since_mono == math.inf:
             return False
         may_be = self._silent_mono < math.inf and self.clock() - self._urged_mono < UPLINK_DOUBT
-        most = may_be and 2 * (len(self._failing) + len(self._unsure)) > len(self._machines)
+        most = may_be and 2 * (len(self.failing) + len(self._unsure)) > len(self._machines)
         return most or since_mono > self._asked_mono
 
     def _judge(self) -> None:
         """Takes up whether this machine is cut off; the caller holds the lock."""
-        if not self._failing and self._silent_mono < math.inf:
+        if not self.failing and self._silent_mono < math.inf:
             self._end_silence()     # nobody asks any more
-        now, count, total = self.clock(), len(self._failing), len(self._machines)
-        own, own_total = count - len(self._extra & self._failing), total - len(self._extra)
+        now, count, total = self.clock(), len(self.failing), len(self._machines)
+        own, own_total = count - len(self._extra & self.failing), total - len(self._extra)
         if 2 * own > own_total > 1:     # most of its own, or of all: what does not answer yet is none of them
             count, total = own, own_total
-        self._is_cut = is_cut = self._silent_mono <= now and 2 * count > total
+        self.is_cut = is_cut = self._silent_mono <= now and 2 * count > total
         if is_cut and self.cut is None and now - self._asked_mono < UPLINK_FRESH:
             text = f"cut off: {count} of {total} machines do not answer, nor does an uplink"
-            self.cut = self._last = Cut(now, self._wall(), now + self._hold, self._calm_mono, text)
+            self.cut = self.last = Cut(now, self._wall(), now + self.hold, self.calm_mono, text)
         elif self.cut and (self._silent_mono == math.inf or (not is_cut and now >= self.cut.ends_mono)):
-            self._last, self.cut = self.cut._replace(over_mono=now), None
-            self._calm_mono = now       # not before, or a machine that answers again would close the gate
+            self.last, self.cut = self.cut._replace(over_mono=now), None
+            self.calm_mono = now        # not before, or a machine that answers again would close the gate
 
     def _end_silence(self) -> None:
         """The caller holds the lock."""
         self._silent_mono = math.inf
         self._machines -= self._others
-        self._failing -= self._others
+        self.failing -= self._others
         self._unsure, self._extra = set(), set()
 
     def _run(self) -> None:
@@ -9795,7 +9776,7 @@ class Uplink:
 
     def _pause(self) -> float | None:
         """Seconds until an uplink is to be asked; None: not before a machine does not answer."""
-        has_question = self.cut is not None or bool(self._failing and (
+        has_question = self.cut is not None or bool(self.failing and (
             self._failed_mono > self._asked_mono or self._silent_mono < math.inf))
         return max(0.0, self._asked_mono + UPLINK_INTERVAL - self.clock()) if has_question else None
 
@@ -9807,14 +9788,14 @@ class Uplink:
         with self._lock:
             was_calm = self._silent_mono == math.inf
             if answered:
-                urged = [] if was_calm else [*self._failing]
+                urged = [] if was_calm else [*self.failing]
                 self._end_silence()
-                self._calm_mono = self.clock()
+                self.calm_mono = self.clock()
             elif was_calm or self._fell_mono > before_mono:
-                urged = [*self._machines - self._failing, *self._others - self._machines]
+                urged = [*self._machines - self.failing, *self._others - self._machines]
                 self._extra |= {*urged[:URGED_MAX]} - self._machines
                 self._machines |= self._extra
-                self._unsure, self._urged_mono = self._machines - self._failing, self.clock()
+                self._unsure, self._urged_mono = self._machines - self.failing, self.clock()
             self._silent_mono = math.inf if answered else min(self._silent_mono, begun_mono)
             self._judge()
         return urged[:URGED_MAX]
@@ -9847,7 +9828,7 @@ class Uplink:
         now = self._wall()
         texts = [(f"not cut off any more after {now - told.begun_at:.0f} s", now)] if told else []
         if cut:
-            hold = f"; what was healthy counts on for {self._hold:g} s" if self._hold else ""
+            hold = f"; what was healthy counts on for {self.hold:g} s" if self.hold else ""
             texts.append((cut.text + hold, cut.begun_at))
         for text, at in texts:
             log.warning("%s", text)
@@ -9860,7 +9841,6 @@ class Outage:
 
     def __init__(self, settings: ResourceSettings, uplink: Uplink) -> None:
         self._settings, self._uplink = settings, uplink
-        self._round = settings.interval + settings.timeout
         self._since_mono, self._was_healthy = math.inf, False
         if settings.platform in HOSTLESS:
             self.forget()       # what had this name before may have been a machine
@@ -9902,15 +9882,26 @@ class Outage:
 
     @property
     def held(self) -> float:
-        """Seconds for which the resource counts as healthy, though it is not."""
-        settings = self._settings
-        recovery = settings.rise * settings.retry + settings.timeout
-        return self._uplink.held(self._since_mono, self._round, recovery) if self._was_healthy else 0.0
+        """Seconds for which the resource counts as healthy, though it is not; 0: it does not. Only where its outage
+        began in the round of polls before the cut or after its begin, and when that is over for as long as it takes to
+        recover; and until it is known whether there is one: polls may fail sooner than an uplink is known to be silent,
+        and most do."""
+        settings, uplink, since_mono, ends_mono = self._settings, self._uplink, self._since_mono, 0.0
+        if uplink.calm_mono < since_mono and uplink.is_doubtful(since_mono):
+            ends_mono = since_mono + min(uplink.hold, UPLINK_DOUBT)
+        elif (cut := uplink.last) and cut.calm_mono < since_mono < cut.over_mono and self._is_of(cut):
+            ends_mono = min(cut.ends_mono, cut.over_mono + settings.rise * settings.retry + settings.timeout)
+        return max(0.0, ends_mono - uplink.clock()) if self._was_healthy else 0.0
+
+    def _is_of(self, cut: Cut) -> bool:
+        return abs(cut.begun_mono - self._since_mono) <= self._settings.interval + self._settings.timeout
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether it is this machine that is, and not the resource that is down."""
-        return self._uplink.covers(self._settings.name, self._since_mono, self._round)
+        """Whether it is this machine that is, and not the resource that is down. A cut lasts on for what it holds, when
+        most machines answer again: then for that alone."""
+        cut = self._uplink.cut
+        return bool(cut and (self._uplink.is_cut or self._is_of(cut))) and self._settings.name in self._uplink.failing
 
     @property
     def is_doubtful(self) -> bool:

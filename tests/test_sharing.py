@@ -339,10 +339,10 @@ def test_what_another_one_found_is_not_held_against() -> None:
     uplink = Uplink(["192.0.2.1:22"], 300)
     lease = watched(uplink)
     lease.outage._since_mono, lease.outage._was_healthy = lease_clock(), True
-    cut = uplink.cut = uplink._last = Cut(lease_clock(), time.time(), lease_clock() + 300, -math.inf, "cut off")
+    cut = uplink.cut = uplink.last = Cut(lease_clock(), time.time(), lease_clock() + 300, -math.inf, "cut off")
     assert lease.held > 0, "or it shows nothing"
     lease.rest()
-    uplink.cut, uplink._last = None, cut._replace(over_mono=lease_clock())
+    uplink.cut, uplink.last = None, cut._replace(over_mono=lease_clock())
     assert lease.held > 0, "the cut is over, and nothing is known yet of what it has to leave to others"
     lease.adopt(found("unhealthy", "timeout", good=1))
     assert lease.held > 0, "nor did that one know it before"

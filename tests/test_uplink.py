@@ -468,9 +468,9 @@ def test_who_is_no_machine_any_more() -> None:
     site = Site()
     site.poll(DOWN, "m0", "m1")
     Outage(settings_of("m0", platform=Platform.PUSH), site.uplink).take(Standing("healthy"), DOWN, Standing("healthy"))
-    assert (site.uplink._machines, site.uplink._failing) == ({"m1", "m2"}, {"m1"})
+    assert (site.uplink._machines, site.uplink.failing) == ({"m1", "m2"}, {"m1"})
     site.outages["m1"].forget()
-    assert (site.uplink._machines, site.uplink._failing) == ({"m2"}, set())
+    assert (site.uplink._machines, site.uplink.failing) == ({"m2"}, set())
     site.clock.now += 3600
     site.standings = dict.fromkeys(NAMES, Standing("healthy", good=2))
     site.cut()
@@ -565,7 +565,7 @@ def test_what_other_machines_poll_shows_whether_this_one_gets_through() -> None:
         site.outages[name].leave()  # as who does not poll it else
     assert site.uplink.cut and all(held > 0 for held in site.held())
     assert sorted(site.ask()) == NAMES, "each of them is polled to recover"
-    assert site.uplink._machines == site.uplink._failing == {"m0"}
+    assert site.uplink._machines == site.uplink.failing == {"m0"}
 
 
 def test_what_other_machines_poll_is_not_waited_for() -> None:
@@ -580,7 +580,7 @@ def test_what_other_machines_poll_is_not_waited_for() -> None:
     assert site.uplink.cut and site.outages["m0"].held > 0
     site.outages["m0"].leave()
     site.uplink._judge()
-    assert site.uplink._is_cut
+    assert site.uplink.is_cut
 
 
 def news_of(site: Site, name: str, doubts: dict[str, Doubt]) -> News:
@@ -665,7 +665,7 @@ def test_maintenance_ends_an_outage(house: House, machines: Machines) -> None:
         wait_for(house.aggregator.is_healthy)
         poller = house.poller("m0")
         fail(house, machines, "m0")
-        assert poller.outage._since_mono < math.inf and uplink_of(house)._failing == {"m0"}
+        assert poller.outage._since_mono < math.inf and uplink_of(house).failing == {"m0"}
         maintain(house, "m0", 3600)
         wait_for(lambda: poller.counted is False)
         poller.poll_now().result(60)
