@@ -8674,19 +8674,17 @@ def near_limits(sample: Sample, settings: ResourceSettings) -> Sample:
     """What is kept of a sample and shown: of very many filesystems those nearest to their limits, and how many more."""
     details = {name: f"{text[:DETAIL_CHARS]}…" if isinstance(text, str) and len(text) > DETAIL_CHARS else text
                for name, text in sample.details.items()}
-    mounts = {name: name.partition(" ")[2] for name in sample.metrics}
-    room = dict.fromkeys(filter(None, mounts.values()), math.inf)
+    room, of = dict[str, float](), collections.defaultdict[str, list[str]](list)     # by mount point
+    limits = {name: limit.warn or limit.fail or 0.0 for name, _, limit in limited(sample, settings) if limit}
+    for name, value in sample.metrics.items():
+        mount = name.partition(" ")[2]      # none of what is the machine's
+        of[mount].append(name)
+        if mount:
+            room[mount] = min(limits.get(name, 200.0) - value, room.get(mount, math.inf))   # what has no limit is last
     if (more := len(room) - FILESYSTEMS_SHOWN) <= 0:
         return replace(sample, details=details)
-    limits = {name: limit for name, _, limit in limited(sample, settings) if limit}
-    for name, mount in mounts.items():
-        limit = limits.get(name)
-        most = (limit.warn or limit.fail or 0.0) if limit else 200.0    # what has no limit comes last
-        room[mount] = min(most - sample.metrics[name], room.get(mount, math.inf))
-    room[""] = -math.inf    # of the machine
-    order = {mount: rank for rank, mount in enumerate(sorted(room, key=lambda mount: (room[mount], mount)))}
-    found = sorted(mounts, key=lambda name: order[mounts[name]])
-    metrics = {name: sample.metrics[name] for name in found if order[mounts[name]] <= FILESYSTEMS_SHOWN}
+    nearest = sorted(room, key=lambda mount: (room[mount], mount))[:FILESYSTEMS_SHOWN]
+    metrics = {name: sample.metrics[name] for mount in ("", *nearest) for name in of[mount]}
     return replace(sample, details=details | {"more_filesystems": f"{more} more"}, metrics=metrics)
 
 
