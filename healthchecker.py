@@ -11104,12 +11104,14 @@ class Recorder(threading.Thread):
         self._samples: collections.deque[tuple[Origin | None, dict[str, Any]]] = collections.deque(maxlen=PENDING_ROWS)
         self._events: collections.deque[tuple[Origin | None, dict[str, Any]]] = collections.deque(maxlen=PENDING_ROWS)
         self._keys: dict[int, Report] = {}      # those with a host key that was trusted on first use
-        self._told: queue.SimpleQueue[Report] = queue.SimpleQueue()     # those of transitions
+        # What anybody tells of; nobody waits until that is written
+        self._told: queue.SimpleQueue[tuple[Origin | None, dict[str, Any]]] = queue.SimpleQueue()
         self.logins = LoginWriter(self._store, self._woken, self._ending, self._unwritten)
         self._changed_at = {SITE: self.wall()}      # when it, a group or a route last opened or closed
         self._is_heard = not self._members.is_shared    # all that stands otherwise than was told last is told
         if self._members.speaks and not self._members.names - {store.machine}:
-            self.note("gate", "closed (the service starts)", self._changed_at[SITE], group=SITE, state="closed")
+            self._events.append((None, {"kind": "gate", "text": "closed (the service starts)",
+                                        "at": self._changed_at[SITE], "state": "closed"}))
 
     def put(self, report: Report) -> None:
         """Takes a report; transitions are logged at once, in the caller's thread."""
@@ -11124,7 +11126,10 @@ class Recorder(threading.Thread):
         """Logs and notes a transition."""
         log.log(logging.INFO if report.standing.healthy else logging.WARNING, "%s: %s", report.target.name,
                 report.transition)
-        self._told.put(report)
+        if report.owned:
+            self._told.put((origin_of(report), {
+                "kind": "state", "text": report.transition, "at": report.at, "resource": report.target.name,
+                "state": report.standing.state}))
 
     @property
     def unwritten(self) -> str:
@@ -11202,8 +11207,7 @@ class Recorder(threading.Thread):
 
     def note(self, kind: str, text: str, at: float, **about: str) -> None:
         """Adds an event to what is written next; the arguments are those of record_event."""
-        with self._flushing:
-            self._events.append((None, {"kind": kind, "text": text, "at": at} | about))
+        self._told.put((None, {"kind": kind, "text": text, "at": at} | about))
 
     def _turn(self, at: float, is_open: bool, why: str, name: str) -> dict[str, Any]:
         """The event of what has opened or closed."""
@@ -11236,11 +11240,7 @@ class Recorder(threading.Thread):
             self._samples.append((origin_of(report), report.sample_row))
             if report.host_key:
                 self._keys[resource_id] = report
-        for report in (self._told.get() for _ in range(self._told.qsize())):
-            if report.owned:
-                self._events.append((origin_of(report), {
-                    "kind": "state", "text": report.transition, "at": report.at, "resource": report.target.name,
-                    "state": report.standing.state}))
+        self._events += [self._told.get() for _ in range(self._told.qsize())]
 
     def _write(self, session: Session, turns: Sequence[dict[str, Any]], *, waits: bool) -> None:
         """Within the caller's transaction; nothing of resources that were removed, and of `turns` nothing that another

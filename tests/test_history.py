@@ -651,6 +651,27 @@ def test_the_pages_that_the_bench_times(tmp_path: Path) -> None:
 
 
 # --- one writer, in small transactions ---
+def test_what_is_noted_waits_for_no_database(notebook: Notebook) -> None:
+    """Or this machine, when it is cut off from its database, too, would ask no uplink meanwhile."""
+    flushing, writer = notebook.recorder._flushing, threading.Thread(target=notebook.recorder.flush)
+
+    def is_held() -> bool:
+        if is_free := flushing.acquire(blocking=False):
+            flushing.release()
+        return not is_free
+
+    with notebook.store.writing():  # beside which no other writes
+        writer.start()
+        wait_for(is_held)
+        begun = time.monotonic()
+        notebook.recorder.note("service", "cut off", START)
+        assert time.monotonic() - begun < 2
+    writer.join()
+    assert notebook.recorder.flush()
+    with notebook.store.reading() as session:
+        assert [(event.text, event.at) for event in events(session, kind="service")] == [("cut off", START)]
+
+
 def test_what_falls_is_written_at_once(notebook: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a start after a kill would open the gate on the last good result; many that fall are written together."""
     monkeypatch.setattr(healthchecker, "FLUSH_INTERVAL", 60)
