@@ -19406,7 +19406,7 @@ def serve(arguments: argparse.Namespace) -> int:
 # === Status ==================================================================
 # The command `status`, for people and for Nagios: what the running service wrote of itself a moment ago comes in, a
 # line and an exit code go out. Nothing is judged a second time, and nothing is said that the service did not say.
-# Gives: add_status_command, parsed
+# Gives: parsed, status
 NAGIOS = {"open": 0, "degraded": 1, "closed": 2, "unknown": 3}      # exit codes of `status`
 ALIKE = {"unhealthy": "closed", "unknown": "unknown", "degraded": "degraded"}   # the same of states, worst first
 
@@ -19459,14 +19459,6 @@ def status(arguments: argparse.Namespace) -> int:
         answer = {"state": "unknown", "text": f"UNKNOWN: {why}"}
     print(json.dumps(answer) if arguments.json else answer["text"])
     return NAGIOS[answer["state"]]
-
-
-def add_status_command(commands: Any) -> None:
-    command = commands.add_parser("status", help=(
-        "what the running service says, as a plug-in of Nagios: exit 0 open, 1 degraded, 2 closed, 3 not known"))
-    command.add_argument("--json", action="store_true")
-    command.add_argument("names", nargs="*", metavar="NAME", help="of groups, routes and resources: only of these")
-    command.set_defaults(run=status)
 
 
 def parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
@@ -19934,27 +19926,15 @@ def revoke_token_of(who: Principal, given: argparse.Namespace) -> None:
     revoke_token(who, found[0] if found else "")
 
 
-def token_rows(who: Principal) -> Iterator[list[str]]:
-    for row in list_tokens(who):
-        yield [row.user, row.name, row.role, "never" if row.expires_at >= NEVER else local_time(row.expires_at),
-               local_time(row.seen_at) if row.seen_at else "not used", row.address]
+def show_tokens(who: Principal, _: argparse.Namespace) -> None:
+    rows = [[row.user, row.name, row.role, "never" if row.expires_at >= NEVER else local_time(row.expires_at),
+             local_time(row.seen_at) if row.seen_at else "not used", row.address] for row in list_tokens(who)]
+    print_table([["USER", "TOKEN", "ROLE", "ENDS", "LAST USED", "FROM"], *rows])
 
 
-# what a `user` command does; how, given its arguments; what it says then
-USER_COMMANDS: dict[str, tuple[str, Callable[[Principal, argparse.Namespace], object], str]] = {
-    "add": ("add a user",
-            lambda who, given: add_user(who, {"name": given.name, "password": typed_password(), "role": given.role}),
-            "{name} can log in now, as {role}"),
-    "passwd": ("change a password", lambda who, given: change_user(who, given.name, {"password": typed_password()}),
-               "{name} has a new password; earlier sessions have ended"),
-    "remove": ("remove a user", lambda who, given: remove_user(who, given.name), "{name} cannot log in any more"),
-    "list": ("print the users", lambda who, _: print_table([["NAME", "ROLE", "PASSWORD"], *(
-        [user.username, user.role, "the documented one" if user.initial else "own"] for user in list_users(who))]), ""),
-    "token add": ("make an API token of a user, and print it", make_token_of, ""),
-    "token revoke": ("revoke an API token", revoke_token_of, "{token} of {name} opens nothing any more"),
-    "token list": ("print the API tokens", lambda who, _: print_table(
-        [["USER", "TOKEN", "ROLE", "ENDS", "LAST USED", "FROM"], *token_rows(who)]), ""),
-}
+def show_users(who: Principal, _: argparse.Namespace) -> None:
+    rows = [[user.username, user.role, "the documented one" if user.initial else "own"] for user in list_users(who)]
+    print_table([["NAME", "ROLE", "PASSWORD"], *rows])
 
 
 def console_of(installation: Installation, store: Store) -> Principal:
@@ -19963,32 +19943,18 @@ def console_of(installation: Installation, store: Store) -> Principal:
     return Principal(ConsoleContext(store, installation.inventory, Lease(), nothing, nothing, nothing, store.wall))
 
 
-def manage_users(arguments: argparse.Namespace) -> int:
-    """A `user` command, also while the service runs or before it ever did."""
+def manage_users(change: Callable[[Principal, argparse.Namespace], object], said: str | None,
+                 arguments: argparse.Namespace) -> int:
+    """A `user` command, also while the service runs or before it ever did, and what it says then; None where it only
+    looks."""
     installation = Installation(arguments.inventory, secrets=False)
-    _, run, said = USER_COMMANDS[arguments.action]
-    with installation.store(scratch=arguments.action.endswith("list"), whole=False) as store:
+    with installation.store(scratch=said is None, whole=False) as store:
         with store.writing() as session:
             ensure_first_user(session)
-        run(console_of(installation, store), arguments)
+        change(console_of(installation, store), arguments)
     if said:
         print(said.format_map(vars(arguments)))
     return 0
-
-
-def add_user_commands(users: Any) -> None:
-    tokens = users.add_parser("token", help="`user token add|revoke|list`: API tokens for scripts")
-    tokens = tokens.add_subparsers(metavar="add|revoke|list", required=True)
-    for action, (what, _, _) in USER_COMMANDS.items():
-        word, of_token = action.removeprefix("token "), action.startswith("token ")
-        command = (tokens if of_token else users).add_parser(word, help=what)
-        command.set_defaults(run=manage_users, action=action)
-        for name in () if word == "list" else ("name", "token") if of_token else ("name",):
-            command.add_argument(name, metavar=name.upper())
-        if word == "add":
-            command.add_argument("--role", choices=get_args(Role), default="viewer", help="default: viewer, who looks")
-        if action == "token add":
-            command.add_argument("--expires", default=NAMED_LIFE, help="like 90d (the default), 2027-01-31, or never")
 
 
 def gate_rows(installation: Installation, session: Session) -> Iterator[list[str]]:
@@ -20050,40 +20016,20 @@ def end_by_command(who: Principal, arguments: argparse.Namespace, scope: Mapping
             raise UsageError("nothing was planned here for exactly that; `maintenance list` shows numbers to end")
 
 
-def maintenance(arguments: argparse.Namespace) -> int:
-    """Begins, plans or ends maintenance; then says what runs and what is ahead."""
+def maintenance(action: str, arguments: argparse.Namespace) -> int:
+    """Begins, plans or ends maintenance: `start`, `end`, `list`; then says what runs and what is ahead."""
     given = vars(arguments)
     scope = {field: given[field] for field in Scope.model_fields if given.get(field)}
-    if arguments.action != "list" and not given.get("number") and bool(given["all"]) == bool({*scope} - {"all"}):
+    if action != "list" and not given.get("number") and bool(given["all"]) == bool({*scope} - {"all"}):
         raise UsageError("say what: --tag, --group or --resource NAME, or else --all")
 
     def change(who: Principal) -> None:
-        if arguments.action == "end":
+        if action == "end":
             return end_by_command(who, arguments, scope)
         start = {"start": chosen_moment(arguments.start)} if arguments.start else {}
         start_work(who, {"for": arguments.seconds, "reason": arguments.reason} | start | scope)
 
-    return change_and_show(arguments, None if arguments.action == "list" else change, work_rows)
-
-
-def add_maintenance_commands(commands: Any) -> None:
-    work = commands.add_parser("maintenance", help="`maintenance start|end|list`: what does not count for a while")
-    work = work.add_subparsers(metavar="start|end|list", required=True)
-    for action, what in (("start", "let something not count for a while, now or later"),
-                         ("end", "end it, or cancel what is planned"), ("list", "print what runs and what is ahead")):
-        command = work.add_parser(action, help=what)
-        command.set_defaults(run=maintenance, action=action)
-        for field in ("tag", "group", "resource") if action != "list" else ():
-            command.add_argument(f"--{field}", dest=f"{field}s", action="append", metavar="NAME",
-                                 help="may be said again" if field == "tag" else None)
-        if action != "list":
-            command.add_argument("--all", action="store_true", help="everything")
-        if action == "end":
-            command.add_argument("number", nargs="?", metavar="NUMBER", help="of `maintenance list`")
-        if action == "start":
-            command.add_argument("--for", dest="seconds", required=True, metavar="2h", help="90s, 30m, 2h, 1d")
-            command.add_argument("--at", dest="start", metavar="TIME", help="such as '2026-11-28 02:00'; default: now")
-            command.add_argument("--reason", required=True, help="shown to who is logged in, and kept as an event")
+    return change_and_show(arguments, None if action == "list" else change, work_rows)
 
 
 def address_to_listen_on(text: str) -> str:
@@ -20094,43 +20040,90 @@ def address_to_listen_on(text: str) -> str:
         raise argparse.ArgumentTypeError(message_of(error.errors()[0])) from None
 
 
-def add_gate_command(commands: Any) -> None:
-    command = commands.add_parser("gate", help="open or close the gate by hand, or leave it to the resources again; "
-                                               "without an argument: how it stands")
-    command.add_argument("action", nargs="?", choices=("open", "close", "auto"))
-    command.add_argument("--for", dest="seconds", metavar="30m", help="90s, 30m, 2h, 1d; open: 30m unless said, 1d at "
-                                                                      "most; close: until `auto` unless said")
-    command.add_argument("--reason", help="shown to who is logged in, and kept as an event")
-    command.set_defaults(run=gate)
+Argument = tuple[tuple[str, ...], dict[str, Any]]
 
 
-def add_resource_commands(commands: Any) -> None:
-    command = commands.add_parser("check", help="validate the inventory and say what a start would change")
-    command.add_argument("--probe", nargs="*", metavar="NAME",
-                         help="also poll every resource, or those named, once and print a table")
-    command.set_defaults(run=check)
-    command = commands.add_parser("endpoint", help="print what a host needs that shall answer polls and nothing else")
-    command.add_argument("name", metavar="NAME")
-    command.set_defaults(run=endpoint)
-    command = commands.add_parser("trust", help="accept the changed host key of a resource")
-    command.add_argument("name", metavar="NAME")
-    command.add_argument("--key", metavar="SHA256:...", help="accept this key only, without a question")
-    command.add_argument("--yes", action="store_true", help="accept whatever key it shows, without a question")
-    command.set_defaults(run=trust)
+def argument(*names: str, **options: Any) -> Argument:
+    """What argparse's add_argument is given."""
+    return names, options
 
 
-def add_database_commands(commands: Any) -> None:
-    for run, what in ((backup, "write database, keys and inventory into one archive, also while the service runs"),
-                      (restore, "bring them back, where there are none")):
-        command = commands.add_parser(run.__name__, help=what)
-        command.add_argument("file", type=Path, metavar="FILE")
-        command.set_defaults(run=run)
-    command = commands.add_parser("database", help="`database copy FROM TO`: everything into an empty one; each is "
-                                                   "sqlite:///path or postgresql+psycopg://user@host/name")
-    command.add_argument("action", choices=("copy",))
-    command.add_argument("source", metavar="FROM")
-    command.add_argument("target", metavar="TO")
-    command.set_defaults(run=copy_database)
+class Command(NamedTuple):
+    """The words of a command, what it does and how; or what a group of them is for and how its next words are shown."""
+
+    words: str
+    help: str
+    run: Callable[[argparse.Namespace], int] | str
+    arguments: Sequence[Argument] = ()
+
+
+ITS_NAME, ITS_TOKEN = argument("name", metavar="NAME"), argument("token", metavar="TOKEN")
+ITS_FILE = argument("file", type=Path, metavar="FILE")
+ROLE = argument("--role", choices=get_args(Role), default="viewer", help="default: viewer, who looks")
+FOR_EVENT = "shown to who is logged in, and kept as an event"
+SCOPE = (argument("--tag", dest="tags", action="append", metavar="NAME", help="may be said again"),
+         argument("--group", dest="groups", action="append", metavar="NAME"),
+         argument("--resource", dest="resources", action="append", metavar="NAME"),
+         argument("--all", action="store_true", help="everything"))
+COMMANDS = (
+    Command("check", "validate the inventory and say what a start would change", check, [
+        argument("--probe", nargs="*", metavar="NAME",
+                 help="also poll every resource, or those named, once and print a table")]),
+    Command("endpoint", "print what a host needs that shall answer polls and nothing else", endpoint, [ITS_NAME]),
+    Command("trust", "accept the changed host key of a resource", trust, [
+        ITS_NAME, argument("--key", metavar="SHA256:...", help="accept this key only, without a question"),
+        argument("--yes", action="store_true", help="accept whatever key it shows, without a question")]),
+    Command("seal", "replace plain passwords in the inventory by sealed ones", seal),
+    Command("middleware", "print the gate for other servers, which reads service.lease_file", middleware),
+    Command("reload", "have a running service take an edited inventory over", reload),
+    Command("backup", "write database, keys and inventory into one archive, also while the service runs", backup,
+            [ITS_FILE]),
+    Command("restore", "bring them back, where there are none", restore, [ITS_FILE]),
+    Command("database", "`database copy FROM TO`: everything into an empty one; each is sqlite:///path or "
+                        "postgresql+psycopg://user@host/name", copy_database, [
+        argument("action", choices=("copy",)), argument("source", metavar="FROM"), argument("target", metavar="TO")]),
+    Command("user", "`user add|passwd|remove|list|token`: who can log in", "add|passwd|remove|list|token"),
+    Command("user token", "`user token add|revoke|list`: API tokens for scripts", "add|revoke|list"),
+    Command("user add", "add a user", functools.partial(
+        manage_users, lambda who, given: add_user(
+            who, {"name": given.name, "password": typed_password(), "role": given.role}),
+        "{name} can log in now, as {role}"), [ITS_NAME, ROLE]),
+    Command("user passwd", "change a password", functools.partial(
+        manage_users, lambda who, given: change_user(who, given.name, {"password": typed_password()}),
+        "{name} has a new password; earlier sessions have ended"), [ITS_NAME]),
+    Command("user remove", "remove a user", functools.partial(
+        manage_users, lambda who, given: remove_user(who, given.name), "{name} cannot log in any more"), [ITS_NAME]),
+    Command("user list", "print the users", functools.partial(manage_users, show_users, None)),
+    Command("user token add", "make an API token of a user, and print it", functools.partial(
+        manage_users, make_token_of, ""), [ITS_NAME, ITS_TOKEN, ROLE, argument(
+            "--expires", default=NAMED_LIFE, help="like 90d (the default), 2027-01-31, or never")]),
+    Command("user token revoke", "revoke an API token", functools.partial(
+        manage_users, revoke_token_of, "{token} of {name} opens nothing any more"), [ITS_NAME, ITS_TOKEN]),
+    Command("user token list", "print the API tokens", functools.partial(manage_users, show_tokens, None)),
+    Command("gate", "open or close the gate by hand, or leave it to the resources again; without an argument: how it "
+                    "stands", gate, [
+        argument("action", nargs="?", choices=("open", "close", "auto")),
+        argument("--for", dest="seconds", metavar="30m", help="90s, 30m, 2h, 1d; open: 30m unless said, 1d at most; "
+                                                              "close: until `auto` unless said"),
+        argument("--reason", help=FOR_EVENT)]),
+    Command("status", "what the running service says, as a plug-in of Nagios: exit 0 open, 1 degraded, 2 closed, 3 not "
+                      "known", status, [
+        argument("--json", action="store_true"),
+        argument("names", nargs="*", metavar="NAME", help="of groups, routes and resources: only of these")]),
+    Command("maintenance", "`maintenance start|end|list`: what does not count for a while", "start|end|list"),
+    Command("maintenance start", "let something not count for a while, now or later", functools.partial(
+        maintenance, "start"), [
+        *SCOPE, argument("--for", dest="seconds", required=True, metavar="2h", help="90s, 30m, 2h, 1d"),
+        argument("--at", dest="start", metavar="TIME", help="such as '2026-11-28 02:00'; default: now"),
+        argument("--reason", required=True, help=FOR_EVENT)]),
+    Command("maintenance end", "end it, or cancel what is planned", functools.partial(maintenance, "end"), [
+        *SCOPE, argument("number", nargs="?", metavar="NUMBER", help="of `maintenance list`")]),
+    Command("maintenance list", "print what runs and what is ahead", functools.partial(maintenance, "list")),
+    Command("notify", "`notify test NAME`: send a receiver of `notify` a message, now", notify_test,
+            [argument("action", choices=("test",)), ITS_NAME]),
+    Command("keys", "seal every secret with a new key: `keys rotate`, or `keys replace` where the old one is lost; "
+                    "stop the service first", "rotate|replace"),
+    Command("keys rotate", "", rotate_keys), Command("keys replace", "", replace_keys))
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -20144,27 +20137,17 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--listen", type=address_to_listen_on, metavar="ADDRESS:PORT", help=(
         "serve (or check) there, whatever service.listen says"))
     parser.set_defaults(run=serve)
-    commands = parser.add_subparsers(metavar="COMMAND")
-    add_resource_commands(commands)
-    for run, what in ((seal, "replace plain passwords in the inventory by sealed ones"),
-                      (middleware, "print the gate for other servers, which reads service.lease_file"),
-                      (reload, "have a running service take an edited inventory over")):
-        commands.add_parser(run.__name__, help=what).set_defaults(run=run)
-    add_database_commands(commands)
-    users = commands.add_parser("user", help="`user add|passwd|remove|list|token`: who can log in")
-    add_user_commands(users.add_subparsers(metavar="add|passwd|remove|list|token", required=True))
-    add_gate_command(commands)
-    add_status_command(commands)
-    add_maintenance_commands(commands)
-    command = commands.add_parser("notify", help="`notify test NAME`: send a receiver of `notify` a message, now")
-    command.add_argument("action", choices=("test",))
-    command.add_argument("name", metavar="NAME")
-    command.set_defaults(run=notify_test)
-    keys = commands.add_parser("keys", help="seal every secret with a new key: `keys rotate`, or `keys replace` where "
-                                            "the old one is lost; stop the service first")
-    changes = keys.add_subparsers(metavar="rotate|replace", required=True)
-    changes.add_parser("rotate").set_defaults(run=rotate_keys)
-    changes.add_parser("replace").set_defaults(run=replace_keys)
+    groups = {"": parser.add_subparsers(metavar="COMMAND")}
+    for words, what, run, arguments in COMMANDS:
+        group, _, word = words.rpartition(" ")
+        shown: dict[str, Any] = {"help": what} if what else {}
+        command = groups[group].add_parser(word, **shown)
+        if isinstance(run, str):
+            groups[words] = command.add_subparsers(metavar=run, required=True)
+            continue
+        command.set_defaults(run=run)
+        for names, options in arguments:
+            command.add_argument(*names, **options)
     return parser
 
 
