@@ -2446,9 +2446,9 @@ def make_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def private_file(path: Path, place: Callable[[Path, Path], object] = put_name) -> Iterator[IO[bytes]]:
-    """A file to be written that only its owner can read; the whole file or none, and never over another one: `place`
-    says otherwise, which is given the file that was made and the name that it is to have."""
+def private_file(path: Path, put: Callable[[Path, Path], None] = put_name) -> Iterator[IO[bytes]]:
+    """A file to be written that only its owner can read; the whole file or none, and never over another one, unless
+    what gives it its name at last does that."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
@@ -2458,7 +2458,7 @@ def private_file(path: Path, place: Callable[[Path, Path], object] = put_name) -
             yield file
             file.flush()
             os.fsync(file.fileno())
-        place(temporary, path)
+        put(temporary, path)
     except OSError as error:
         if error.filename in (None, str(temporary)):
             error.filename, error.filename2 = str(path), None   # which is what a user knows
@@ -2469,8 +2469,8 @@ def private_file(path: Path, place: Callable[[Path, Path], object] = put_name) -
         temporary.unlink(missing_ok=True)
 
 
-def create_private(path: Path, content: bytes = b"") -> None:
-    with private_file(path) as file:
+def create_private(path: Path, content: bytes = b"", put: Callable[[Path, Path], None] = put_name) -> None:
+    with private_file(path, put) as file:
         file.write(content)
 
 
@@ -12711,15 +12711,14 @@ class LeaseFile:
                 mapped.truncate(max(len(content), os.path.getsize(path)))
                 mapped.write(content.ljust(os.path.getsize(path)))
             return
+        create_private(path, content, LeaseFile._show)
 
-        def place(made: Path, path: Path) -> None:
-            if sys.platform != "win32" and not os.geteuid():
-                os.chown(made, 0, 0)    # who could cut it would end us
-            let_read(made)
-            os.replace(made, path)
-
-        with private_file(path, place) as file:
-            file.write(content)
+    @staticmethod
+    def _show(new: Path, path: Path) -> None:
+        if sys.platform != "win32" and not os.geteuid():
+            os.chown(new, 0, 0)     # who could cut it would end us
+        let_read(new)
+        os.replace(new, path)
 
 
 # === HTTP ====================================================================
@@ -19080,8 +19079,7 @@ class Installation:
         mark, name = self.service.keys / STARTED, os.fsencode(str(self.database))
         with contextlib.suppress(OSError):
             if not mark.exists() or mark.read_bytes() != name:
-                mark.unlink(missing_ok=True)
-                create_private(mark, name)
+                create_private(mark, name, os.replace)
         with contextlib.suppress(OSError):
             if not left_beside(self.path):
                 create_private(mark_beside(self.path), name)
@@ -19500,8 +19498,7 @@ def rewrite(path: Path, document: Document, replacements: Mapping[NodePath, str]
     if scalars(Document(path.name, content)) != {**scalars(document), **replacements}:
         raise InventoryError(f"{path.name}: its layout is too unusual to be rewritten; nothing was changed")
     try:
-        with private_file(path.resolve(), take_place) as file:      # a symbolic link stays one
-            file.write(content)
+        create_private(path.resolve(), content, take_place)     # a symbolic link stays one
     except OSError as error:
         raise InventoryError(f"{path.name}: cannot be replaced: {error.strerror}; is it open elsewhere, or another "
                              "account's?") from error
