@@ -19085,23 +19085,22 @@ class Installation:
                 create_private(mark_beside(self.path), name)
 
     @contextlib.contextmanager
-    def store(self, *, scratch: bool = False, locked: bool = False, whole: bool = True) -> Iterator[Store]:
-        """The database, made when there is none, an older one migrated; `scratch`: that only for this once, in a file
-        of its own; `locked`: see Store; not `whole`: not all of it is read first, for a look that is taken often."""
+    def store(self, *, scratch: bool = False, locked: bool = False, whole: bool = True,
+              needed: bool = False) -> Iterator[Store]:
+        """The database, made when there is none, unless it is `needed`: UsageError; an older one migrated. `scratch`:
+        that only for this once, in a file of its own; `locked`: see Store; not `whole`: not all of it is read first,
+        for a look that is taken often."""
         with contextlib.ExitStack() as stack:
-            database = self.database
-            if (version := self.schema(whole=whole and not locked)) != SCHEMA and scratch:
+            database, version = self.database, self.schema(whole=whole and not locked)
+            if needed and not version:
+                raise UsageError("there is no database yet; start the service first")
+            if version != SCHEMA and scratch:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
                 database = SqliteFile(Path(folder) / DATABASE)
                 if version:
                     copy_known(self.database, database.path)
             machine = self.service.machine_name
             yield stack.enter_context(contextlib.closing(Store(database, locked=locked, machine=machine)))
-
-    def require_database(self) -> None:
-        """Raises UsageError where there is none."""
-        if not self.schema(whole=False):
-            raise UsageError("there is no database yet; start the service first")
 
     @property
     def runs(self) -> bool:
@@ -19268,8 +19267,7 @@ def reload(arguments: argparse.Namespace) -> int:
     """Has a running service take an edited inventory over."""
     installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals,
                                 listen_on=arguments.listen)
-    installation.require_database()
-    with installation.store() as store:
+    with installation.store(needed=True) as store:
         for line in take_over_again(installation, store, "command line"):
             print(line)
     return 0
@@ -19856,8 +19854,7 @@ def confirm(offered: str, arguments: argparse.Namespace) -> None:
 def trust(arguments: argparse.Namespace) -> int:
     """Shows the key that a host was known by and the one that it shows now, and accepts that one when told so."""
     installation = Installation(arguments.inventory, secrets=False)
-    installation.require_database()
-    with installation.store() as store:
+    with installation.store(needed=True) as store:
         with store.reading() as session:
             targets = load_targets(session, installation.open_vault(session))
         target, access = find_target(targets, arguments.name), installation.access()
@@ -19977,8 +19974,7 @@ def change_and_show(arguments: argparse.Namespace, change: Callable[[Principal],
                     rows: Callable[[Installation, Session], Iterable[list[str]]]) -> int:
     """Makes a change, if there is one, also while the service runs; then prints how it stands."""
     installation = Installation(arguments.inventory, secrets=False)
-    installation.require_database()
-    with installation.store(scratch=change is None, whole=False) as store:
+    with installation.store(scratch=change is None, whole=False, needed=True) as store:
         if change:
             change(console_of(installation, store))
             with contextlib.suppress(StorageError):     # what was changed is written
