@@ -19737,23 +19737,25 @@ def check_app(installation: Installation) -> int:
     return UsageError.exit_code if process.exitcode else 0
 
 
-def show_readable(installation: Installation) -> None:
+def secret_files(inventory: Inventory) -> Iterator[Path | None]:
+    """The files that hold secrets; the inventory, too, where it states one itself."""
+    yield from (inventory.service.metrics_token_file, inventory.service.database_path)
+    for each in (inventory.service, *inventory.receivers, *inventory.resources):
+        for variable in (name for name in type(each).model_fields if name.endswith("_env")):
+            name = variable.removesuffix("_env")
+            yield getattr(each, f"{name}_file")
+            if getattr(each, name) and not (getattr(each, f"{name}_file") or getattr(each, variable)):
+                yield inventory.path
+    for each in inventory.resources:    # the certificate's file holds its key, where that has none of its own
+        yield each.key_file or (each.certificate_file if each.url else None)
+
+
+def show_readable(inventory: Inventory) -> None:
     """Names the files with secrets that every account of this machine can read (POSIX), and what it can change."""
-    inventory, service = installation.inventory, installation.service
-    files = {service.metrics_token_file, *(receiver.url_file for receiver in inventory.receivers),
-             service.heartbeat_file, service.status_token_file, service.database_password_file, service.database_path}
-    elsewhere = [each.url_file or each.url_env for each in inventory.receivers]
-    elsewhere += [service.status_token_file or service.status_token_env] if service.status_token else []
-    elsewhere += [service.database_password_file or service.database_password_env] if service.database_password else []
-    files |= set() if all(elsewhere) else {installation.path}
-    for each in inventory.resources:
-        files |= {each.password_file, each.key_passphrase_file, each.key_file}
-        files |= {each.certificate_file} if each.url and not each.key_file else set()
-        files |= {installation.path} if each.secrets and not (each.password_file or each.password_env) else set()
-    for path in sorted(filter(None, files)) if sys.platform != "win32" else ():
+    for path in sorted({*filter(None, secret_files(inventory))}) if sys.platform != "win32" else ():
         if path.exists() and path.stat().st_mode & 0o007:
             print(f"{path} holds secrets, and is open to other users; run: chmod o= {path}")
-    for path in filter(everybody_changes, (Path(__file__), installation.path)):
+    for path in filter(everybody_changes, (Path(__file__), inventory.path)):
         how = "see icacls in the README" if sys.platform == "win32" else f"run: chmod o-w {path}"
         print(f"{path} can be changed by all other users, who could run what they like as the service's account; {how}")
 
@@ -19775,7 +19777,7 @@ def check(arguments: argparse.Namespace) -> int:
                   f" then: make a {way} first")
         for line in gate_lines(installation.inventory.gates, installation.inventory.resources):
             print(line)
-        show_readable(installation)
+        show_readable(installation.inventory)
         for fault in check_receivers(installation.inventory, vault):
             print(fault, file=sys.stderr)
             code = fault.exit_code

@@ -450,6 +450,26 @@ def test_check_looks_at_who_can_read_secrets(tmp_path: Path, capsys: pytest.Capt
         assert all(f"chmod o= {tmp_path / name}" in "\n".join(told) for name in names) or not warned
 
 
+@POSIX_ONLY
+@pytest.mark.parametrize(("row", "service", "holds"), [
+    ("password_file: word", "", False),
+    ("key_file: key, key_passphrase_file: word", "", False),
+    ("key_file: key, key_passphrase: p", "", True),
+    ("password_file: word", "  heartbeat: https://example.com/ping/4d3f", True),
+    ("password_file: word", "  heartbeat_file: url", False),
+])
+def test_check_tells_which_inventory_holds_secrets(
+    row: str, service: str, holds: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (("word", "0123456789abcdef"), ("key", "key"), ("url", "https://example.com/ping/4d3f")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / name).chmod(0o600)
+    path = write_inventory(tmp_path, f"  - {{hostname: a, username: u, {row}}}\n", service)
+    path.chmod(0o644)
+    main(["--inventory", str(path), "check"])
+    assert (f"{path} holds secrets" in capsys.readouterr().out) == holds
+
+
 def test_a_probe_of_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_inventory(tmp_path, CALM + STORMY)
     assert main(["--inventory", str(path), "check", "--probe", "calm"]) == 0
