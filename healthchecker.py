@@ -16317,8 +16317,8 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <td>{{ state("maintenance", "runs") if turn.state == "begun" else "ahead" }}</td>
 <td>{{ turn.start|time_tag }}</td><td>{{ (turn.until - turn.start)|duration_text }}</td>
 <td>{{ turn.scope }}</td><td>{{ turn.reason }} <small>{{ turn.actor or turn.schedule }}</small></td>
-<td>{% if admin and turn.id %}<form method="post" action="/-/maintenance" data-inline>
-<button name="end" value="{{ turn.id }}">{{ "End" if turn.state == "begun" else "Cancel" }}
+<td>{% if admin and turn.id %}<form method="post" action="/-/maintenance/{{ turn.id }}/end" data-inline>
+<button>{{ "End" if turn.state == "begun" else "Cancel" }}
 <span class="hidden">maintenance of {{ turn.scope }}</span></button></form>{% endif %}</td></tr>
 {% endfor %}
 {% if turns|length > 20 %}<tr><td colspan="6" class="soft">and {{ turns|length - 20 }} more</td></tr>{% endif %}
@@ -16448,8 +16448,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% if turn.scope|string != shown.name %}
 <p class="soft">With others: {{ turn.scope }}. <a href="/-/">All maintenance</a></p>
 {% elif admin %}
-<form method="post" action="{{ shown.href }}/maintenance" data-inline>
-<button name="minutes" value="0">End maintenance</button></form>
+<form method="post" action="{{ shown.href }}/maintenance/end" data-inline><button>End maintenance</button></form>
 {% endif %}
 </section>
 {% endfor %}
@@ -16463,8 +16462,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <section class="message degraded" aria-label="Acknowledgement">
 <p>Seen by <b>{{ shown.seen.actor }}</b> at {{ shown.seen.at|time_tag }}: {{ shown.seen.comment }}</p>
 {% if admin %}
-<form method="post" action="{{ shown.href }}/acknowledgement" data-inline>
-<button name="end" value="1">Take back</button></form>
+<form method="post" action="{{ shown.href }}/acknowledgement/end" data-inline><button>Take back</button></form>
 {% endif %}
 </section>
 {% elif admin and shown.is_sick %}
@@ -17647,33 +17645,17 @@ def resource_form(who: Principal, name: str = "") -> Answer:
     return flask.redirect(resource_path(saved.name), 303)
 
 
-def typed_term(form: Mapping[str, str]) -> dict[str, Any]:
+def typed_term() -> dict[str, Any]:
+    form = flask.request.form
     start = form.get("start")
     return {"for": f"{form.get('minutes', '')}m", "reason": form.get("reason", "")} | (
         {"start": chosen_moment(start)} if start else {})
 
 
-def maintenance_form(who: Principal, name: str) -> None:
-    form = flask.request.form
-    if form.get("minutes") == "0":
-        return end_maintenance(who, name)
-    begin_maintenance(who, name, typed_term(form))
-
-
 def work_form(who: Principal) -> None:
-    """The same of what is chosen in the overview."""
-    form = flask.request.form
-    if "end" in form:
-        return cancel_work(who, form["end"])
-    field, _, chosen = form.get("scope", "").partition(":")
-    start_work(who, {field: [chosen] if chosen else True} | typed_term(form))
-
-
-def acknowledgement_form(who: Principal, name: str) -> None:
-    form = flask.request.form
-    if "end" in form:
-        return end_acknowledgement(who, name)
-    acknowledge_resource(who, name, {"comment": form.get("comment", "")})
+    """Maintenance of what is chosen in the overview."""
+    field, _, chosen = flask.request.form.get("scope", "").partition(":")
+    start_work(who, {field: [chosen] if chosen else True} | typed_term())
 
 
 def trust_form(who: Principal, name: str) -> Answer | None:
@@ -17806,9 +17788,14 @@ PAGES = (
     Route("GET", RESOURCE_PAGE + "/edit", "admin", form_page),
     form_route(RESOURCE_PAGE + "/edit", form_page, resource_form),
     form_route(RESOURCE_PAGE + "/check", resource_page, poll_now),
-    form_route(RESOURCE_PAGE + "/maintenance", resource_page, maintenance_form),
-    form_route(RESOURCE_PAGE + "/acknowledgement", resource_page, acknowledgement_form),
+    form_route(RESOURCE_PAGE + "/maintenance", resource_page,
+               lambda who, name: begin_maintenance(who, name, typed_term())),
+    form_route(RESOURCE_PAGE + "/maintenance/end", resource_page, end_maintenance),
+    form_route(RESOURCE_PAGE + "/acknowledgement", resource_page,
+               lambda who, name: acknowledge_resource(who, name, filled())),
+    form_route(RESOURCE_PAGE + "/acknowledgement/end", resource_page, end_acknowledgement),
     form_route("/-/maintenance", overview, work_form, PREFIX),
+    form_route("/-/maintenance/<number>/end", overview, cancel_work, PREFIX),
     form_route(RESOURCE_PAGE + "/trust", resource_page, trust_form),
     form_route(RESOURCE_PAGE + "/remove", resource_page, remove_resource, PREFIX),
     Route("GET", "/-/events", "viewer", event_page),

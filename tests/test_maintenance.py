@@ -654,7 +654,7 @@ def test_seen(console: Local) -> None:
     console.log_in_as(NAME)
     for path in ("/-/", "/-/resources/a"):
         assert "on my way" in console.ask("GET", path).body
-    assert console.form("/-/resources/a/acknowledgement", {"end": "1"}).status == 303
+    assert console.form("/-/resources/a/acknowledgement/end", {}).status == 303
     assert "Take back" not in console.ask("GET", "/-/resources/a").body
     assert console.form("/-/resources/a/acknowledgement", {"comment": ""}).status == 422
     console.log_in_as("viewer")
@@ -679,7 +679,7 @@ def test_forms(console: Local) -> None:
         shown = console.ask("GET", path).body
         assert "new cables" in shown and "tag web" in shown
     assert "new cables" not in console.ask("GET", "/-/resources/a").body
-    assert console.form("/-/maintenance", {"end": str(made["id"])}).status == 303
+    assert console.form(f"/-/maintenance/{made['id']}/end", {}).status == 303
     tomorrow = (datetime.datetime.now() + datetime.timedelta(days=1)).isoformat(timespec="minutes")
     assert console.form("/-/resources/b/maintenance", fields | {"start": tomorrow}).status == 303
     assert "Next maintenance" in console.ask("GET", "/-/resources/b").body

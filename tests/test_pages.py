@@ -813,9 +813,9 @@ def test_a_row_that_moves_keeps_the_focus(page: Page) -> None:
     first = page.locator(".overview tbody tr").first
     page.get_by_role("link", name="away").focus()
     origin = {"Origin": page.url.partition("/-/")[0]}
-    for minutes, top in (("30", "away"), ("0", PAYLOAD)):
-        form = {"minutes": minutes, "reason": "moves it down"}
-        assert page.request.post(f"{HOSTILE_PAGE}/maintenance", form=form, headers=origin).status == 200
+    for action, top in (("maintenance", "away"), ("maintenance/end", PAYLOAD)):
+        form = {"minutes": "30", "reason": "moves it down"}
+        assert page.request.post(f"{HOSTILE_PAGE}/{action}", form=form, headers=origin).status == 200
         until(lambda top=top: top in first.inner_text())
         assert page.evaluate("document.activeElement.textContent") == "away"
 
