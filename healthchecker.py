@@ -17323,16 +17323,6 @@ COLUMNS: dict[str, tuple[str, Callable[[ResourceRow], Any] | None]] = {   # by t
 NO_TITLE = {"tag": "Without a tag", "group": "In no group"}
 
 
-class RowSection(NamedTuple):
-    """Rows under a heading; without a title there is none."""
-
-    title: str
-    rows: list[ResourceRow]
-    counts: list[tuple[str, int]]
-    hidden: int                 # so many are not shown
-    href: str                   # shows or folds them
-
-
 def blockers_of(rows: Iterable[ResourceRow], groups: Collection[GroupState]) -> list[dict[str, Any]]:
     """What keeps the gate closed, since a Unix time: groups that count, and resources that count by themselves."""
     monitor = current_principal().context.monitor
@@ -17368,14 +17358,16 @@ def members_of(rows: Iterable[ResourceRow], by: str, groups: Iterable[GroupState
     return found
 
 
-def sections_of(rows: list[ResourceRow], wanted: Mapping[str, str], groups: Iterable[GroupState]) -> list[RowSection]:
-    """Rows as they are shown: where there are many, what is well is folded away, and of the rest a part is shown."""
+def sections_of(rows: list[ResourceRow], wanted: Mapping[str, str],
+                groups: Iterable[GroupState]) -> list[dict[str, Any]]:
+    """Rows as they are shown, with a heading where there is a title: where there are many, what is well is folded away,
+    and of the rest a part is shown; `href` shows or folds those that are hidden."""
     is_many, left = len(rows) > ROWS_SHOWN, ROWS_SHOWN
     by = wanted["by"] or ("tag" if is_many else "none")
     key = COLUMNS.get(wanted["sort"].removeprefix("-"), COLUMNS[""])[1]
     rows = sorted(rows, key=key, reverse=wanted["sort"].startswith("-")) if key else rows
     if by == "none" and not is_many:
-        return [RowSection("", rows, [], 0, "")]
+        return [{"title": "", "rows": rows}]
     made = []
     for title, members in sorted(members_of(rows, by, groups).items()):
         is_whole = not is_many or wanted["unfold"] == title
@@ -17385,8 +17377,9 @@ def sections_of(rows: list[ResourceRow], wanted: Mapping[str, str], groups: Iter
         counts = collections.Counter(row.shown_state for row in members)
         href = query_of({**wanted, "unfold": "" if is_whole else title})
         hidden = len(members) - len(shown)
-        made.append(RowSection(title, shown, [(state, counts[state]) for state in STATES if counts[state]], hidden,
-                               href if is_many and (hidden or is_whole) else ""))
+        made.append({"title": title, "rows": shown, "hidden": hidden,
+                     "counts": [(state, counts[state]) for state in STATES if counts[state]],
+                     "href": href if is_many and (hidden or is_whole) else ""})
     return made
 
 
@@ -17666,19 +17659,17 @@ def trust_form(who: Principal, name: str) -> Answer | None:
     return resource_page(name, offered=who.context.offered_key(name)[1])
 
 
-def user_page(name: str = "", number: str = "", **more: Any) -> flask.Response:
+def user_page(name: str = "", **more: Any) -> flask.Response:
     """Users and sessions; the form to add one shows what was wrong with it, and not what was with others."""
     who = current_principal()
-    if name or number:
+    if name:
         more = {**more, "changed": {name: more.get("given", {})}, "given": {}, "errors": {}}
     return render_page("users", users=list_users(who), sessions=list_sessions(who), roles=get_args(Role), **more)
 
 
-def token_page(number: str = "", **more: Any) -> flask.Response:
+def token_page(**more: Any) -> flask.Response:
     """API tokens, and the form to make one."""
     who = current_principal()
-    if number:
-        more = {**more, "given": {}, "errors": {}}
     roles = [role for role in reversed(get_args(Role)) if who.may(role)]
     return render_page("tokens", title="API tokens", tokens=list_tokens(who), roles=roles, never=NEVER, **more)
 
