@@ -18042,7 +18042,7 @@ class ConsoleServer(threading.Thread):
 # === Announce ================================================================
 # What one receiver is told, and when: in come events and how everything is by the rows, out go messages. An Announcer
 # holds what its receiver heard, and decides by rows and clock alone; touches nothing else. In the Notifier's thread.
-# Gives: Announcer, as_mapping, Delivery, Message, Picture, RETRY_FIRST, Unhealthy, Work
+# Gives: Announcer, as_mapping, Delivery, Lasting, Message, Picture, RETRY_FIRST
 NOTIFY_LINES = 10               # lines of a kind in a message
 TOLD_CHARS = 300                # characters of a reason in one: since when, how long and how often stand behind it
 RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds until the second try, and between two at most
@@ -18052,37 +18052,29 @@ MARKUP = str.maketrans({mark: f"{mark}\u200b" for mark in "@<]"})
 STARTING = "(the service starts)"   # a gate that opens before it is told was never closed
 
 
-class Unhealthy(NamedTuple):
-    """An unhealthy resource."""
+class Lasting(NamedTuple):
+    """An unhealthy resource, a problem of the service itself, or maintenance that runs."""
 
     since_at: float
     why: str
-    tags: frozenset[str] = frozenset()
-    closes: frozenset[str] = frozenset([SITE])  # what counts on it: the site, groups and routes
+    tags: frozenset[str] = frozenset()          # of the resource, or of those that it is of
+    closes: frozenset[str] = frozenset([SITE])  # what counts on a resource: the site, groups and routes
     is_blamed: bool = False     # on what it depends on, or on this machine: that is told, and not this
-
-
-class Work(NamedTuple):
-    """Maintenance that runs."""
-
-    text: str
-    since_at: float
-    tags: frozenset[str] = frozenset()      # of the resources that it is of
 
 
 class Picture(NamedTuple):
     """How everything is, of the same moment as the events that are taken with it."""
 
-    unhealthy: Mapping[str, Unhealthy] = MappingProxyType({})
+    unhealthy: Mapping[str, Lasting] = MappingProxyType({})
     healthy: Mapping[str, float] = MappingProxyType({})     # Unix times of the last polls
     excused: Collection[str] = ()       # resources in maintenance
     groups: Collection[str] = ()        # and routes
     tags: Mapping[str, frozenset[str]] = MappingProxyType({})   # of the resources that events name
     problems: Mapping[str, str] = MappingProxyType({})      # of the service itself
     acknowledged: Collection[str] = ()
-    works: Mapping[str, Work] = MappingProxyType({})        # by what they are of
+    works: Mapping[str, Lasting] = MappingProxyType({})     # by what they are of
 
-    def keepers(self, closed: Collection[str] = (SITE,)) -> dict[str, Unhealthy]:
+    def keepers(self, closed: Collection[str] = (SITE,)) -> dict[str, Lasting]:
         """What keeps the site, groups or routes closed."""
         return {name: one for name, one in self.unhealthy.items()
                 if not ({*closed}.isdisjoint(one.closes) or one.is_blamed or name in self.excused)}
@@ -18224,13 +18216,11 @@ class Announcer:
                 self._end(*key, now, ending)
             if not notice.told_at and self._is_nothing(notice, picture):
                 del self.notices[key]
-        self._begin_new("state", {name: (one.why, one.since_at) for name, one in picture.unhealthy.items()
-                                  if one.since_at >= row.joined_at and not one.is_blamed
-                                  and name not in picture.excused and self._is_mine(one.tags)}, now)
-        self._begin_new("problem", {name: (why, now) for name, why in picture.problems.items()
-                                    if name != f"receiver {row.name}"}, now)
-        self._begin_new("maintenance", {name: (one.text, one.since_at) for name, one in picture.works.items()
-                                        if one.since_at >= row.joined_at and self._is_mine(one.tags)}, now)
+        self._begin_new("state", {name: one for name, one in picture.unhealthy.items()
+                                  if not one.is_blamed and name not in picture.excused}, now)
+        self._begin_new("problem", {name: Lasting(now, why, frozenset(self.settings.tags))      # everybody's
+                                    for name, why in picture.problems.items() if name != f"receiver {row.name}"}, now)
+        self._begin_new("maintenance", picture.works, now)
 
     def compose(self, picture: Picture, now: float) -> None:
         """Makes what is to be said now, if anything is, the row's message; it counts as told, and what is over is
@@ -18292,11 +18282,12 @@ class Announcer:
             receiver_id=self.row.id, kind=kind, name=name, text=one_line(text), ending="", times=times,
             since_at=since_at, taken_at=since_at, over_at=0.0, told_at=0.0)
 
-    def _begin_new(self, kind: str, found: Mapping[str, tuple[str, float]], now: float) -> None:
-        """Of things that are known by no event: text and since when; they wait from now on."""
-        for name, (text, since_at) in found.items() if kind in self.settings.on else ():
-            if (kind, name) not in self.notices:
-                self._begin(kind, name, text, since_at)
+    def _begin_new(self, kind: str, found: Mapping[str, Lasting], now: float) -> None:
+        """Of things that are known by no event; they wait from now on."""
+        for name, one in found.items() if kind in self.settings.on else ():
+            is_new = (kind, name) not in self.notices and one.since_at >= self.row.joined_at
+            if is_new and self._is_mine(one.tags):
+                self._begin(kind, name, one.why, one.since_at)
                 self.notices[kind, name].taken_at = now
 
     def _end(self, kind: str, name: str, at: float, ending: str = "") -> None:
@@ -18508,15 +18499,16 @@ def is_service_well(aggregator: HealthAggregator, recorder: Recorder) -> bool:
     return is_watched and recorder.is_well and aggregator.is_healthy()
 
 
-def running_works(session: Session, now: float) -> dict[str, Work]:
+def running_works(session: Session, now: float) -> dict[str, Lasting]:
     """Maintenance that runs; of two of the same the one that began first."""
     begun = sqlalchemy.select(Maintenance).filter_by(state="begun").order_by(Maintenance.start_at.desc())
     rows = [row for row in session.scalars(begun) if row.until_at > now]
     known, found = choices(session) if rows else Choices({}, {}, {}), {}
     for row in rows:
         names = known.of(row.chosen)
-        found[row.chosen.brief] = Work(f"in maintenance until {written(row.until_at)}: {row.reason}", row.start_at,
-                                      frozenset(tag for tag, tagged in known.tags.items() if tagged & names))
+        tags = frozenset(tag for tag, tagged in known.tags.items() if tagged & names)
+        why = f"in maintenance until {written(row.until_at)}: {row.reason}"
+        found[row.chosen.brief] = Lasting(row.start_at, why, tags)
     return found
 
 
@@ -18542,8 +18534,8 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
         if is_bad or name in wanted:
             tags[name] = tags_of(text)
         if is_bad:
-            unhealthy[name] = Unhealthy(since_at or now, caused(cause or "", reason or ""), tags[name],
-                                        counting_on(monitor.aggregator, name, closed=True), other is not None)
+            unhealthy[name] = Lasting(since_at or now, caused(cause or "", reason or ""), tags[name],
+                                      counting_on(monitor.aggregator, name, closed=True), other is not None)
         else:
             healthy[name] = polled_at or 0.0
     groups = frozenset(imported_gates(session).members({}))

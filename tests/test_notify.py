@@ -47,6 +47,7 @@ from healthchecker import (
     Heartbeat,
     InventoryError,
     KnownHosts,
+    Lasting,
     Lease,
     Maintenance,
     Membership,
@@ -65,8 +66,6 @@ from healthchecker import (
     Setting,
     Status,
     Store,
-    Unhealthy,
-    Work,
     check_receivers,
     deliver,
     events,
@@ -107,14 +106,14 @@ class Desk:
         row = Receiver(id=1, name="ops", url="", settings=json.dumps({"name": "ops"} | settings), joined_at=joined,
                        cursor=0, message="", made_at=0.0, tries=0, next_at=0.0, trouble="", delivered=0, failed=0)
         self.announcer, self.now, self.number = Announcer(row, (), "http://127.0.0.1:8081/-/"), NOON, 0
-        self.unhealthy: dict[str, Unhealthy] = {}
+        self.unhealthy: dict[str, Lasting] = {}
         self.known: set[str] = {"db1", "web1"}
         self.excused: dict[str, int] = {}
         self.groups = {"replicas": 1}
         self.problems: dict[str, str] = {}
         self.acknowledged: dict[str, int] = {}
         self.tags: dict[str, frozenset[str]] = {}
-        self.works: dict[str, Work] = {}
+        self.works: dict[str, Lasting] = {}
         self.said: list[tuple[float, str, str]] = []
         self.kinds: list[str] = []      # of what was said
         self.is_reachable = True
@@ -130,7 +129,7 @@ class Desk:
         self.number += 1
         is_group = kind in ("gate", "group")
         if kind == "state" and state == "unhealthy":
-            self.unhealthy[name] = Unhealthy(at or self.now, text, self.tags.get(name, frozenset()))
+            self.unhealthy[name] = Lasting(at or self.now, text, self.tags.get(name, frozenset()))
         elif kind == "state":
             self.unhealthy.pop(name, None)
         happened = Event(id=self.number, at=at or self.now, kind=kind, state=state, text=text, actor="", address="",
@@ -166,7 +165,7 @@ class Desk:
         elif what == "well":
             self.unhealthy = {}
         elif what == "sick":
-            self.unhealthy = {name: Unhealthy(since, "limit: disk") for name, since in given.items()}
+            self.unhealthy = {name: Lasting(since, "limit: disk") for name, since in given.items()}
         elif what == "blamed":
             self.unhealthy = {name: one._replace(is_blamed=True) for name, one in self.unhealthy.items()}
         elif what == "minor":
@@ -264,22 +263,22 @@ SCENARIOS: dict[str, tuple[dict[str, Any], list[Step], list[tuple[float, str]]]]
         [(3, "HealthChecker's clock was in trouble")]),
     "maintenance": (
         {"on": ["maintenance"], "wait": 0},
-        [(0, "works", {"db1": Work("disks", NOON)}), (9, "works", {})],
+        [(0, "works", {"db1": Lasting(NOON, "disks")}), (9, "works", {})],
         [(0, "db1 is in maintenance"), (9, "db1 is no longer in maintenance")]),
     "maintenance of two tags that overlaps": (
         {"on": ["maintenance"], "wait": 0},
-        [(0, "works", {"tag db": Work("disks", NOON)}),
-         (9, "works", {"tag db": Work("disks", NOON), "tag web": Work("cables", NOON + 9)}),
-         (20, "works", {"tag web": Work("cables", NOON + 9)}), (30, "works", {})],
+        [(0, "works", {"tag db": Lasting(NOON, "disks")}),
+         (9, "works", {"tag db": Lasting(NOON, "disks"), "tag web": Lasting(NOON + 9, "cables")}),
+         (20, "works", {"tag web": Lasting(NOON + 9, "cables")}), (30, "works", {})],
         [(0, "tag db is in maintenance"), (9, "tag web is in maintenance"), (20, "tag db is no longer in maintenance"),
          (30, "tag web is no longer in maintenance")]),
     "maintenance of others": (
         {"on": ["maintenance"], "wait": 0, "tags": ["web"]},
-        [(0, "works", {"db1": Work("disks", NOON, frozenset(["database"]))}),
-         (9, "works", {"everything": Work("cables", NOON, frozenset(["database", "web"]))})],
+        [(0, "works", {"db1": Lasting(NOON, "disks", frozenset(["database"]))}),
+         (9, "works", {"everything": Lasting(NOON, "cables", frozenset(["database", "web"]))})],
         [(9, "everything is in maintenance")]),
     "maintenance that runs already when somebody joins": (
-        {"on": ["maintenance"], "wait": 0}, [(0, "works", {"db1": Work("disks", NOON - 9)}), (9, "works", {})], []),
+        {"on": ["maintenance"], "wait": 0}, [(0, "works", {"db1": Lasting(NOON - 9, "disks")}), (9, "works", {})], []),
     "no reminder of the gate while all that closes it is seen to": (
         {"remind": 0.1},
         [(0, "sick", {"db1": NOON, "web1": NOON}), (0, "event", CLOSED), (60, "acknowledged", {"db1": 1}),
@@ -337,7 +336,7 @@ def test_what_a_host_says_mentions_nobody_and_is_no_link() -> None:
     """Services of chats would take its words for their markup; what they show is the same."""
     said = "check: @everyone <!channel> <@U1> <https://x.example.com|here> [log in](https://x.example.com) <at>a</at>"
     desk = Desk(on=["state", "gate"])
-    desk.unhealthy = {"db1": Unhealthy(NOON, said)}
+    desk.unhealthy = {"db1": Lasting(NOON, said)}
     desk.happens(**CLOSED | {"text": f"open -> closed ({said})"})
     desk.happens("state", "unhealthy", said, "web1")
     desk.until(30)
@@ -352,7 +351,7 @@ def test_planned_work_is_no_failure(told: str, kind: str) -> None:
     if "gate" in told:
         desk.happens(**CLOSED)
     if "works" in told:
-        desk.change("works", {"db1": Work("disks", NOON)})
+        desk.change("works", {"db1": Lasting(NOON, "disks")})
     desk.until(30)
     desk.change("works", {})
     desk.until(60)
@@ -387,9 +386,9 @@ def test_a_recovery_is_a_success() -> None:
 def test_the_lines_of_the_gate_are_what_keeps_it_closed() -> None:
     """Where resources are not told by themselves."""
     desk = Desk()
-    desk.unhealthy = {"db1": Unhealthy(NOON, "check: replication"),
-                      "beta": Unhealthy(NOON, "check: no matter", closes=frozenset()),
-                      "behind": Unhealthy(NOON, "parent: db1", is_blamed=True)}
+    desk.unhealthy = {"db1": Lasting(NOON, "check: replication"),
+                      "beta": Lasting(NOON, "check: no matter", closes=frozenset()),
+                      "behind": Lasting(NOON, "parent: db1", is_blamed=True)}
     desk.happens(**CLOSED)
     desk.until(30)
     ((_, title, body),) = desk.said
@@ -418,8 +417,8 @@ def test_a_group_is_closed_by_its_own() -> None:
     desk, other = Desk(on=["group"], remind=0.1), Desk(on=["group"], tags=["web"])
     for one in (desk, other):
         one.groups = {"/shop": 1, "stock": 1}
-        one.unhealthy = {"db1": Unhealthy(NOON, "x", closes=frozenset(["/shop"])),
-                         "web1": Unhealthy(NOON, "y", frozenset(["web"]), frozenset(["stock", ""]))}
+        one.unhealthy = {"db1": Lasting(NOON, "x", closes=frozenset(["/shop"])),
+                         "web1": Lasting(NOON, "y", frozenset(["web"]), frozenset(["stock", ""]))}
         one.happens("group", "closed", "/shop: open -> closed (db1: x)", "/shop")
         one.until(100)
     desk.acknowledged = {"db1": 1}
@@ -1293,7 +1292,7 @@ def test_a_picture_of_the_rows(tmp_path: Path, store: Store) -> None:
         session.add(healthchecker.Status(resource_id=row.id, state="unhealthy", since_at=NOON - 9, **status))
     with store.reading() as session:
         picture = take_picture(session, [], {}, NOON, ALONE)
-        assert picture.unhealthy == {"this": Unhealthy(NOON - 9, "check why", DB)} and picture.excused == {"this"}
+        assert picture.unhealthy == {"this": Lasting(NOON - 9, "check why", DB)} and picture.excused == {"this"}
         assert take_picture(session, [], {}, NOON + 11, ALONE).excused == set()
 
 
@@ -1309,7 +1308,7 @@ def test_pictures_of_maintenance(tmp_path: Path, store: Store) -> None:
     with store.reading() as session:
         works = take_picture(session, [], {}, NOON, ALONE).works
     assert works.keys() == {"everything", "tag web", "group web"}
-    assert works["tag web"].text.endswith(": disks") and works["tag web"].since_at == NOON - 1
+    assert works["tag web"].why.endswith(": disks") and works["tag web"].since_at == NOON - 1
 
 
 @pytest.mark.long
