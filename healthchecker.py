@@ -10093,7 +10093,7 @@ class OverrideKeeper:
 # monitor's thread begins and ends what is due, each once and as an event, also what was due while no service ran. Turns
 # of a plan that meet are one, and each is held once, however the clock is set. Pages, API, metrics and command line
 # read the same rows.
-# Gives: begin_work, Choices, choices, end_acknowledgements, finish_work, MaintenanceKeeper, move_times, remarks,
+# Gives: begin_work, choices, end_acknowledgements, finish_work, MaintenanceKeeper, move_times, remarks,
 # Remarks, tell_work, timetable, Turn, written
 KEPT_OVER = 86_400.0            # seconds for which a clock that is put back can take back that something is over
 MAINTENANCE_RETRY = 10.0        # seconds after which rows are looked at again that could not be read, or written
@@ -10178,15 +10178,16 @@ class Remarks(NamedTuple):
 
     maintenance: Mapping[str, Maintenance]      # of those that do not count now, what ends last
     seen: Mapping[str, Acknowledgement]
+    works: Sequence[tuple[Maintenance, set[str]]]       # all maintenance that runs, each with whom it is of
 
 
 def remarks(session: Session, now: float) -> Remarks:
     begun = sqlalchemy.select(Maintenance).filter_by(state="begun").order_by(Maintenance.until_at)
     rows = [row for row in session.scalars(begun) if row.until_at > now]
-    known = choices(session) if rows else None
+    known = choices(session) if rows else Choices({}, {}, {})
+    works = [(row, known.of(row.chosen)) for row in rows]
     seen = session.execute(sqlalchemy.select(Acknowledgement, Resource.name).join(Resource))
-    return Remarks({name: row for row in rows for name in known.of(row.chosen)} if known else {},
-                   {name: row for row, name in seen})
+    return Remarks({name: row for row, names in works for name in names}, {name: row for row, name in seen}, works)
 
 
 def end_acknowledgements(session: Session, recovered: Collection[int], at: float) -> None:
@@ -18499,17 +18500,11 @@ def is_service_well(aggregator: HealthAggregator, recorder: Recorder) -> bool:
     return is_watched and recorder.is_well and aggregator.is_healthy()
 
 
-def running_works(session: Session, now: float) -> dict[str, Lasting]:
+def running_works(more: Remarks, tags: Mapping[str, frozenset[str]]) -> dict[str, Lasting]:
     """Maintenance that runs; of two of the same the one that began first."""
-    begun = sqlalchemy.select(Maintenance).filter_by(state="begun").order_by(Maintenance.start_at.desc())
-    rows = [row for row in session.scalars(begun) if row.until_at > now]
-    known, found = choices(session) if rows else Choices({}, {}, {}), {}
-    for row in rows:
-        names = known.of(row.chosen)
-        tags = frozenset(tag for tag, tagged in known.tags.items() if tagged & names)
-        why = f"in maintenance until {written(row.until_at)}: {row.reason}"
-        found[row.chosen.brief] = Lasting(row.start_at, why, tags)
-    return found
+    return {row.chosen.brief: Lasting(row.start_at, f"in maintenance until {written(row.until_at)}: {row.reason}",
+                                      frozenset[str]().union(*(tags[name] for name in names & tags.keys())))
+            for row, names in sorted(more.works, key=lambda work: -work[0].start_at)}
 
 
 def tags_of(text: str) -> frozenset[str]:
@@ -18523,8 +18518,8 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
                  monitor: Monitor) -> Picture:
     """How everything is by the rows, and what is behind what, and closes what, by the monitor; with the tags of
     resources of these names."""
-    unhealthy, healthy, tags, wanted = {}, {}, dict[str, frozenset[str]](), {*names}
-    more = remarks(session, now)
+    unhealthy, healthy, tags, more = {}, {}, dict[str, frozenset[str]](), remarks(session, now)
+    wanted = {*names, *more.maintenance}
     rows = session.execute(sqlalchemy.select(
         Resource.name, Resource.settings, Status.state, Status.cause, Status.reason,
         Status.since_at, Status.polled_at).outerjoin(Status, Status.resource_id == Resource.id)).all()
@@ -18540,7 +18535,7 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
             healthy[name] = polled_at or 0.0
     groups = frozenset(imported_gates(session).members({}))
     return Picture(unhealthy, healthy, {*more.maintenance}, groups, tags, problems, frozenset(more.seen),
-                   running_works(session, now))
+                   running_works(more, tags))
 
 
 class Notifier(threading.Thread):

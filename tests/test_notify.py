@@ -1309,6 +1309,7 @@ def test_pictures_of_maintenance(tmp_path: Path, store: Store) -> None:
         works = take_picture(session, [], {}, NOON, ALONE).works
     assert works.keys() == {"everything", "tag web", "group web"}
     assert works["tag web"].why.endswith(": disks") and works["tag web"].since_at == NOON - 1
+    assert works["everything"].tags == DB and not works["tag web"].tags
 
 
 @pytest.mark.long
