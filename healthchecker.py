@@ -16109,16 +16109,14 @@ def duration_text(seconds: float) -> str:
     return f"{minutes} min" if minutes > 0 else f"{max(0, int(seconds))} s"
 
 
+def unit_of(metric: str) -> str:
+    return " %" if metric.endswith("_percent") else " s" if metric.endswith("seconds") else ""
+
+
 def amount(metric: str, value: float) -> str:
-    if metric.endswith("_percent"):
-        return f"{value:.1f} %"
     if metric == "response_seconds":
         return f"{1000 * value:.0f} ms"
-    return f"{value:.2f} s" if metric == "seconds" else f"{value:.2f}"
-
-
-def unit_of(metric: str) -> str:
-    return " %" if metric.endswith("_percent") else " s" if metric == "seconds" else ""
+    return f"{value:.{1 if metric.endswith('_percent') else 2}f}{unit_of(metric)}"
 
 
 def local_time(at: float) -> str:
