@@ -37,7 +37,7 @@ BEGIN, END = 1000.0, 2000.0
 
 
 def test_units() -> None:
-    """A point of a chart is told in the unit of its axis; the time of an answer, where there is room, in milliseconds."""
+    """A point of a chart has the unit of its axis; the time of an answer, where there is room, milliseconds."""
     metrics = ("disk_percent", "seconds", "response_seconds", "load_per_cpu")
     assert [unit_of(metric) for metric in metrics] == [" %", " s", " s", ""]
     assert [amount(metric, 1.25) for metric in metrics] == ["1.2 %", "1.25 s", "1250 ms", "1.25"]
