@@ -1602,10 +1602,6 @@ class GroupSettings(Settings):
     healthy: Quorum = "all"             # all, any, how many, or a percentage
     warn: Quorum | None = None          # the group is degraded where fewer are healthy
 
-    def all_members(self, tagged: Mapping[str, Iterable[str]]) -> Iterable[str]:
-        """Names, once each; `tagged`: those of resources by tag."""
-        return dict.fromkeys((*self.members, *(name for tag in self.tags for name in tagged.get(tag, ()))))
-
 
 class Gates(Settings):
     """What counts together, and which paths of the application need what."""
@@ -1614,8 +1610,9 @@ class Gates(Settings):
     routes: Routes = {}
 
     def in_groups(self, tagged: Mapping[str, Iterable[str]]) -> dict[str, Iterable[str]]:
-        """What stands in each group, by its name."""
-        return {group.name: group.all_members(tagged) for group in self.groups}
+        """What stands in each group, once each, by its name; `tagged`: names of resources by tag."""
+        return {group.name: dict.fromkeys(itertools.chain(group.members, *(tagged.get(tag, ()) for tag in group.tags)))
+                for group in self.groups}
 
     def members(self, tagged: Mapping[str, Iterable[str]]) -> dict[str, Iterable[str]]:
         """The same, and what stands in each route, by its path."""
@@ -4051,12 +4048,6 @@ def claim_row(session: Session, rows: dict[str, Resource], settings: ResourceSet
     return row or Resource(name=settings.name, origin=REMOVED)
 
 
-def retire_row(row: Resource) -> None:
-    """What is not in the inventory any more is not watched, and its secrets go; the rest stays as long as history."""
-    row.origin, row.place = REMOVED, ""
-    row.password = row.key_passphrase = None
-
-
 def store_rest(session: Session, inventory: Inventory, changes: Changes) -> None:
     """What else the inventory says than resources; raises the revision where anything has changed."""
     gates = inventory.gates.model_dump_json()
@@ -4089,8 +4080,8 @@ def import_receivers(session: Session, inventory: Inventory, vault: Vault, *, se
     """Makes the rows of receivers, unless `secrets_only`, and of this machine's OWN_SECRETS follow the file; says
     whether anything changed. A new one hears nothing of the past. Raises SecretError."""
     own, changed = {name: own_name(name, inventory.service.machine_name) for name in OWN_SECRETS}, False
-    rows = {row.name: row for row in session.scalars(sqlalchemy.select(Receiver)) if row.name in own.values() or not (
-        secrets_only or not (row.is_told or row.name in OWN_SECRETS))}
+    rows = {row.name: row for row in session.scalars(sqlalchemy.select(Receiver)) if row.name in own.values() or (
+        not secrets_only and (row.is_told or row.name in OWN_SECRETS))}
     settings = {receiver.name: receiver.model_dump_json(exclude={"url", "url_env", "url_file"})
                 for receiver in inventory.receivers}
     for _, name, secret in inventory.urls():
@@ -4145,8 +4136,8 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
     if faults:
         raise type(faults[0])("\n".join(map(str, faults)))
     for name, row in rows.items():
-        if row.origin == "inventory":
-            retire_row(row)
+        if row.origin == "inventory":   # it is not watched, and its secrets go; the rest stays as long as history
+            row.origin, row.place, row.password, row.key_passphrase = REMOVED, "", None, None
             changes.removed.append(name)
     if import_receivers(session, inventory, vault):
         changes.changed.append(RECEIVERS_CHANGED)
