@@ -504,10 +504,10 @@ class SshConfig(paramiko.SSHConfig):
     TOKENS: ClassVar = {"hostname": ["%h"], "proxyjump": ["%h", "%n", "%p", "%r"],
                         "identityfile": ["%d", "%h", "%L", "%n", "%p", "%r", "%u"]}
 
-    def __init__(self, path: Path, user: str = "") -> None:
-        """Reads the file, whose User gives way to `user`. Raises ValueError."""
+    def __init__(self, path: Path) -> None:
+        """Reads the file. Raises ValueError."""
         super().__init__()
-        self._user, self._is_final, self.TOKENS_BY_CONFIG_KEY = user, False, self.TOKENS
+        self._user, self._is_final, self.TOKENS_BY_CONFIG_KEY = "", False, self.TOKENS
         try:
             self._lines = self._read(path)
         except OSError as error:
@@ -583,9 +583,10 @@ class SshConfig(paramiko.SSHConfig):
         config = config | {"hostname": config["hostname"].lower()}
         return super()._tokenize(config, host, key, value)  # type: ignore[misc]  # the stubs lack it
 
-    def of(self, host: str) -> tuple[dict[str, str], str | None, bool]:
-        """What the file says of a host, in our names; its first IdentityFile that is there; whether ProxyCommand leads
-        there. Raises ValueError."""
+    def of(self, host: str, user: str = "") -> tuple[dict[str, str], str | None, bool]:
+        """What the file, whose User gives way to `user`, says of a host, in our names; its first IdentityFile that is
+        there; whether ProxyCommand leads there. Raises ValueError."""
+        self._user = user
         try:
             said = self.lookup(host)
         except Exception as error:  # paramiko lets through whatever its look-ups raise
@@ -610,16 +611,15 @@ class SshConfig(paramiko.SSHConfig):
         return f"{found[1] or said.get('username', user)}@{host}:{found[4] or said.get('port', SSH_PORT)}"
 
 
-def with_ssh_config(raw: dict[str, Any], config_of: Callable[[str], SshConfig], names: Collection[str], *, keyless: bool
-                    ) -> dict[str, Any]:
+def with_ssh_config(raw: dict[str, Any], config: SshConfig, names: Collection[str], *, keyless: bool) -> dict[str, Any]:
     """A resource with what the file says to its user and `raw` does not; `keyless`: a key, too. Raises ValueError."""
-    said, key, command = config_of(str(raw.get("username") or "")).of(raw["hostname"])
+    said, key, command = config.of(raw["hostname"], str(raw.get("username") or ""))
     if command and "proxy_jump" not in raw:
         raise ValueError("ProxyCommand is not run; write ProxyJump, or proxy_jump here")
     found = {"key_file": key} if key and keyless else {}
     stated = {**found, **said, **raw, "hostname": said.get("hostname", raw["hostname"])}
     if hops := stated.get("proxy_jump"):
-        user, config = str(stated.get("username", "")), config_of("")
+        user = str(stated.get("username", ""))
         key = os.path.expanduser(str(stated["key_file"])) if "key_file" in stated else None     # the model says of what
         stated["proxy_jump"] = ",".join(hop if hop == "none" or hop in names else config.hop(hop, user, key)
                                         for hop in map(str.strip, str(hops).split(",")))
@@ -2276,8 +2276,8 @@ class InventoryLoader:
         if usable and isinstance(path, str):
             keyless = not raw.keys() & {*CREDENTIALS}
             try:
-                config_of = functools.partial(self._ssh_config, absolute(path, self.folder))
-                raw = with_ssh_config(raw, config_of, self.names, keyless=keyless)
+                config = self._ssh_config(absolute(path, self.folder))
+                raw = with_ssh_config(raw, config, self.names, keyless=keyless)
             except ValueError as error:
                 self.fault((*here, "ssh_config"), str(error))
         for message in conflicts(raw):

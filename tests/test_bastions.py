@@ -783,7 +783,7 @@ def test_ssh_config_gives_way_to_the_inventory(tmp_path: Path) -> None:
 
 
 def test_ssh_config_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is read once for each user, whatever the number of hosts, and once more by the next load."""
+    """The file is read once, whatever the number of hosts and users, and once more by the next load."""
     parsed: list[object] = []
     read = SshConfig._read
     monkeypatch.setattr(SshConfig, "_read", lambda self, *what: (parsed.append(what), read(self, *what))[1])
@@ -793,7 +793,7 @@ def test_ssh_config_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for number in (1, 2):
         found = load_inventory(write_inventory(tmp_path, rows)).resources
         assert [one.hops for one in found] == [["g@gate:22"]] * 50 + [[]]
-        assert len(parsed) == 3 * number    # users u and o, and nobody for the bastions
+        assert len(parsed) == number
 
 
 def test_ssh_config_of_the_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
