@@ -14494,10 +14494,11 @@ def utc_time(at: float) -> datetime.datetime | None:
 # What operators plan, and say that they have seen, in the console's threads and in the maintenance commands. Bodies of
 # requests come in, rows and events go out; the monitor follows within a second. What a tag or a group chooses is looked
 # at again whenever resources change: it holds for who has the tag then.
-# Gives: cancel_work, chosen_moment, end_acknowledgement, end_works, forget_seen, list_work, MaintenanceView, Order,
-# plan_work, Seen, start_work, Term
+# Gives: cancel_work, CANCELLED, chosen_moment, end_acknowledgement, end_works, forget_seen, list_work, MaintenanceView,
+# Order, plan_work, Seen, start_work, Term
 LATE = 60.0                     # seconds by which a beginning may be past
 PLANNED_COUNT = 200             # that run or are ahead, planned here; each is looked at again and again
+CANCELLED = "maintenance cancelled"     # in the event of what ended before it began
 
 
 class Term(Settings):
@@ -14593,7 +14594,7 @@ def start_work(who: Principal, body: Mapping[str, Any]) -> Turn:
 
 
 def end_work(who: Principal, session: Session, row: Maintenance) -> None:
-    text = "maintenance ended" if row.state == "begun" else "maintenance cancelled"
+    text = "maintenance ended" if row.state == "begun" else CANCELLED
     finish_work(session, row, text, who.context.clock(), **who.signature)
     revise(session)
 
@@ -16044,7 +16045,7 @@ def marks_of(found: Iterable[Event], begin: float, end: float) -> Iterator[Mark]
     for event in found:
         if event.kind == "state" and event.at >= begin:
             yield Mark(event.text.partition(" -> ")[2].partition(" ")[0], event.at, event.at, event.text)
-        elif (event.kind, event.state) == ("maintenance", "over"):
+        elif (event.kind, event.state) == ("maintenance", "over") and event.text != CANCELLED:
             until = event.at
         elif (event.kind, event.state) == ("maintenance", "begun") and until > begin:
             yield Mark("maintenance", max(event.at, begin), until, event.text)

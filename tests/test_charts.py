@@ -16,6 +16,7 @@ from conftest import wait_for
 from console import local_console, served
 
 from healthchecker import (
+    CANCELLED,
     FILESYSTEMS,
     QUARTER,
     SAMPLES,
@@ -37,7 +38,7 @@ BEGIN, END = 1000.0, 2000.0
 
 
 def test_units() -> None:
-    """A point of a chart has the unit of its axis; the time of an answer, where there is room, milliseconds."""
+    """A point of a chart is told in the unit of its axis; elsewhere the time of an answer is in milliseconds."""
     metrics = ("disk_percent", "seconds", "response_seconds", "load_per_cpu")
     assert [unit_of(metric) for metric in metrics] == [" %", " s", " s", ""]
     assert [amount(metric, 1.25) for metric in metrics] == ["1.2 %", "1.25 s", "1250 ms", "1.25"]
@@ -51,6 +52,7 @@ def event(at: float, kind: str, text: str) -> Event:
 def test_events_and_maintenance_are_marks() -> None:
     """Also what began before the chart, and what has not ended; what it does not show is left out."""
     found = [
+        event(1960, "maintenance", CANCELLED),  # of what was planned beside the one that runs
         event(1950, "maintenance", "in maintenance until 2026-01-01T00:00:00+00:00: later"),
         event(1700, "state", "unhealthy -> healthy after 200 s"),
         event(1500, "state", "healthy -> unhealthy (check: <b>) after 9 s"),
