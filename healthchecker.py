@@ -3969,11 +3969,16 @@ def stored_gates(session: Session) -> Gates:
     return Gates()
 
 
+def spells(name: str) -> sqlalchemy.ColumnElement[bool]:
+    """Whether a row says a name anywhere: without that, each rename would read all rows."""
+    return Resource.settings.contains(json.dumps(name)[1:-1], autoescape=True)
+
+
 def named_by(session: Session, name: str) -> str:
     """Why a resource has to keep its name: what names it, empty for nothing."""
     gates = imported_gates(session)
     names = {group for group, members in gates.members({}).items() if name in members}
-    for row in session.scalars(sqlalchemy.select(Resource)):
+    for row in session.scalars(sqlalchemy.select(Resource).where(spells(name))):
         with contextlib.suppress(StorageError):     # what cannot be read names nothing
             settings = row.parsed_settings
             hops = () if hop_address(name) else settings.hops       # there it is no resource
@@ -3986,7 +3991,8 @@ def forget_behind(session: Session, name: str) -> Iterator[str]:
     they were not meant for where that leads; gives their names. Those of the inventory lead through its own alone."""
     if hop_address(name):       # in a way that is no resource
         return
-    rows = list(session.scalars(sqlalchemy.select(Resource).where(Resource.origin == "api")))
+    jumps = Resource.settings.contains('"proxy_jump": "')      # else each change would read all rows
+    rows = list(session.scalars(sqlalchemy.select(Resource).where(Resource.origin == "api", jumps)))
     ways = {row.name: ((row.way or ("",))[0] or "").split(",") for row in rows}
     behind, before = {name}, set[str]()
     while behind != before:
@@ -4002,8 +4008,7 @@ def follow_name(session: Session, old: str, name: str) -> None:
     """What was added through the API, and is behind a resource or depends on it, calls it by its new name; but for a
     `name` that means something else in a way: who added it has to say what is meant."""
     is_plain = name != "none" and "," not in name and not (hop_address(old) or hop_address(name))
-    spelled = Resource.settings.contains(json.dumps(old)[1:-1], autoescape=True)    # or each rename reads all rows
-    for row in session.scalars(sqlalchemy.select(Resource).where(Resource.origin == "api", spelled)).all():
+    for row in session.scalars(sqlalchemy.select(Resource).where(Resource.origin == "api", spells(old))).all():
         with contextlib.suppress(StorageError), same_status(session, row):
             settings = row.parsed_settings
             hops = ",".join(name if hop == old and is_plain else hop for hop in settings.hops)
@@ -4176,6 +4181,7 @@ class Target:
     credential_digest: str
     fault: tuple[Cause, str] | None = None      # what keeps it from being polled
     is_added: bool = False      # by who may not edit the inventory
+    row: tuple[Any, ...] = dataclass_field(default=(), compare=False, repr=False)   # of which it was made
 
     @property
     def name(self) -> str:
@@ -4218,11 +4224,19 @@ def target_of(row: Resource, vault: Vault, known: Target | None = None) -> Targe
                   row.origin != "inventory")
 
 
+RESOURCE_ROWS = sqlalchemy.select(Resource.__table__).where(Resource.origin != REMOVED).order_by(Resource.id)
+
+
 def load_targets(session: Session, vault: Vault, known: Mapping[str, Target] = MappingProxyType({})
                  ) -> dict[str, Target]:
-    """All resources by name; those that are as in `known` are taken from there."""
-    rows = session.scalars(sqlalchemy.select(Resource).order_by(Resource.id))
-    return {row.name: target_of(row, vault, known.get(row.name)) for row in rows}
+    """All resources by name; of `known` those whose rows say what they said."""
+    found = dict[str, Target]()
+    for row in session.execute(RESOURCE_ROWS):   # no objects: of 10,000 nearly all are known
+        target, values = known.get(row.name), tuple(row)
+        if not target or target.row != values:
+            target = replace(target_of(Resource(**row._mapping), vault, target), row=values)
+        found[row.name] = target
+    return found
 
 
 # === Connections =============================================================
@@ -10250,8 +10264,9 @@ def begin_turn(session: Session, plan: Plan, row: Maintenance | None, now: float
 
 def take_turns(session: Session, now: float) -> None:
     """Begins and ends what is due, within the caller's transaction."""
-    known = choices(session, imported_gates(session))       # what is damaged ends no maintenance of a group
     plans, rows = stored_plans(session), session.scalars(sqlalchemy.select(Maintenance)).all()
+    # What is damaged ends no maintenance of a group.
+    known = choices(session, imported_gates(session)) if rows else Choices({}, {}, {})
     for row in rows:
         scope = row.chosen
         there = scope.all or scope.tags or known.groups.keys() & {*scope.groups} or known.of(scope)
@@ -10296,9 +10311,9 @@ class MaintenanceKeeper:
         with self._trouble.caught(), self._store.writing() as session:
             take_turns(session, now)
         with self._unread.caught(), self._store.reading() as session:
-            known = choices(session, imported_gates(session))
             rows = session.scalars(sqlalchemy.select(Maintenance)).all()
             begun = [row for row in rows if row.state == "begun"]
+            known = choices(session, imported_gates(session)) if begun else Choices({}, {}, {})
             self._running = [(row.until_at, known.of(row.chosen), row.why) for row in begun]
             self._due_at = min([*(until_at for until_at, *_ in self._running),
                                 *(row.start_at for row in rows if row.state == "planned"),
@@ -11680,6 +11695,7 @@ class Poller(ResourceLease, threading.Thread):
 # One thread makes the pollers follow the rows and share the work with other machines, replaces dead ones and sees
 # leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
 # Gives: CLOCK_STEP, Monitor, MORE_THREADS, stop_slow_polls
+MANY_IDS = 1000                 # of which a database is asked for all rows rather than for those: it takes 32,766
 FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 END_TIME = 10.0                 # seconds that an end may take beside the drain
@@ -11717,9 +11733,18 @@ def is_same_place(before: ResourceSettings, settings: ResourceSettings) -> bool:
         "platform", "hostname", "connect_port", "url", "hops", "username", "key_file", "secrets"))
 
 
-def follows(poller: Poller, target: Target) -> bool:
+def follows(poller: Poller | None, target: Target) -> bool:
     """Whether it polls what the row says; a host key that it has learned may not be written yet."""
-    return poller.target in (target, replace(target, host_key=target.host_key or poller.target.host_key))
+    return poller is not None and (poller.target == target or poller.target == replace(
+        target, host_key=target.host_key or poller.target.host_key))
+
+
+def stored_statuses(session: Session, ids: Sequence[int]) -> dict[int, Status]:
+    """How resources stood, by their ids."""
+    wanted = sqlalchemy.select(Status)
+    if len(ids) < MANY_IDS:
+        wanted = wanted.where(Status.resource_id.in_(ids))
+    return {row.resource_id: row for row in session.scalars(wanted)}
 
 
 def require_files(before: Mapping[str, Target], targets: Mapping[str, Target]) -> None:
@@ -12016,7 +12041,8 @@ class Monitor(threading.Thread):
             targets = load_targets(session, self._vault, self.targets)
             gates = imported_gates(session)
             is_known = current == self._revision and targets == self.targets
-            stored = {} if is_known else {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
+            fresh = [name for name, target in targets.items() if not follows(self.pollers.get(name), target)]
+            stored = stored_statuses(session, [targets[name].id for name in fresh])
         self.maintenance.follow(lease_clock() + self._zero_at)
         require_files(self.targets, targets)
         self.guards.keep(targets.values())
@@ -12025,9 +12051,8 @@ class Monitor(threading.Thread):
             poller.stop()
             self._context.forget(name)
         known = {poller.target.id: poller for poller in (*gone.values(), *self.pollers.values())}
-        found = {name: known.get(target.id) or self.pollers.get(name) for name, target in targets.items()}
-        fresh = [name for name, before in found.items() if before is None or not follows(before, targets[name])]
-        for before in filter(None, (*map(found.get, fresh), *map(self.pollers.get, fresh))):    # or whose name it has
+        found = {name: known.get(targets[name].id) or self.pollers.get(name) for name in fresh}
+        for before in filter(None, (*found.values(), *map(self.pollers.get, fresh))):    # or whose name it has
             before.stop()       # all of them first: what leads through a new bastion may need another password
         refused = {row.resource_id for row in stored.values() if row.strip.endswith(REFUSED_MARK)}
         for name in sorted(fresh, key=lambda name: targets[name].id in refused):    # those that were accepted first

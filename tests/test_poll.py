@@ -1538,6 +1538,28 @@ def test_a_secret_is_opened_once(house: House, machines: Machines) -> None:
         assert house.poller("db2").target.settings.secrets["password"] == "secret"
 
 
+def test_a_change_makes_nothing_of_what_is_as_it_was(house: House, machines: Machines) -> None:
+    """Neither of rows nor of what was found: of 10,000 that would take a second at each change."""
+    made: list[str] = []
+
+    def note(row: object, *_: object) -> None:
+        made.append(type(row).__name__)
+
+    house.write(*(f"name: m{number}" for number in range(30)))
+    with house.watching():
+        wait_for(lambda: house.aggregator.is_healthy() and all(house.stored(f"m{number}")[0] for number in range(30)))
+        listened = [(healthchecker.Resource, "init"), (healthchecker.Resource, "load"), (Status, "load")]
+        with contextlib.ExitStack() as stack:
+            for kind, moment in listened:
+                sqlalchemy.event.listen(kind, moment, note)
+                stack.callback(sqlalchemy.event.remove, kind, moment, note)
+            house.elsewhere("UPDATE resource SET interval = 30 WHERE name = 'm7'")
+            wait_for(lambda: house.poller("m7").target.settings.interval == 30)
+            assert house.monitor.catch_up()
+        assert 1 <= made.count("Resource") <= 2     # which its poll looks at, too
+        assert 1 <= made.count("Status") <= 2
+
+
 # --- maintenance ---
 def put_into_maintenance(names: str, until_at: float) -> list[str]:
     """What another process writes to put resources in maintenance, instead of that in which they are."""
