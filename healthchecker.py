@@ -9038,10 +9038,9 @@ class GroupTree:
     def _settle(self, name: str) -> None:
         """Takes up what its own results and its parents make of a resource."""
         before, span = self.spans.pop(name, None), self._own.get(name)
-        for parent in self.parents.get(name, ()) if span and span != WAITED_FOR else ():
-            other = self._span(parent)
-            if span and other and other != WAITED_FOR:
-                span = min(span[0], other[0]), min(span[1], other[1])
+        if span and span != WAITED_FOR:
+            others = map(self._span, self.parents.get(name, ()))
+            span = min([span, *(other for other in others if other and other != WAITED_FOR)])
         if span:
             self.spans[name] = span
         if span != before:
