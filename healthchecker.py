@@ -4487,8 +4487,8 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline, *,
 # `auth`. The threads of the pollers share a guard for each credential; what it has to know after a restart and on other
 # machines goes out to a journal, before a login whose end nobody may live to see. Its times are perf_counter's: in one
 # tick of monotonic(), 16 ms on Windows, what was accepted and what was refused would look alike.
-# Gives: AUTH_BACKOFF, begin_login, LATE, LateLogin, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, LoginJournal, LoginRecord,
-# Guards
+# Gives: ANSWER_TIME, AUTH_BACKOFF, begin_login, LateLogin, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, LoginJournal,
+# LoginRecord, Guards
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
 SAME_REFUSAL = 5.0              # seconds between two times that may be told of one refusal, as clocks are adjusted
 AUTH_RETRY = 60.0               # seconds until the second attempt where the credential was accepted lately
@@ -4496,7 +4496,7 @@ ACCEPTED_LATELY = 3600.0        # seconds for which an accepted login proves the
 REFUSALS = 3                    # of a host or a credential, after which nothing is tried for LOCKOUT_WINDOW ...
 REFUSALS_ASKED = 4              # ... and by somebody who asks for it: the common policy locks at the fifth
 LOCKOUT_WINDOW = 31 * 60.0      # seconds without a wrong password after which directories count anew, and a bit
-LATE = 10.0                     # seconds after its poll for which a host may say what it thinks of a password
+ANSWER_TIME = 10.0              # seconds after its poll for which a host may say what it thinks of a password
 JOURNAL_TIME = 1.0              # seconds, a quarter of what is left at most, for which a login waits to be written down
 NOT_TRIED = "not tried: "       # begins the reason of what was no login
 
@@ -4755,7 +4755,7 @@ class LoginGuard:
 
     def _hear_out(self, name: str, record: LoginRecord, late: LateLogin) -> None:
         try:
-            if (accepted := late.outcome(LATE)) is not None:
+            if (accepted := late.outcome(ANSWER_TIME)) is not None:
                 self._note(name, record, accepted=accepted)
         finally:
             self._end(name)
@@ -5413,11 +5413,11 @@ class SshTransport(paramiko.Transport):
         return not self.ended and super().is_active()
 
     def outlast(self, deadline: Deadline) -> None:
-        """What waits for the outcome of a login gives up at the deadline, but the connection lasts for LATE."""
+        """What waits for the outcome of a login gives up at the deadline, but the connection lasts for ANSWER_TIME."""
         wire: Wire | None = self.wire
         while wire:
             if not wire.is_paused:      # a bastion's that stays open is
-                wire.deadline = Deadline(deadline.left() + LATE)
+                wire.deadline = Deadline(deadline.left() + ANSWER_TIME)
             wire = wire.below
         self.auth_timeout, self.outlasts = cast(Any, Patience(lambda: deadline.over)), True
 

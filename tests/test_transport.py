@@ -1320,7 +1320,7 @@ def test_what_a_host_says_of_a_password_after_the_poll(right: bool) -> None:
 
 def test_a_host_that_never_says_what_it_thinks_of_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be asked again, and nothing counts."""
-    monkeypatch.setattr(healthchecker, "LATE", 0.5)
+    monkeypatch.setattr(healthchecker, "ANSWER_TIME", 0.5)
     with no_leaks(), TardySshd() as server:
         guard = LoginGuard()
         own = target(server, password=server.password, timeout=2)
