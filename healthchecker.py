@@ -4487,7 +4487,7 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline, *,
 # `auth`. The threads of the pollers share a guard for each credential; what it has to know after a restart and on other
 # machines goes out to a journal, before a login whose end nobody may live to see. Its times are perf_counter's: in one
 # tick of monotonic(), 16 ms on Windows, what was accepted and what was refused would look alike.
-# Gives: ANSWER_TIME, AUTH_BACKOFF, begin_login, LateLogin, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, LoginJournal,
+# Gives: ANSWER_TIME, AUTH_BACKOFF, LateLogin, LOCKOUT_WINDOW, log_in_beside, NOT_TRIED, LoginGuard, LoginJournal,
 # LoginRecord, Guards
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
 SAME_REFUSAL = 5.0              # seconds between two times that may be told of one refusal, as clocks are adjusted
@@ -4503,19 +4503,41 @@ NOT_TRIED = "not tried: "       # begins the reason of what was no login
 
 class LateLogin(ProbeError):
     """A host had not answered to a password when its poll was over: whatever delays refusals may take longer.
-    `outcome` waits for the answer so many seconds and ends the connection: accepted, refused, or None, no answer."""
+    `answer` will be whether it was accepted, None where that is not said, or what the login raises."""
 
-    def __init__(self, deadline: Deadline, outcome: Callable[[float], bool | None], whose: str = "") -> None:
+    def __init__(self, deadline: Deadline, answer: concurrent.futures.Future[bool | None], whose: str = "") -> None:
         super().__init__("timeout", f"no answer{whose} within {deadline.seconds:g} s")
-        self.outcome = outcome
+        self.answer = answer
 
 
-def begin_login(work: Callable[[], None]) -> None:
-    """In a thread of its own; that there is none is no refusal."""
+def log_in_beside(work: Callable[[], bool | None], deadline: Deadline, end: Callable[[], object],
+                  is_heard_out: Callable[[], bool] = lambda: True) -> None:
+    """Does `work` in a thread of its own, which may go on after the poll: it shows a password and gives whether that
+    was accepted (None: it was not said), or raises. Raises LateLogin where it is not done by then, and `end`s what it
+    went over once it is; else what it raises. That there is no thread is no refusal."""
+    def run(answer: concurrent.futures.Future[bool | None]) -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as error:  # noqa: BLE001  # it is for whoever waits
+            answer.set_exception(error)
+        finally:
+            del answer      # what it raised refers to it: else both would wait for the collector
+
+    answer, seconds = concurrent.futures.Future[bool | None](), deadline.left()
     try:
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(None, run, "login", (answer,), daemon=True).start()
     except RuntimeError as error:
         raise ProbeError("protocol", f"no login was begun: {error}") from error
+    try:
+        concurrent.futures.wait([answer], seconds)
+        if not is_heard_out():
+            concurrent.futures.wait([answer], 0.5)      # what the host is late with ends by itself, but not a KDC
+        if not answer.done():
+            answer.add_done_callback(lambda _: end())
+            raise LateLogin(deadline, answer, "" if is_heard_out() else " of a KDC")
+        answer.result()
+    finally:
+        del answer
 
 
 @dataclass
@@ -4723,12 +4745,8 @@ class LoginGuard:
             except LateLogin as late:
                 with self._turn:
                     self._late.add(name)
-                try:
-                    threading.Thread(None, self._hear_out, "late login", (name, record, late), daemon=True).start()
-                except RuntimeError:        # there is no room for it: nobody hears it, and all ends now
-                    late.outcome(0.0)
-                    raise ProbeError("timeout", str(late)) from late
                 stack.pop_all()
+                late.answer.add_done_callback(functools.partial(self._hear_out, name, record))
                 raise
             except ProbeError as error:
                 if error.cause == "auth":
@@ -4753,10 +4771,12 @@ class LoginGuard:
         self._is_proven = accepted
         record.count("accepted" if accepted else "refused")
 
-    def _hear_out(self, name: str, record: LoginRecord, late: LateLogin) -> None:
+    def _hear_out(self, name: str, record: LoginRecord, answer: concurrent.futures.Future[bool | None]) -> None:
         try:
-            if (accepted := late.outcome(ANSWER_TIME)) is not None:
-                self._note(name, record, accepted=accepted)
+            error = answer.exception()
+            refused = isinstance(error, ProbeError) and error.cause == "auth" and not isinstance(error, NotAllowed)
+            if refused or (error is None and answer.result()):
+                self._note(name, record, accepted=not refused)
         finally:
             self._end(name)
 
@@ -5329,7 +5349,6 @@ class SshTransport(paramiko.Transport):
     dismissed = False
     is_old = False      # it has served
     ended = False       # by us; its thread may not know yet
-    outlasts = False    # the deadline of a login's poll
     session: HostSession | None = None      # of a bastion, for those behind it
     theirs: Mapping[str, Sequence[str]] = dict[str, Sequence[str]]()      # the algorithms that the host names, by kind
 
@@ -5413,34 +5432,12 @@ class SshTransport(paramiko.Transport):
         return not self.ended and super().is_active()
 
     def outlast(self, deadline: Deadline) -> None:
-        """What waits for the outcome of a login gives up at the deadline, but the connection lasts for ANSWER_TIME."""
+        """While a login is under way the connection lasts for ANSWER_TIME more."""
         wire: Wire | None = self.wire
         while wire:
             if not wire.is_paused:      # a bastion's that stays open is
                 wire.deadline = Deadline(deadline.left() + ANSWER_TIME)
             wire = wire.below
-        self.auth_timeout, self.outlasts = cast(Any, Patience(lambda: deadline.over)), True
-
-    @property
-    def unanswered(self) -> bool:
-        """Whether a login has no outcome yet, and may have one."""
-        return self.outlasts and self.is_active() and not self._answered.is_set()
-
-    @property
-    def _answered(self) -> threading.Event:
-        return cast(threading.Event, cast(Any, self).auth_handler.auth_event)
-
-    def answer(self, seconds: float) -> bool | None:
-        """See LateLogin."""
-        try:
-            if not self._answered.wait(seconds):
-                return None
-            said = self.saved_exception     # None: it wants neither another way nor a second one
-            asked = isinstance(said, ProbeError) and said.cause == "auth"   # for more than the password
-            refused = asked or self.dismissed or (self.is_active() and said is None)
-            return self.is_authenticated() or (False if refused else None)
-        finally:
-            self.finish()
 
     def finish(self) -> None:
         """Ends thread and socket, before its descriptor is another connection's."""
@@ -5590,35 +5587,39 @@ class SshLogin(Connection):
         return self.host_key
 
     def _login(self, transport: SshTransport, deadline: Deadline) -> None:
+        if self._settings.key_file is not None:
+            self._prove(transport)
+            return
+        transport.outlast(deadline)
+        log_in_beside(functools.partial(self._prove, transport), deadline, transport.finish)
+        transport.wire.deadline = deadline
+
+    def _prove(self, transport: SshTransport) -> bool:
+        """Logs in: True. Raises ProbeError, and for no login at all what paramiko raises."""
         settings, user = self._settings, self._settings.username or ""
         try:
             if settings.key_file is not None:
                 missing = self._show_keys(transport, self.load_keys(settings.key_file))
             else:
-                transport.outlast(deadline)
                 missing = self._give_password(transport, settings.secrets.get("password", ""))
-                transport.wire.deadline = deadline
         except paramiko.AuthenticationException as error:
-            raise self._not_logged_in(error, transport, deadline) from error
+            raise self._not_logged_in(error, transport) from error
         except paramiko.SSHException as error:
             if "info request" not in str(error):    # message 60: after a password it asks for another one
                 raise
             raise ProbeError("auth", f"the password of {user} has expired; the host wants a new one") from error
         if missing:
             raise NotAllowed("auth", f"the host asks for more than one proof: {', '.join(missing)}")
+        return True
 
-    def _not_logged_in(self, error: paramiko.AuthenticationException, transport: SshTransport, deadline: Deadline,
-                       ) -> ProbeError:
+    def _not_logged_in(self, error: paramiko.AuthenticationException, transport: SshTransport) -> ProbeError:
         """What it means that a login ended without being accepted."""
         user, kind = self._settings.username or "", "key_file" if self._settings.key_file else "password"
-        if deadline.over and transport.unanswered:
-            return LateLogin(deadline, transport.answer)
         if isinstance(error, paramiko.BadAuthenticationType):
             return NotAllowed("auth", f"the host allows only {', '.join(error.allowed_types)} for {user}")
-        if not transport.is_active():
-            deadline.left()
-            if not transport.dismissed:
-                return ProbeError("unreachable", "connection lost while logging in")
+        if not transport.is_active() and not transport.dismissed:
+            transport.wire.deadline.left()
+            return ProbeError("unreachable", "connection lost while logging in")
         return ProbeError("auth", f"login as {user} refused; check username and {kind}")
 
     def _show_keys(self, transport: SshTransport, keys: Sequence[paramiko.PKey]) -> list[str]:
@@ -6041,11 +6042,8 @@ class GuardedSocket(HostSocket):
     hint = ""
     in_step = True      # False: an answer is lost or still to come, so nothing more can be asked
     logged_in = False   # a request was answered otherwise than by 401
-    contexts: Mapping[str, Any] = MappingProxyType({})      # of a login by CredSSP, by host
     asks = False        # for an answer to a secret, which none came to yet
-    waits = False       # somebody does for that, also after the poll
-    heard: bytes | bytearray = b""      # what came since it asks
-    again: bytes | bytearray = b""      # what of that is read once more
+    late: Deadline | None = None    # until when that is waited for in a login, also after the poll
     takes = ""          # by which offers of a host it may be (a pattern)
     steps = 0           # times that a login may still be asked for: after the last one it goes on with no token
 
@@ -6053,82 +6051,49 @@ class GuardedSocket(HostSocket):
         """Whether a 401 is a step of a login, not a refusal."""
         return self.steps > 0 and bool(STEP.search(challenge))
 
+    def left(self) -> float:
+        """Seconds for which the host is waited for. Raises ProbeError."""
+        return (self.late if self.late and self.asks else self.deadline).left()
+
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
         try:
-            self.settimeout(self.deadline.left())
+            self.settimeout(self.left())
             yield
         except (OSError, ProbeError) as error:
             self.in_step = False
             raise (error if isinstance(error, ProbeError) else tls_fault(error, self.hint)) from error
 
+    def log_in(self, work: Callable[[], bool | None], *, is_counted: bool) -> None:
+        """See log_in_beside; what the host says of a secret after the deadline is waited for where it `is_counted`."""
+        self.late = Deadline(self.deadline.left() + ANSWER_TIME) if is_counted else None
+
+        def hear_out() -> bool | None:
+            try:
+                return work()
+            finally:
+                self.late = None
+
+        try:
+            log_in_beside(hear_out, self.deadline, self.end, lambda: self.asks and self.late is not None)
+        except LateLogin:
+            self.in_step = False
+            raise
+
     def end(self) -> None:
-        """At once, also while a response that is still open holds it; not while what the host says is waited for."""
-        if not (self.waits and self.asks):
+        """At once, also while a response that is still open holds it; not while a late login goes on over it."""
+        if not self.late:
             with contextlib.suppress(OSError):
                 socket.close(self.detach())
 
-    def close(self) -> None:
-        if not self.asks:       # libraries close what is late
-            super().close()
-
-    @contextlib.contextmanager
-    def heard_out(self, is_counted: bool) -> Iterator[None]:
-        """Around a login: what the host says of a secret after the deadline is waited for where it `is_counted`.
-        Raises LateLogin."""
-        deadline, self.waits = self.deadline, is_counted
-        try:
-            yield
-        except BaseException as error:  # else nobody could end it
-            self.waits &= self.asks and isinstance(error, ProbeError) and error.cause == "timeout"
-            if self.waits:
-                raise LateLogin(deadline, self._answer) from error
-            raise
-        self.waits = False
-
-    def _answer(self, seconds: float) -> bool | None:
-        """See LateLogin."""
-        self.begin(Deadline(seconds))
-        self.again = self.heard     # the beginning of an answer may have come in time
-        try:
-            with contextlib.suppress(Exception):    # whatever a host's bytes make http.client raise
-                came = FinalResponse(self)
-                came.begin()
-                if came.status == 401:
-                    return self._judge(came.getheader("WWW-Authenticate", ""))
-                return True if 200 <= came.status < 300 else None
-            return None
-        finally:
-            self.waits = False
-            self.end()
-
-    def _judge(self, challenge: str) -> bool | None:
-        """What a late 401 says: CredSSP has its errors, and that a password is right, in the token of a step."""
-        if not self.goes_on(challenge):
-            return False
-        for context in self.contexts.values():
-            try:
-                context._context.step(base64.b64decode(challenge.rpartition(" ")[2]))
-            except SpnegoError:
-                return False
-            return context._context.complete or None
-        return None
-
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
-        if self.again:
-            count = min(len(buffer), len(self.again))
-            buffer[:count], self.again = self.again[:count], self.again[count:]
-            return count
         with self.guarded():
             count = super().recv_into(buffer, nbytes or 0, flags)
             self.count(count)
             self.in_step = self.in_step and count > 0
-        if self.asks:
-            self.heard += buffer[:count]
         return count
 
     def sendall(self, octets: Any, flags: int = 0) -> None:
-        self.heard = bytearray()
         with self.guarded():
             super().sendall(octets, flags)
 
@@ -6163,9 +6128,9 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
         return self._pool
 
     def send(self, request: Any, *args: Any, **settings: Any) -> requests.Response:
-        self._opened.deadline.left()    # a thread may go on after the poll, whose socket is closed: that is no refusal
         logged_in = self._opened.logged_in
         self._opened.asks = asks = "Authorization" in request.headers and not logged_in
+        self._opened.left()     # a thread may go on after the poll, whose socket is closed: that is no refusal
         self._opened.steps -= asks
         response = super().send(request, *args, **settings)
         self._opened.asks = False
@@ -6381,30 +6346,19 @@ def explained(settings: ResourceSettings, opened: GuardedSocket | None = None) -
 def send_beside(opened: GuardedSocket, settings: ResourceSettings, send: Callable[..., Any], *args: Any,
                 **more: Any) -> Any:
     """What `send` gives, in another thread until it is logged in: krb5 waits for a silent KDC longer than polls do.
-    Raises LateLogin, whose outcome is that of the thread, so that there is one at a time."""
-    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    Raises LateLogin, so that there is one at a time."""
+    answers = []
 
-    def work() -> None:
-        try:
-            future.set_result(send(*args, **more))
-        except BaseException as error:  # noqa: BLE001  # it is for whoever waits
-            future.set_exception(error)
-
-    def outcome(seconds: float) -> bool | None:
-        try:
-            with explained(settings, opened):
-                future.result() if seconds or future.done() else opened.deadline.left()     # nobody hears it
-        except ProbeError as error:
-            return False if error.cause == "auth" and not isinstance(error, NotAllowed) else None
-        return True
+    def work() -> bool | None:
+        with explained(settings, opened):
+            answers.append(send(*args, **more))
+        return answers[0].ok or None
 
     if opened.logged_in:
         return send(*args, **more)
-    begin_login(work)
-    concurrent.futures.wait([future], opened.deadline.left() + 0.5)     # what the host is late with ends by itself
-    if not future.done():
-        raise LateLogin(opened.deadline, outcome, " of a KDC")
-    return future.result()
+    # By Kerberos the KDC tells at once whether the password is right.
+    opened.log_in(work, is_counted=not settings.locks_nothing and settings.auth != "kerberos")
+    return answers[0]
 
 
 def new_pool(wsman: WSMan, settings: ResourceSettings, keeps: bool) -> RunspacePool:
@@ -6571,15 +6525,10 @@ class PowerShellConnection(TlsConnection):
         with contextlib.ExitStack() as stack:
             stack.callback(opened.end)
             wsman = copy.copy(before.pool.connection if before else self.WSMAN)
-            with (self._guard.attempt(self._target.name, deadline, self.record),
-                  opened.heard_out(self._is_heard_out), explained(self._settings, opened)):
+            with self._guard.attempt(self._target.name, deadline, self.record), explained(self._settings, opened):
                 wsman.transport = self._transport(opened)
                 yield opened, wsman
             stack.pop_all()
-
-    @property
-    def _is_heard_out(self) -> bool:
-        return not self._settings.locks_nothing and self._settings.auth != "kerberos"   # of that the KDC tells at once
 
     def _made_from(self) -> list[Any]:
         times = []
@@ -6618,13 +6567,11 @@ class PowerShellConnection(TlsConnection):
             certificate_key_pem=settings.key_file and str(settings.key_file))
         session: Any = transport._build_session()
         opened.steps, opened.takes = LOGIN_STEPS.get(settings.auth, 2), OFFERS.get(settings.auth, "")
-        opened.contexts = session.auth.contexts if settings.auth == "credssp" else {}
         session.trust_env = False       # a .netrc would replace the Authorization header
         session.verify = False          # the connection is verified
         session.adapters.clear()
         session.mount("http", WinrmAdapter(settings.hostname, settings.connect_port, opened))
-        if protocol == "kerberos":
-            session.send = functools.partial(send_beside, opened, settings, session.send)
+        session.send = functools.partial(send_beside, opened, settings, session.send)
         transport.session = session
         return transport
 
@@ -8441,29 +8388,36 @@ class HttpConnection(ProtocolConnection):
         url = read_url(self._settings.url or "")
         connection = urllib3.connection.HTTPConnection(url.host, url.port)
         connection.sock, connection.auto_open, connection.response_class = opened, 0, FinalResponse
-        headers = self._headers(url)
-        with opened.heard_out(bool(self._settings.password and not self._settings.locks_nothing)):
+        headers, answers, body = self._headers(url), list[urllib3.BaseHTTPResponse](), b""
+
+        def request() -> bool | None:
             opened.asks = "Authorization" in headers
-            try:
-                connection.request(method, url.target, headers=headers, preload_content=False, decode_content=False)
-                answer, body = connection.getresponse(), b""
-                opened.asks = False
-                if answer.status == 401 and self._settings.password:    # whatever is expected: an account counts it
-                    raise ProbeError("auth", "status 401: the secret is refused; check username and password")
-                is_read = not self._wanted_instead(answer.status)   # else its page is nothing to what it says
-                while is_read and len(body) < BODY_BYTES and (chunk := answer.read(READ_BYTES)):
-                    body += chunk
-            except ProbeError:
-                raise
-            except ConnectionError as error:
-                raise ProbeError("unreachable", "the host closed the connection before it answered") from error
-            except Exception as error:      # whatever a host's bytes make urllib3 and http.client raise
-                is_clear = type(error) in (http.client.HTTPException, http.client.LineTooLong)  # no word of the host's
-                raise AnswerError("protocol", f"the answer cannot be read: {error}" if is_clear else
-                                  f"the answer is not whole, or not HTTP ({type(error).__name__})") from error
-        location, encoding = (answer.headers.get(name, "") for name in ("Location", "Content-Encoding"))
+            connection.request(method, url.target, headers=headers, preload_content=False, decode_content=False)
+            answers.append(connection.getresponse())
+            opened.asks = False
+            if answers[0].status == 401 and self._settings.password:    # whatever is expected: an account counts it
+                raise ProbeError("auth", "status 401: the secret is refused; check username and password")
+            return 200 <= answers[0].status < 300 or None
+
+        try:
+            if self._settings.password and not self._settings.locks_nothing:
+                opened.log_in(request, is_counted=True)
+            else:
+                request()
+            is_read = not self._wanted_instead(answers[0].status)   # else its page is nothing to what it says
+            while is_read and len(body) < BODY_BYTES and (chunk := answers[0].read(READ_BYTES)):
+                body += chunk
+        except ProbeError:
+            raise
+        except ConnectionError as error:
+            raise ProbeError("unreachable", "the host closed the connection before it answered") from error
+        except Exception as error:      # whatever a host's bytes make urllib3 and http.client raise
+            is_clear = type(error) in (http.client.HTTPException, http.client.LineTooLong)  # no word of the host's
+            raise AnswerError("protocol", f"the answer cannot be read: {error}" if is_clear else
+                              f"the answer is not whole, or not HTTP ({type(error).__name__})") from error
+        location, encoding = (answers[0].headers.get(name, "") for name in ("Location", "Content-Encoding"))
         location = re.sub(r"[ \x80-\xff]", lambda raw: f"%{ord(raw[0]):02X}", location)     # as browsers send it
-        return HttpAnswer(answer.status, location, encoding.lower(), body)
+        return HttpAnswer(answers[0].status, location, encoding.lower(), body)
 
     def _headers(self, url: Url) -> dict[str, str]:
         """Raises ProbeError."""

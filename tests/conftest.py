@@ -218,7 +218,7 @@ def open_descriptors() -> int:
 
 def late_logins() -> int:
     """How many logins wait for what the host says after the poll."""
-    return sum(thread.name == "late login" for thread in threading.enumerate())
+    return sum(thread.name == "login" for thread in threading.enumerate())
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import heapq
 import itertools
@@ -1091,7 +1092,9 @@ def test_a_late_refusal_is_written_down(house: House, machines: Machines) -> Non
     house.write("name: a, interval: 1")
 
     def late(guard: LoginGuard, deadline: Deadline) -> None:
-        raise LateLogin(deadline, lambda seconds: False)
+        answer = concurrent.futures.Future[bool | None]()
+        answer.set_exception(ProbeError("auth", "refused"))
+        raise LateLogin(deadline, answer)
 
     machines.behaviours["a"] = machines.login("a", late)
     with house.watching():
