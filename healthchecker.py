@@ -6044,12 +6044,6 @@ class GuardedSocket(HostSocket):
     logged_in = False   # a request was answered otherwise than by 401
     asks = False        # for an answer to a secret, which none came to yet
     late: Deadline | None = None    # until when that is waited for in a login, also after the poll
-    takes = ""          # by which offers of a host it may be (a pattern)
-    steps = 0           # times that a login may still be asked for: after the last one it goes on with no token
-
-    def goes_on(self, challenge: str) -> bool:
-        """Whether a 401 is a step of a login, not a refusal."""
-        return self.steps > 0 and bool(STEP.search(challenge))
 
     def left(self) -> float:
         """Seconds for which the host is waited for. Raises ProbeError."""
@@ -6116,36 +6110,37 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
     """Sends a session's requests over one open connection, for NTLM and the encryption belong to it, and refuses
     what WinRM never answers."""
 
-    def __init__(self, host: str, port: int, opened: GuardedSocket) -> None:
+    def __init__(self, opened: GuardedSocket, settings: ResourceSettings) -> None:
         super().__init__()
-        self._opened = opened
-        connection = urllib3.connection.HTTPConnection(host, port)
+        self._opened, self._offers = opened, OFFERS.get(settings.auth, "")
+        self._steps = LOGIN_STEPS.get(settings.auth, 2)     # that a login may still take
+        connection = urllib3.connection.HTTPConnection(settings.hostname, settings.connect_port)
         connection.sock, connection.auto_open = opened, 0
-        self._pool = urllib3.HTTPConnectionPool(host, port)
+        self._pool = urllib3.HTTPConnectionPool(settings.hostname, settings.connect_port)
         self._pool.ConnectionCls = lambda **_: connection  # type: ignore[assignment]  # a factory
 
     def get_connection_with_tls_context(self, *args: Any, **settings: Any) -> urllib3.HTTPConnectionPool:
         return self._pool
 
     def send(self, request: Any, *args: Any, **settings: Any) -> requests.Response:
-        logged_in = self._opened.logged_in
-        self._opened.asks = asks = "Authorization" in request.headers and not logged_in
-        self._opened.left()     # a thread may go on after the poll, whose socket is closed: that is no refusal
-        self._opened.steps -= asks
+        opened = self._opened
+        opened.asks = asks = "Authorization" in request.headers and not opened.logged_in
+        opened.left()       # a thread may go on after the poll, whose socket is closed: that is no refusal
+        self._steps -= asks
         response = super().send(request, *args, **settings)
-        self._opened.asks = False
-        offered = response.headers.get("WWW-Authenticate", "")
-        refused = asks and not self._opened.goes_on(offered)    # whatever its page is
-        if response.status_code == 401 and not (asks or logged_in or re.search(self._opened.takes, offered)):
-            raise NotAllowed("auth", f"the host offers no such login, but: {offered[:99] or 'none'}; correct auth")
-        if response.status_code == 401 and (refused or logged_in):      # or it would be done unasked
-            self._opened.in_step = False
-            raise AuthenticationError("the host wants another login")
+        opened.asks = False
+        if response.status_code == 401:
+            offered = response.headers.get("WWW-Authenticate", "")
+            if not (asks or opened.logged_in or re.search(self._offers, offered)):
+                raise NotAllowed("auth", f"the host offers no such login, but: {offered[:99] or 'none'}; correct auth")
+            if opened.logged_in or (asks and not (self._steps > 0 and STEP.search(offered))):   # whatever its page is
+                opened.in_step = False      # or a login would be done unasked
+                raise AuthenticationError("the host wants another login")
         if response.status_code not in (200, 400, 401, 500):    # 400 and 500 carry faults
             cause = HTTP_CAUSES.get(response.status_code, "protocol")
             error = NotAllowed if cause == "auth" else ProbeError
             raise error(cause, f"HTTP {response.status_code}, which WinRM never answers; {START_WINRM}")
-        self._opened.logged_in |= response.status_code != 401
+        opened.logged_in |= response.status_code != 401
         if "Content-Encoding" in response.headers:  # 64 KB can unpack to 64 MB
             raise ProbeError("protocol", "the answer is compressed, which WinRM never does; check port and proxies")
         return response
@@ -6566,11 +6561,10 @@ class PowerShellConnection(TlsConnection):
             certificate_pem=settings.certificate_file and str(settings.certificate_file),
             certificate_key_pem=settings.key_file and str(settings.key_file))
         session: Any = transport._build_session()
-        opened.steps, opened.takes = LOGIN_STEPS.get(settings.auth, 2), OFFERS.get(settings.auth, "")
         session.trust_env = False       # a .netrc would replace the Authorization header
         session.verify = False          # the connection is verified
         session.adapters.clear()
-        session.mount("http", WinrmAdapter(settings.hostname, settings.connect_port, opened))
+        session.mount("http", WinrmAdapter(opened, settings))
         session.send = functools.partial(send_beside, opened, settings, session.send)
         transport.session = session
         return transport

@@ -381,9 +381,9 @@ def test_no_tls_within_credssp_is_no_refusal(record: bytes, monkeypatch: pytest.
 
 def test_a_login_that_goes_on_after_its_poll_is_no_refusal() -> None:
     """A ticket that came too late: the poll has closed the socket, of which urllib3 would say ValueError."""
-    with GuardedSocket() as opened:
+    with WSManServer("https", "negotiate") as server, GuardedSocket() as opened:
         opened.begin(Deadline(0))
-        adapter = WinrmAdapter("h", 1, opened)
+        adapter = WinrmAdapter(opened, target(server).settings)
     with pytest.raises(ProbeError) as caught:
         adapter.send(requests.Request("POST", "http://h/").prepare())
     assert caught.value.cause == "timeout"
