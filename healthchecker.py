@@ -4364,7 +4364,6 @@ class Wire:
     memory: libraries store what it announces."""
 
     deadline: Deadline
-    below: Wire | None = None   # what it goes through
     address = ""    # of the host, where it is known
     is_here = False     # that is this machine
     received = 0
@@ -4378,10 +4377,6 @@ class Wire:
     def pause(self) -> None:
         """From here on it serves none; what comes until the next one counts with the last."""
         self.deadline = Deadline(IDLE)
-
-    @property
-    def is_paused(self) -> bool:
-        return self.deadline.seconds >= IDLE
 
     def note(self, chunk: bytes) -> bytes:
         if len(self.first) < FIRST_BYTES:
@@ -4414,7 +4409,7 @@ class Wire:
     def give(self, settimeout: Callable[[float], object], send: Callable[[], int]) -> int:
         """Sends what the host takes; after a TimeoutError paramiko tries again. It ends where nothing is taken until
         the first of those who wait may not any longer."""
-        paused = self.is_paused
+        paused = self.deadline.seconds >= IDLE
         settimeout(SEND_TURN if paused else self.deadline.left())
         try:
             return send()
@@ -5431,14 +5426,6 @@ class SshTransport(paramiko.Transport):
     def is_active(self) -> bool:
         return not self.ended and super().is_active()
 
-    def outlast(self, deadline: Deadline) -> None:
-        """While a login is under way the connection lasts for ANSWER_TIME more."""
-        wire: Wire | None = self.wire
-        while wire:
-            if not wire.is_paused:      # a bastion's that stays open is
-                wire.deadline = Deadline(deadline.left() + ANSWER_TIME)
-            wire = wire.below
-
     def finish(self) -> None:
         """Ends thread and socket, before its descriptor is another connection's."""
         self.end()
@@ -5481,7 +5468,7 @@ class HostChannel(Wire):
     def __init__(self, channel: paramiko.Channel, deadline: Deadline) -> None:
         self._channel, self.deadline = channel, deadline
         transport = cast(SshTransport, channel.get_transport())
-        self.below: Wire = transport.wire
+        self.below = transport.wire     # what it goes through
         self.relay = transport.session
         channel.set_combine_stderr(True)    # which no bastion sends: it would lie in the memory
 
@@ -5490,7 +5477,8 @@ class HostChannel(Wire):
 
     def recv(self, size: int) -> bytes:
         self._channel.settimeout(self.deadline.left())
-        chunk = self._channel.recv(size)
+        with self.below.awaited(self.too_late):     # for it says how much it has room for again
+            chunk = self._channel.recv(size)
         self.below.limit = min(self.below.limit + 3 * len(chunk), self.below.received + UNREAD)  # and wrapping
         return self.note(chunk)
 
@@ -5590,7 +5578,7 @@ class SshLogin(Connection):
         if self._settings.key_file is not None:
             self._prove(transport)
             return
-        transport.outlast(deadline)
+        transport.wire.deadline = Deadline(deadline.left() + ANSWER_TIME)
         log_in_beside(functools.partial(self._prove, transport), deadline, transport.finish)
         transport.wire.deadline = deadline
 
@@ -5889,6 +5877,7 @@ class SshConnection(SshLogin):
         if not keeps:
             bastion._guard.require_no_wait(bastion._target.name)
         transport = stack.enter_context((bastion._lent if keeps else bastion._logged_in)(deadline, chain))
+        transport.wire.pause()      # what counts is the deadline of who stands on it
         was_old = transport.is_old
         try:
             return transport.open_in_time(place, deadline)

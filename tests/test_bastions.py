@@ -11,7 +11,8 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import paramiko
 import pytest
@@ -39,12 +40,15 @@ from healthchecker import (
     CONNECTIONS,
     Connection,
     ConnectionContext,
+    Deadline,
+    HostChannel,
     InventoryError,
     KnownHosts,
     Resolver,
     ResourceSettings,
     SshConfig,
     Target,
+    Wire,
     load_inventory,
 )
 
@@ -849,3 +853,30 @@ def test_what_is_said_of_a_password_after_the_poll(
         assert len(host.asked) == 1
         gate.close()
         connection.close()
+
+
+def test_who_reads_through_a_bastion_that_takes_nothing_waits_no_longer_than_its_poll() -> None:
+    """What is read makes room, and that the bastion is told: who tells it would wait for ever."""
+    class Channel:
+        def __init__(self) -> None:
+            self.wire, self.told = Wire(), list[bool]()
+            self.wire.pause()
+
+        def get_transport(self) -> Any:
+            return SimpleNamespace(wire=self.wire, session=None)
+
+        def set_combine_stderr(self, _combine: bool) -> None:
+            pass
+
+        def settimeout(self, _seconds: float) -> None:
+            pass
+
+        def recv(self, _size: int) -> bytes:
+            self.told.append(self.wire.too_late())
+            wait_for(lambda: deadline.over)
+            self.told.append(self.wire.too_late())
+            return b"a"
+
+    channel, deadline = Channel(), Deadline(1)
+    HostChannel(cast(Any, channel), deadline).recv(1)
+    assert channel.told == [False, True] and not channel.wire.waiting
