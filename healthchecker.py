@@ -6049,9 +6049,10 @@ class GuardedSocket(HostSocket):
 
     def log_in(self, work: Callable[[], bool | None], *, is_counted: bool) -> None:
         """See log_in_beside; what the host says of a secret after the deadline is waited for where it `is_counted`."""
-        self.late = Deadline(self.deadline.left() + ANSWER_TIME) if is_counted else None
+        late = Deadline(self.deadline.left() + ANSWER_TIME) if is_counted else None
 
         def hear_out() -> bool | None:
+            self.late = late    # only now that there is a thread which ends it
             try:
                 return work()
             finally:

@@ -389,18 +389,20 @@ def test_a_login_that_goes_on_after_its_poll_is_no_refusal() -> None:
     assert caught.value.cause == "timeout"
 
 
-def test_a_login_that_no_thread_begins_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("auth", ["kerberos", "ntlm"])
+def test_a_login_that_no_thread_begins_is_no_refusal(auth: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     with WSManServer("https", "negotiate") as server, GuardedSocket() as opened:
-        settings = target(server, auth="kerberos").settings
+        settings = target(server, auth=auth).settings
         opened.begin(Deadline(5))
         monkeypatch.setattr(threading.Thread, "start", start)
         with pytest.raises(ProbeError) as caught, explained(settings, opened):
             send_beside(opened, settings, lambda: None)
         monkeypatch.undo()
-    assert caught.value.cause == "protocol"
+        opened.end()
+        assert (caught.value.cause, opened.fileno()) == ("protocol", -1)
 
 
 class Krb5Error(Exception):
