@@ -50,6 +50,7 @@ def status(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tup
     return code, shown.out.strip()
 
 
+@pytest.mark.of_files
 def test_little_of_the_database_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
