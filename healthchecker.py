@@ -4491,7 +4491,7 @@ ACCEPTED_LATELY = 3600.0        # seconds for which an accepted login proves the
 REFUSALS = 3                    # of a host or a credential, after which nothing is tried for LOCKOUT_WINDOW ...
 REFUSALS_ASKED = 4              # ... and by somebody who asks for it: the common policy locks at the fifth
 LOCKOUT_WINDOW = 31 * 60.0      # seconds without a wrong password after which directories count anew, and a bit
-ANSWER_TIME = 10.0              # seconds after its poll for which a host may say what it thinks of a password
+ANSWER_TIME = 60.0              # seconds after its poll for which a host may say what it thinks of a password
 JOURNAL_TIME = 1.0              # seconds, a quarter of what is left at most, for which a login waits to be written down
 NOT_TRIED = "not tried: "       # begins the reason of what was no login
 
@@ -5576,20 +5576,21 @@ class SshLogin(Connection):
 
     def _login(self, transport: SshTransport, deadline: Deadline) -> None:
         if self._settings.key_file is not None:
-            self._prove(transport)
+            self._prove(transport, deadline)
             return
         transport.wire.deadline = Deadline(deadline.left() + ANSWER_TIME)
-        log_in_beside(functools.partial(self._prove, transport), deadline, transport.finish)
+        log_in_beside(functools.partial(self._prove, transport, deadline), deadline, transport.finish)
         transport.wire.deadline = deadline
 
-    def _prove(self, transport: SshTransport) -> bool:
-        """Logs in: True. Raises ProbeError, and for no login at all what paramiko raises."""
+    def _prove(self, transport: SshTransport, deadline: Deadline) -> bool:
+        """Logs in: True. Raises ProbeError, and for no login at all what paramiko raises. After the deadline answers
+        are waited for, but no password is shown."""
         settings, user = self._settings, self._settings.username or ""
         try:
             if settings.key_file is not None:
                 missing = self._show_keys(transport, self.load_keys(settings.key_file))
             else:
-                missing = self._give_password(transport, settings.secrets.get("password", ""))
+                missing = self._give_password(transport, settings.secrets.get("password", ""), deadline)
         except paramiko.AuthenticationException as error:
             raise self._not_logged_in(error, transport) from error
         except paramiko.SSHException as error:
@@ -5620,7 +5621,7 @@ class SshLogin(Connection):
                     raise
         return transport.auth_publickey(self._settings.username or "", keys[-1])
 
-    def _give_password(self, transport: SshTransport, password: str) -> list[str]:
+    def _give_password(self, transport: SshTransport, password: str, deadline: Deadline) -> list[str]:
         """Logs in by password, or by a dialogue that asks for nothing else."""
         user, asked = self._settings.username or "", list[tuple[str, bool]]()
 
@@ -5631,8 +5632,9 @@ class SshLogin(Connection):
                 raise ProbeError("auth", f"the password of {user} has expired; the host says: {texts}")
             if len(prompts) > 1 or (prompts and asked):
                 raise ProbeError("auth", f"login as {user} refused; the host asks for more than a password: {texts}")
+            given = [password for _ in prompts if deadline.left()]
             asked.extend(prompts)
-            return [password for _ in prompts]
+            return given
 
         try:
             return transport.auth_password(user, password, fallback=False)
@@ -5932,6 +5934,7 @@ START_WINRM = "run `winrm quickconfig` there and check port and tls"
 # of a 401 that is a step of a login, not a refusal: it goes on with a token
 STEP = re.compile(r"(?i)(?:^|,)\s*(?:negotiate|ntlm|kerberos|credssp)\s+[^\s,]")
 LOGIN_STEPS = {"credssp": 8}    # it takes 5; else 2, for what comes after NTLM's second one is another wrong password
+PROVEN_STEPS = {"credssp": 4}   # that may be left once the password was shown
 OFFERS = {"negotiate": "(?i)negotiate|ntlm", "ntlm": "(?i)negotiate|ntlm", "kerberos": "(?i)negotiate|kerberos",
           "credssp": "(?i)credssp"}
 UNMAPPED = "the host wants a client certificate, or refuses ours; for WinRM, map it to an account there"
@@ -6102,8 +6105,9 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
 
     def __init__(self, opened: GuardedSocket, settings: ResourceSettings) -> None:
         super().__init__()
-        self._opened, self._offers = opened, OFFERS.get(settings.auth, "")
+        self._opened, self._deadline, self._offers = opened, opened.deadline, OFFERS.get(settings.auth, "")
         self._steps = LOGIN_STEPS.get(settings.auth, 2)     # that a login may still take
+        self._proven_steps = PROVEN_STEPS.get(settings.auth, -1)
         connection = urllib3.connection.HTTPConnection(settings.hostname, settings.connect_port)
         connection.sock, connection.auto_open = opened, 0
         self._pool = urllib3.HTTPConnectionPool(settings.hostname, settings.connect_port)
@@ -6114,8 +6118,11 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
 
     def send(self, request: Any, *args: Any, **settings: Any) -> requests.Response:
         opened = self._opened
-        opened.asks = asks = "Authorization" in request.headers and not opened.logged_in
-        opened.left()       # a thread may go on after the poll, whose socket is closed: that is no refusal
+        asks = "Authorization" in request.headers and not opened.logged_in
+        if asks and self._steps > self._proven_steps:
+            self._deadline.left()       # a thread may go on after the poll, but shows no password then
+        opened.asks = asks
+        opened.left()                   # that the poll has closed the socket is no refusal
         self._steps -= asks
         response = super().send(request, *args, **settings)
         opened.asks = False

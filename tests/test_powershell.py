@@ -479,7 +479,8 @@ class TardyServer(WSManServer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.may_answer, self.asked = threading.Event(), 0
+        self.may_answer, self.asked, self.steps = threading.Event(), 0, 0
+        self.late_at = 4 if self.auth == "credssp" else 2
         self.users = SlowUsers(self)
 
     def wait(self) -> None:
@@ -492,7 +493,8 @@ class TardyServer(WSManServer):
 
         def late(token: bytes) -> Any:
             tokens.append(token)
-            if len(tokens) == (4 if self.auth == "credssp" else 2):
+            self.steps += 1
+            if len(tokens) == self.late_at:
                 self.wait()
             return step(token)
 
@@ -528,6 +530,20 @@ def test_what_is_said_of_a_password_after_the_poll(scheme: str, auth: str, right
         assert server.asked == 1
         assert connection.record.outcomes == {"accepted" if right else "refused": 1}
         assert guard.refusals == (not right)
+        connection.close()
+
+
+@pytest.mark.parametrize(("scheme", "auth", "last"), [("http", "ntlm", 1), ("https", "credssp", 3)])
+def test_no_password_is_shown_after_the_poll(scheme: str, auth: str, last: int) -> None:
+    """The host's answer to that might come when nobody waits for it any more, and not count."""
+    with no_leaks(), TardyServer(scheme, auth, answer=RECORDED) as server:
+        server.late_at = last
+        guard, resource = LoginGuard(), target(server, password="wrong", timeout=3)
+        connection = PowerShellConnection(resource, guard, replace(ACCESS, records={}))
+        assert poll_once(resource, connection, None)[0].cause == "timeout"
+        server.may_answer.set()
+        wait_for(lambda: not late_logins())
+        assert (server.steps, server.asked, guard.refusals) == (last, 1, 0)
         connection.close()
 
 

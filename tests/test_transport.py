@@ -1334,6 +1334,19 @@ def test_a_host_that_never_says_what_it_thinks_of_a_password(monkeypatch: pytest
         assert guard.refusals == 0
 
 
+@pytest.mark.long
+def test_a_host_that_takes_long_to_say_what_it_thinks_of_a_password() -> None:
+    """Directories that are overloaded do, and pam_faildelay: a refusal counts all the same."""
+    with no_leaks(), TardySshd() as server:
+        guard, own = LoginGuard(), target(server, password=server.password + "x", timeout=1)
+        assert poll(own, connect(own, guard=guard)).cause == "timeout"
+        timer = threading.Timer(12, server.may_answer.set)
+        timer.start()
+        wait_for(lambda: not late_logins())
+        timer.join()
+        assert (len(server.asked), guard.refusals) == (1, 1)
+
+
 def test_a_host_that_dies_while_its_answer_is_waited_for() -> None:
     with no_leaks(), hostile.StalledLogin() as server:
         guard = LoginGuard()
@@ -1409,6 +1422,41 @@ class DialogueSshd(ParamikoSshd):
         super().__init__()
 
 
+class TardyDialogue(Dialogue):
+    """Asks for the password only after the poll."""
+
+    late_in: str
+    may_answer: threading.Event
+    given: list[list[str]]
+
+    def check_auth_password(self, username: str, password: str) -> int:
+        if self.late_in == "refusing the method":
+            self.may_answer.wait(30)
+        return super().check_auth_password(username, password)
+
+    def check_auth_interactive(self, username: str, submethods: str) -> Any:
+        self.may_answer.wait(30)
+        return super().check_auth_interactive(username, submethods)
+
+    def check_auth_interactive_response(self, responses: list[str]) -> Any:
+        self.given.append(responses)
+        return super().check_auth_interactive_response(responses)
+
+
+@pytest.mark.parametrize("late_in", ["refusing the method", "asking"])
+def test_no_password_is_shown_after_the_poll(late_in: str) -> None:
+    """The host's answer to that might come when nobody waits for it any more, and not count."""
+    given, may_answer = list[list[str]](), threading.Event()
+    with DialogueSshd([["Password: "]], 0) as server:
+        more = {"late_in": late_in, "may_answer": may_answer, "given": given}
+        server.login = type("Late", (TardyDialogue,), {"questions": [["Password: "]], "pause": 0, **more})
+        guard, own = LoginGuard(), target(server, password="wrong", timeout=1)
+        assert poll(own, connect(own, guard=guard)).cause == "timeout"
+        may_answer.set()
+        wait_for(lambda: not late_logins())
+        assert (given, guard.refusals) == ([], 0)
+
+
 # the questions of the host, the password that is given, what comes of it
 DIALOGUES = {
     "one question": ([["Password: "]], "", ("", "")),
@@ -1441,7 +1489,15 @@ def test_a_dialogue_slower_than_the_deadline() -> None:
 
 def test_a_dialogue_that_goes_on_after_the_poll() -> None:
     """That more is asked for, as pam_unix and then pam_ldap do, is a refusal, as it is one within the poll."""
-    with no_leaks(), DialogueSshd([["Password: "], ["LDAP Password: "]], 3.0) as server:
+    class Pausing(Dialogue):
+        questions, pause = [["Password: "], ["LDAP Password: "]], 0.0
+
+        def check_auth_interactive_response(self, responses: list[str]) -> Any:
+            threading.Event().wait(3)
+            return super().check_auth_interactive_response(responses)
+
+    with no_leaks(), DialogueSshd([], 0.0) as server:
+        server.login = Pausing
         own, guard = target(server, password=server.password, timeout=2), LoginGuard()
         connection = connect(own, guard=guard)
         assert poll(own, connection).cause == "timeout"
