@@ -3970,8 +3970,9 @@ def stored_gates(session: Session) -> Gates:
 
 
 def spells(name: str) -> sqlalchemy.ColumnElement[bool]:
-    """Whether a row says a name anywhere: without that, each rename would read all rows."""
-    return Resource.settings.contains(json.dumps(name)[1:-1], autoescape=True)
+    """Whether a row says a name anywhere, whoever wrote it: without that, each rename would read all rows."""
+    return sqlalchemy.or_(*(Resource.settings.contains(json.dumps(name, ensure_ascii=ascii)[1:-1], autoescape=True)
+                            for ascii in (True, False)))
 
 
 def named_by(session: Session, name: str) -> str:
@@ -3991,8 +3992,8 @@ def forget_behind(session: Session, name: str) -> Iterator[str]:
     they were not meant for where that leads; gives their names. Those of the inventory lead through its own alone."""
     if hop_address(name):       # in a way that is no resource
         return
-    jumps = Resource.settings.contains('"proxy_jump": "')      # else each change would read all rows
-    rows = list(session.scalars(sqlalchemy.select(Resource).where(Resource.origin == "api", jumps)))
+    is_direct = Resource.settings.contains('"proxy_jump": null')       # without that, each change would read all rows
+    rows = list(session.scalars(sqlalchemy.select(Resource).where(Resource.origin == "api", ~is_direct)))
     ways = {row.name: ((row.way or ("",))[0] or "").split(",") for row in rows}
     behind, before = {name}, set[str]()
     while behind != before:

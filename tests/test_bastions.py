@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import json
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any, cast
 
 import paramiko
 import pytest
+import sqlalchemy
 from conftest import late_logins, no_leaks, wait_for
 from console import local_console
 from hostile import ClosedPort, swallow
@@ -45,6 +47,7 @@ from healthchecker import (
     InventoryError,
     KnownHosts,
     Resolver,
+    Resource,
     ResourceSettings,
     SshConfig,
     Target,
@@ -424,6 +427,23 @@ def test_those_behind_a_bastion_follow_its_changes(tmp_path: Path) -> None:
         wait_for(lambda: shows("healthy"))
         assert local.api("DELETE", "resources/b1").status == 204
         wait_for(lambda: shows("unhealthy", "bastion b1: there is no such resource"))
+
+
+def test_rows_that_somebody_else_has_written(tmp_path: Path) -> None:
+    """By SQL, say: other blanks, and no escapes. They are behind a bastion and depend on others as well."""
+    host = {"platform": "linux", "username": "monitor", "hostname": "127.0.0.1", "port": 1, "critical": False}
+    with local_console(tmp_path) as local:
+        local.log_in()
+        for more in ({"name": "schlüssel"}, {"name": "web", "proxy_jump": "schlüssel"}):
+            assert local.api("POST", "resources", {**host, "password": "correct horse", **more}).status == 201
+        with local.store.writing() as session:
+            row = session.scalars(sqlalchemy.select(Resource).filter_by(name="web")).one()
+            row.settings = json.dumps(json.loads(row.settings), ensure_ascii=False, separators=(",", ":"))
+        assert local.api("PATCH", "resources/schlüssel", {"hostname": "127.0.0.9", "password": "x"}).status == 200
+        with local.store.reading() as session:
+            assert not session.scalar(sqlalchemy.select(Resource.password).filter_by(name="web"))
+        renamed = local.api("PATCH", "resources/schlüssel", {"name": "key"})
+        assert renamed.status == 409 and renamed.fields == {"name": "stays while it is named by web"}
 
 
 class Collector(Login):
