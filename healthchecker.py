@@ -18754,6 +18754,8 @@ COPIED_AT_ONCE = 1000           # rows
 
 def stated_service(path: Path, document: Document) -> ServiceSettings:
     """The `service` part alone: neither backup nor restore needs passwords, or the files that the rest names."""
+    if document.faults:     # of two that stand there, nobody knows which is meant
+        raise InventoryError("\n".join(document.faults))
     value = document.value or {}
     value = {key: part for key, part in value.items() if key != "notify"} if isinstance(value, dict) else value
     try:

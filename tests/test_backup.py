@@ -224,6 +224,16 @@ def test_a_backup_needs_a_database_and_no_passwords(tmp_path: Path, capsys: pyte
     assert os.path.getsize(tmp_path / "x") > 0
 
 
+def test_a_key_that_stands_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Either of two parts could be meant, and so either database."""
+    prepared_keys(tmp_path)
+    path = write_inventory(tmp_path)
+    path.write_text(path.read_text(encoding="utf-8") + "service: {drain: 5}\n", encoding="utf-8")
+    with closing(healthchecker.Store(tmp_path / "healthchecker.db")):
+        assert main(["--inventory", str(path), "backup", str(tmp_path / "x")]) == 2
+    assert "this key stands here twice" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 def test_a_restore_under_a_service(served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It would go on with the files that are gone, and hear no command."""
     path = served / "inventory.yaml"
