@@ -684,7 +684,11 @@ class Document:
             index = min(mark.index, len(text)) if mark else len(text)       # in C it is further
             self._refused.append(self._line(index, error.note or NO_YAML))
         except yaml.reader.ReaderError as error:
-            self._refused.append(self._line(error.position, "this character is not allowed in YAML"))
+            found = yaml.reader.Reader.NON_PRINTABLE.search(text)       # in C its position is one of bytes
+            self._refused.append(self._line(found.start() if found else min(error.position, len(text)),
+                                            "this character is not allowed in YAML"))
+        except (OverflowError, ValueError):     # of chr(), where PyYAML is not in C
+            self._refused.append(self._line(max((index for index, *_ in self.nodes.values()), default=0), NO_YAML))
         if self._refused:
             raise InventoryError("\n".join(self._refused))
 

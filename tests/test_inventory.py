@@ -325,6 +325,7 @@ FAULTS: dict[str, tuple[str, str]] = {
     "percent sign": (one("password: ¦%p"), "not valid YAML"),
     "reserved sign": (one("password: ¦`p"), "not valid YAML"),
     "control character": ("resources: []\n# ¦\x07\n", "not allowed in YAML"),
+    "control character behind others": (f"# {'ä' * 50}\nresources: []\n# ¦\x07\n# ä\n", "not allowed in YAML"),
     "basic in the clear": (windows("auth: basic\n    tls: no"), "would show the password to the network"),
     "basic in the clear, by defaults": (
         "defaults: {tls: 'off'}\n"
@@ -475,6 +476,15 @@ def test_unreadable_file(case: str, tmp_path: Path) -> None:
     assert caught.value.exit_code == 2
     if case == "not UTF-8":
         assert str(caught.value).startswith("inventory.yaml:2:3: ")
+
+
+@pytest.mark.parametrize("loader", [healthchecker.YAML_LOADER, yaml.SafeLoader])
+@pytest.mark.parametrize("escaped", ["\\UFFFFFFFF", "\\U00110000"])
+def test_a_character_that_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch, loader: Any, escaped: str) -> None:
+    """Also where PyYAML was built without its parser in C."""
+    monkeypatch.setattr(healthchecker, "YAML_LOADER", loader)
+    (fault,) = faults(folder, f'resources: []\nservice: {{app: "{escaped}"}}\n')
+    assert fault.startswith("inventory.yaml:2:") and "not valid YAML" in fault
 
 
 def test_four_mebibytes_are_read(folder: Path) -> None:
