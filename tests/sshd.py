@@ -448,7 +448,8 @@ def run_shell(channel: paramiko.Channel, command: str) -> int | None:
 def _pump(
     read: Callable[[int], bytes], write: Callable[[bytes], object], then: IO[bytes] | None = None
 ) -> None:
-    with contextlib.suppress(OSError, ValueError):  # either end was closed meanwhile
+    # Either end was closed meanwhile; of a connection that the client has reset, paramiko says EOFError.
+    with contextlib.suppress(OSError, ValueError, EOFError):
         while chunk := read(32768):
             write(chunk)
     if then:
