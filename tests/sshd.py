@@ -376,9 +376,11 @@ class Listener:
             thread.start()
 
     def _attend(self, connection: Connection) -> None:
-        with connection, contextlib.suppress(OSError, EOFError):
-            self.serve(connection)
-        del self._clients[threading.current_thread()]
+        try:
+            with connection, contextlib.suppress(OSError, EOFError):
+                self.serve(connection)
+        finally:
+            del self._clients[threading.current_thread()]
 
     def freeze(self) -> None:
         """From here on nothing is answered, though connections are taken."""
@@ -389,12 +391,13 @@ class Listener:
         self._running.set()
 
     def kill_sessions(self) -> None:
-        """Cut every connection (a frozen server thaws by it)."""
-        for connection in list(self._clients.values()):
+        """Cut every connection (a frozen server thaws by it); others may come meanwhile, one after the other."""
+        cut = dict(self._clients)
+        for connection in cut.values():
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         self.thaw()
-        wait_for(lambda: not self._clients)
+        wait_for(lambda: not cut.keys() & self._clients.keys())
 
     def stop(self) -> None:
         """Cut every connection and close the port; returns when all threads have ended."""
@@ -513,7 +516,8 @@ class ParamikoSshd(Listener, SshServer):
         transport.join()
         transport.packetizer.complete_handshake()  # after a failed one, its timer lived on for 15 s
         for answer in connection.answers:
-            answer.join()
+            if answer.ident is not None:  # cut before the next read, it was never begun
+                answer.join()
 
     def prepare(self, transport: paramiko.Transport) -> None:
         """Change what is offered to the client."""
@@ -522,6 +526,7 @@ class ParamikoSshd(Listener, SshServer):
         """New host keys and an empty log, on the same port; open sessions end."""
         self.kill_sessions()
         self._make_host_keys(tuple(self.host_keys))
+        self.kill_sessions()  # those that came meanwhile
         (self.folder / "log").write_text("", encoding="utf-8")
 
     def kill(self) -> None:
