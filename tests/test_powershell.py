@@ -325,6 +325,7 @@ def test_the_readme_names_the_spn_that_kerberos_asks_for() -> None:
     """Not HTTP/, which may belong to an application of IIS; a directory derives that from HOST/."""
     said = (Path(healthchecker.__file__).parent / "README.md").read_text(encoding="utf-8")
     with WSManServer("https", "negotiate") as server, GuardedSocket() as opened:
+        opened.begin(Deadline(TIMEOUT))
         service = connection_to(target(server, auth="kerberos"))._transport(opened).session.auth.service
     assert re.findall(r"SPN (\w+)/`hostname`", said) == [service.upper()]
 
