@@ -30,16 +30,17 @@ collect_ignore = [] if sys.platform == "win32" else ["test_windows_local.py"]  #
 __all__ = ["DATABASES", "NO_PASSWORD_LOGIN", "folder_with_database", "no_leaks", "open_descriptors", "wait_for"]
 # The files that take longest are begun first: one of them would be left alone at the end.
 BEGUN_FIRST = (
-    "windows_verdicts sharing windows_local windows_shells windows_endpoints windows_accounts poll notify uplink "
-    "sessions command_line accounts storage workers postgres overrides middleware history pages security transport "
-    "powershell maintenance api status night metrics wsman_server incidents real_shells soak windows_kept endpoints "
-    "probes bastions serve files overload end_to_end push groups reload hostile_clients windows_service recorder "
-    "crashes readme vault"
+    "windows_verdicts poll transport sharing recorder postgres pages windows_local windows_shells windows_endpoints "
+    "windows_accounts sessions powershell uplink storage notify workers command_line accounts overrides protocols serve "
+    "end_to_end middleware history security real_shells soak overview bastions api status real_hosts crashes "
+    "windows_kept files hostile_clients reload gate groups incidents metrics sshd windows_service vault maintenance "
+    "push wsman_server night endpoints proxy windows_python probes overload readme"
 ).split()
 # These wait more than they compute, and their tests share nothing: several workers run one of them. Not in wine, where
 # they compute.
 SHARES = {} if sys.platform == "win32" else {
-    "test_poll.py": 4, "test_sharing.py": 3, "test_uplink.py": 2, "test_sessions.py": 2, "test_overrides.py": 2}
+    "test_poll.py": 4, "test_sharing.py": 3, "test_transport.py": 3, "test_recorder.py": 3, "test_uplink.py": 2,
+    "test_sessions.py": 2, "test_overrides.py": 2, "test_postgres.py": 2, "test_powershell.py": 2}
 # These share PowerShell's processes, so one worker runs them all.
 WITH_ENGINE = {f"test_windows_{name}.py" for name in ("verdicts", "shells", "endpoints", "accounts")}
 # .NET compiles nothing twice: a process that serves for minutes does not gain by it.
