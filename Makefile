@@ -27,8 +27,10 @@ DIST := --dist loadfile --no-loadscope-reorder    # tests/conftest.py puts long 
 # marked long are in `make test-long`; .ci/run has both. All of one file: make test ARGS="tests/test_x.py -m ''"
 test: MARKED := not long
 test-long: MARKED := long
-# Six at once on two processors: they wait three times as long as they compute.
+# Six at once on two processors: they wait three times as long as they compute. All of it: what they import is compiled
+# once before, and not by each.
 test test-long: packages $(VENV)/test.stamp
+	$(if $(ARGS),,@ls tests/test_*.py | xargs -n 34 -P 2 $(BIN)/python -m pytest --collect-only >/dev/null || true)
 	$(BIN)/python -m pytest -n 6 $(DIST) --max-worker-restart 1 $(LIMIT) -m "$(MARKED)" $(ARGS)
 
 # What runs on Windows, too, under Windows Python in wine; exit status 77 says that it cannot be had here. Left out

@@ -27,12 +27,12 @@ from sshd import SSHD, SYSTEM_PATH, ParamikoSshd, Sshd, open_sshd, wait_for  # w
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 collect_ignore = [] if sys.platform == "win32" else ["test_windows_local.py"]  # powershell.exe is Windows' own
-__all__ = ["DATABASES", "NO_PASSWORD_LOGIN", "folder_with_database", "no_leaks", "open_descriptors", "wait_for"]
+__all__ = ["EACH_DATABASE", "NO_PASSWORD_LOGIN", "folder_with_database", "no_leaks", "open_descriptors", "wait_for"]
 # The files that take longest are begun first: one of them would be left alone at the end.
 BEGUN_FIRST = (
     "windows_verdicts poll transport sharing recorder postgres pages windows_local windows_shells windows_endpoints "
-    "windows_accounts sessions powershell uplink storage notify workers command_line accounts overrides protocols serve "
-    "end_to_end middleware history security real_shells soak overview bastions api status real_hosts crashes "
+    "windows_accounts sessions powershell uplink storage notify workers command_line accounts overrides protocols "
+    "serve end_to_end middleware history security real_shells soak overview bastions api status real_hosts crashes "
     "windows_kept files hostile_clients reload gate groups incidents metrics sshd windows_service vault maintenance "
     "push wsman_server night endpoints proxy windows_python probes overload readme"
 ).split()
@@ -45,7 +45,9 @@ SHARES = {} if sys.platform == "win32" else {
 WITH_ENGINE = {f"test_windows_{name}.py" for name in ("verdicts", "shells", "endpoints", "accounts")}
 # .NET compiles nothing twice: a process that serves for minutes does not gain by it.
 SHORT_LIVED = {"DOTNET_TieredPGO": "0", "DOTNET_TC_CallCounting": "0"}
-DATABASES = ["SQLite"] if sys.platform == "win32" else ["SQLite", "PostgreSQL"]
+DATABASES = ["SQLite", "PostgreSQL"][:1 if sys.platform == "win32" else 2]
+# What both hold is told apart by few tests: in the short run SQLite is enough, and what only PostgreSQL has.
+EACH_DATABASE = [pytest.param(kind, marks=[pytest.mark.long] * (kind != "SQLite")) for kind in DATABASES]
 NO_PASSWORD_LOGIN = "password login needs root, to create a throw-away account"
 
 
@@ -65,7 +67,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """What has the folder of a database runs once for each kind; what is of files, or on Windows, for SQLite alone."""
     if "database_folder" in metafunc.fixturenames:
         alone = metafunc.definition.get_closest_marker("of_files")
-        metafunc.parametrize("database_folder", DATABASES[:1] if alone else DATABASES, indirect=True)
+        metafunc.parametrize("database_folder", EACH_DATABASE[:1] if alone else EACH_DATABASE, indirect=True)
 
 
 @pytest.hookimpl(trylast=True)

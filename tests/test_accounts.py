@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import service
-from conftest import DATABASES, folder_with_database, wait_for
+from conftest import EACH_DATABASE, folder_with_database, wait_for
 from console import DOCUMENTED, NAME, PASSWORD, TABLES, Client, Clock, Local, Reply, console, local_console
 from service import Service, few_rounds, write_inventory
 
@@ -67,7 +67,7 @@ def tmp_path(database_folder: Path) -> Path:
     return database_folder
 
 
-@pytest.fixture(scope="module", params=DATABASES)
+@pytest.fixture(scope="module", params=EACH_DATABASE)
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
     with local_console(folder_with_database(request, tmp_path_factory), SIMULATED, OPERATORS) as made:
         yield made.keep()

@@ -252,6 +252,7 @@ def stand_still(folder: Path, seconds: float) -> None:
         service.wait_status("/", 200)
 
 
+@pytest.mark.long
 def test_processes_that_stand_still(tmp_path: Path) -> None:
     """(20 seconds each: make soak.)"""
     stand_still(tmp_path, 0.5)

@@ -614,6 +614,7 @@ def damage_cells(console: Local, table: sqlalchemy.Table) -> Iterator[str]:
                     session.execute(sqlalchemy.text(mended), {"value": value})
 
 
+@pytest.mark.long
 def test_no_damaged_cell_takes_a_page_away(tmp_path: Path) -> None:
     """Whatever cell of whichever table it is: pages and lists show the rest."""
     rows = "".join(f"  - {{name: {name}, platform: simulated, seed: 1}}\n" for name in ("two", "one"))
@@ -1114,6 +1115,7 @@ def first_paint(page: Page) -> float:
     return float(page.evaluate(painted))
 
 
+@pytest.mark.long
 def test_a_thousand_resources(browser: Browser, tmp_path: Path, often: Callable[[int, int], int]) -> None:
     """The overview folds what is well, finds one as one types, shows all, and refreshes in 50 KB. (In the suite: 200;
     with all of them the first paint takes 300 ms.)"""

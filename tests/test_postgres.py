@@ -547,6 +547,7 @@ def test_a_server_that_falls_silent_holds_nobody_up(server: PostgresServer, post
             assert revision(session) == 1
 
 
+@pytest.mark.long
 def test_silent_hosts_hold_nobody_up(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of which has its time to answer; the one after them is reached none the less, also by who waits for it."""
     with contextlib.ExitStack() as stack:
@@ -602,7 +603,7 @@ def begun(path: Path) -> Iterator[Service]:
         service.kill()
 
 
-@pytest.mark.parametrize("outage", ["stopped", "silent"])
+@pytest.mark.parametrize("outage", ["stopped", pytest.param("silent", marks=pytest.mark.long)])
 def test_a_start_waits_for_the_database(outage: str, folder: Path, own_postgres: Postgres) -> None:
     """Behind a closed gate that answers: both may begin together, and what ends with 4 is not started again by systemd.
     A signal ends it meanwhile."""

@@ -371,6 +371,7 @@ def test_a_hanging_df_costs_no_service_and_no_check_its_answer(shell: str, tmp_p
     assert "memory_percent" in sample.metrics and sample.problems["disk_percent"]
 
 
+@pytest.mark.long
 def test_hanging_dfs_do_not_pile_up(tmp_path: Path, mark: str) -> None:
     path = in_folder(tmp_path, df=HANGS)
     script = build_script(wanting(Platform.LINUX), NONCE)

@@ -178,6 +178,7 @@ def test_an_answer_that_is_late_makes_nothing_newer(postgres: Postgres, pgbounce
 
 
 # --- logins
+@pytest.mark.long
 def test_what_another_machine_was_accepted_with(two: Two) -> None:
     """Clears its refusals here, too; that rise has not been reached is no refusal."""
     names = owned_by("b", 2)
@@ -195,6 +196,7 @@ def test_what_another_machine_was_accepted_with(two: Two) -> None:
         assert (guard.wait(name), guard.refusals) == (0, 0)
 
 
+@pytest.mark.long
 def test_all_refusals_of_another_machine_are_heard(two: Two) -> None:
     """Also the first one, which closes nothing yet, and those that were not read one by one."""
     first, second = owned_by("b", 2)
@@ -209,6 +211,7 @@ def test_all_refusals_of_another_machine_are_heard(two: Two) -> None:
     assert guard.refusals == 4 and guard.wait(second) > 1800
 
 
+@pytest.mark.long
 def test_what_was_refuted_elsewhere_is_not_known_again_after_a_start(two: Two) -> None:
     """Its row would last until the machine that wrote it logs in again."""
     [name] = owned_by("b", 1)
@@ -301,6 +304,7 @@ def test_who_joins_tells_how_it_stands_once(two: Two) -> None:
     assert [state for _, state in events(a, "gate")].count("open") == 1
 
 
+@pytest.mark.long
 def test_what_was_found_before_another_machine_joined(two: Two) -> None:
     """Is told by who found it: what is not written yet, and what waits for the poll of a parent."""
     names = [name for name in owned_by("a", 100) if owner_of(name, frozenset("abc")) == "c"][:2]

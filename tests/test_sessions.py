@@ -557,6 +557,7 @@ def test_a_host_that_is_stopped(server: Sshd, whole: bool) -> None:
         server.thaw()
 
 
+@pytest.mark.long
 def test_a_silent_check_runs_once(server: Sshd) -> None:
     """After the first sign of life only the deadline counts."""
     runs, timeout = counter(server), 12

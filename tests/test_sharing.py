@@ -589,6 +589,7 @@ def test_of_what_is_behind_another_nobody_is_told(tmp_path: Path, postgres: Post
             f"HealthChecker: {NAMES[0]} is {how}" for how in ("unhealthy", "healthy again")]  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_login_holds_everywhere(site: Site) -> None:
     """And a resource is polled at once by the machine that is asked, whoever polls it else."""
     site.begin("a", "b")
@@ -729,6 +730,7 @@ def test_inventories_that_differ(site: Site) -> None:
         assert site.execute("SELECT count(*) FROM resource WHERE origin = 'inventory'") == [(1,)]
 
 
+@pytest.mark.long
 def test_one_that_follows(site: Site) -> None:
     """It takes no inventory over, neither before another machine has nor after that is gone."""
     path = site.write("b", service="  inventory: follow\n")

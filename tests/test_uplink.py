@@ -289,6 +289,7 @@ def test_what_was_down_before_is_not_held(house: House, machines: Machines, gate
         assert not house.aggregator.is_healthy()
 
 
+@pytest.mark.long
 @LINUX
 def test_another_fault_is_not_held(house: House, machines: Machines, gateway: Gateway) -> None:
     with cut_off(house, machines, gateway, 3600, "name: m3, fall: 1, retry_interval: 2"):

@@ -1013,6 +1013,8 @@ def answers_of(sock: socket.socket) -> int:
     return count
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_the_end_of_workers_that_hang(folder: Path) -> None:
     """One in a request on its loop, the other one is frozen and has to be killed."""
     with Service(inventory(folder, threads=0)) as service, socket.socket() as hanging:
@@ -1231,6 +1233,7 @@ def restart_often(folder: Path, restarts: int, requests: int) -> int:
     return len(answers)
 
 
+@pytest.mark.long
 @POSIX
 def test_a_restart_refuses_nobody(tmp_path: Path) -> None:
     """(Ten restarts, 20,000 requests: make soak.)"""
