@@ -18172,8 +18172,9 @@ class Announcer:
     def settle(self, picture: Picture, now: float) -> None:
         """Ends what the rows say is over, whatever became of its event, and begins what they say is bad."""
         row = self.row
+        waits = RETRY_TIME if row.made_at <= now else 0.0   # or the clock was set back since
         row.made_at, row.next_at, row.joined_at = (
-            min(row.made_at, now), min(row.next_at, now + RETRY_TIME), min(row.joined_at, now))
+            min(row.made_at, now), min(row.next_at, now + waits), min(row.joined_at, now))
         for key, notice in [*self.notices.items()]:
             for column in ("since_at", "taken_at", "over_at", "told_at"):
                 setattr(notice, column, min(now, getattr(notice, column)))
@@ -18215,7 +18216,7 @@ class Announcer:
         row, is_late = self.row, now - self.row.made_at >= RETRY_TIME
         row.tries, row.trouble = row.tries + 1, "" if came.is_delivered else came.why
         if came.is_delivered:
-            row.message, row.delivered = "", row.delivered + 1
+            row.message, row.next_at, row.delivered = "", row.made_at, row.delivered + 1
             return True
         pause = min(RETRY_LONGEST, RETRY_FIRST * 2 ** min(row.tries - 1, 10))
         row.next_at = now + max(pause, min(came.retry_after, RETRY_TIME))

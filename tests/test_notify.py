@@ -312,6 +312,26 @@ def test_what_is_said_when(name: str) -> None:
     assert desk.titles == expected
 
 
+@pytest.mark.parametrize("is_reachable", [True, False])
+@pytest.mark.parametrize("back", [120, 3600, 86_400])
+def test_nothing_waits_for_what_a_clock_showed_before_it_was_set_back(back: int, is_reachable: bool) -> None:
+    """As of a machine that starts an hour ahead, until it asks for the time: neither for when something was told
+    last, nor for when a receiver that does not answer would have been tried again."""
+    desk = Desk(wait=5)
+    desk.is_reachable = is_reachable
+    desk.happens(**CLOSED)
+    desk.until(30)
+    desk.is_reachable = True
+    desk.now -= back
+    desk.look()
+    desk.happens(**OPEN)
+    desk.until(40 - back)
+    desk.happens(**CLOSED)
+    desk.until(60 - back)
+    assert desk.titles == [(5 if is_reachable else 30 - back, "the gate is closed"),
+                           (35 - back, "the gate is open again"), (45 - back, "the gate is closed")]  # fmt: skip
+
+
 def test_fifty_machines_are_one_message() -> None:
     """The gate's transition is the message, the resources are its lines: ten of them, and where the console is."""
     desk = Desk(on=["gate", "state"])
