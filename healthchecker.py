@@ -15234,9 +15234,10 @@ def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Do
 
 
 def remove_resource(who: Principal, name: str) -> None:
-    """Removes a resource and its history."""
+    """Removes a resource, its history, and what is planned for it: another one of its name is another machine."""
     with who.context.store.writing() as session:
         row = changeable(who, session, name)
+        end_works(who, session, Scope(resources=(name,)), "begun", "planned")
         forget_seen(who, session, row, "removed")
         session.delete(row)
         who.note(session, "removed", name)

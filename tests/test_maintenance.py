@@ -630,6 +630,22 @@ def test_what_is_removed_is_seen_no_more(console: Local) -> None:
     assert told(console, "acknowledgement") == [("over", "d", "", "removed", NAME)]
 
 
+def test_what_was_planned_for_a_resource_goes_with_it(console: Local) -> None:
+    """Another one of its name is another machine: the gate was open over it, whatever state that was in."""
+    new = {"name": "d", "platform": "simulated", "mean_healthy": 1000000, "interval": 1}
+    assert console.api("POST", "resources", new).status == 201
+    for start in ({}, {"start": clock_at(DAY)}):
+        order = {"for": "7d", "reason": "scrapped", **start}
+        assert console.api("POST", "resources/d/maintenance", order).status == 200
+    console.api("POST", "resources/b/maintenance", {"for": "1h", "reason": "of another"})
+    assert console.api("DELETE", "resources/d").status == 204
+    ends = {("over", "d", "", text, NAME) for text in ("maintenance ended", "maintenance cancelled")}
+    assert set(told(console, limit=3)) > ends, "and by nobody later, whose name could be another's by then"
+    assert console.api("POST", "resources", new).json["maintenance"] is None
+    assert [work["reason"] for work in console.api("GET", "maintenance").json] == ["of another"]
+    assert console.api("DELETE", "resources/d").status == 204
+
+
 def test_what_leaves_the_inventory_is_seen_no_more(diary: Diary) -> None:
     diary.write()
     with diary.store.writing() as session:
