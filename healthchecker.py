@@ -16638,7 +16638,9 @@ else details[name]|duration_text if name == "uptime_seconds" else "%g"|format(de
 <td><details name="user"{% if typed %} open{% endif %}>
 <summary>Change<span class="hidden"> {{ account.username }}</span></summary>
 <form method="post" class="row" action="/-/users/{{ account.username|urlencode }}">
-<label>Role <select name="role">{{ options(roles, typed.role or account.role) }}</select></label>
+<input type="hidden" name="shown" value="{{ account.role }}">
+<label>Role <select name="role">
+{{- options(roles, typed.role if typed.role != typed.shown else account.role) }}</select></label>
 <label>New password <input type="password" name="password" minlength="12" maxlength="1024" autocomplete="new-password"
  placeholder="{{ "not kept: type it again" if typed.password else "unchanged" }}"></label>
 <button>Change {{ account.username }}</button></form>
@@ -17642,7 +17644,15 @@ def token_page(**more: Any) -> flask.Response:
 
 def filled() -> dict[str, str]:
     """What the form says; what is left empty stays as it is."""
-    return {name: text for name, text in flask.request.form.items() if text}
+    return {name: text for name, text in flask.request.form.items() if text and name != "shown"}
+
+
+def user_form(who: Principal, name: str) -> None:
+    """A role that stands there as it was shown is not meant: it may be another one by now."""
+    given = filled()
+    if given.get("role") == flask.request.form.get("shown", ""):
+        del given["role"]
+    change_user(who, name, given)
 
 
 def password_form(who: Principal) -> Answer:
@@ -17758,7 +17768,7 @@ PAGES = (
     Route("GET", "/-/events", "viewer", event_page),
     Route("GET", USERS, "admin", user_page),
     form_route(USERS, user_page, lambda who: add_user(who, filled()), USERS),
-    form_route(USERS + "/<name>", user_page, lambda who, name: change_user(who, name, filled()), USERS),
+    form_route(USERS + "/<name>", user_page, user_form, USERS),
     form_route(USERS + "/<name>/remove", user_page, remove_user, USERS),
     form_route("/-/sessions/<number>/end", user_page, end_session, USERS),
     Route("GET", TOKENS, "viewer", token_page),

@@ -41,6 +41,7 @@ from healthchecker import (
     SqliteFile,
     Status,
     WatchedTime,
+    find_user,
 )
 
 if TYPE_CHECKING:
@@ -508,6 +509,31 @@ def test_a_failed_change_of_a_user_leaves_the_form_to_add_one_alone(console: Loc
     reply = console.form("/-/users", {"name": "<later>", "password": DOCUMENTED, "role": "admin"})
     assert 'value="&lt;later&gt;"' in reply.body and reply.body.count("aria-invalid") == 1
     assert reply.body.count('<option value="admin" selected>') == 2  # of the one admin there is, and of the new one
+
+
+def test_a_users_page_of_before_gives_no_role_back(console: Local) -> None:
+    """Its form says the role that was shown, whatever is typed there."""
+    def of_late() -> dict[str, str]:
+        form = console.ask("GET", "/-/users").body.partition('action="/-/users/late"')[2].partition("</form>")[0]
+        chosen = re.search(r'<option value="(\w+)" selected', form)
+        assert chosen
+        return {**dict(re.findall(r'<input type="hidden" name="(\w+)" value="(.*?)"', form)), "role": chosen[1]}
+
+    def role() -> str:
+        return str({user["name"]: user["role"] for user in console.api("GET", "users").json}["late"])
+
+    origin = {"Origin": "http://localhost"}
+    assert console.form("/-/users", {"name": "late", "password": PASSWORD, "role": "admin"}).status == 303
+    before = of_late()
+    assert console.api("PATCH", "users/late", {"role": "viewer"}, headers=origin).status == 200
+    reply = console.form("/-/users/late", {**before, "password": DOCUMENTED})
+    assert reply.status == 422 and '<option value="viewer" selected' in reply.body.partition("users/late")[2]
+    assert console.form("/-/users/late", {**before, "password": PASSWORD * 2}).status == 303
+    assert role() == "viewer"
+    with console.store.reading() as session:
+        assert find_user(session, "late").verify(PASSWORD * 2)
+    assert console.form("/-/users/late", {**of_late(), "role": "admin"}).status == 303
+    assert role() == "admin"
 
 
 @pytest.mark.parametrize("settings", ["", "{", "[]", "{}", '{"tags": 5, "critical": true, "limits": {}}'])
