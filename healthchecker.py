@@ -15099,8 +15099,9 @@ class GateChange(Settings):
     reason: Annotated[TextLine, Field(max_length=200)] | None = None
 
 
-def change_gate(who: Principal, body: Mapping[str, Any]) -> None:
-    """Has the gate opened or closed by hand, or ends that; a service follows within a second.
+def change_gate(who: Principal, body: Mapping[str, Any], shown: str = "") -> None:
+    """Has the gate opened or closed by hand, or ends that; a service follows within a second. `shown`: when that began
+    which is meant to end, if no other may.
 
     An open gate over sick resources ends by itself. A site that was closed on purpose may stay so until that is ended:
     it must not come back in the middle of the work."""
@@ -15114,6 +15115,9 @@ def change_gate(who: Principal, body: Mapping[str, Any]) -> None:
         raise field_errors({"for": "has no meaning with auto"})
     reason = given.reason or ""
     with context.store.writing() as session:
+        held = stored_override(session) if shown else None
+        if held and str(held.at) != shown:
+            raise ApiError(f"meanwhile the gate was {held.why}; nothing is changed", 409)
         text, said = "", f"gate left to the resources again{f': {reason}' if reason else ''}"
         if given.action != "auto":
             override = Override(action=given.action, at=context.clock(), seconds=seconds, reason=reason, actor=who.name,
@@ -15126,9 +15130,9 @@ def change_gate(who: Principal, body: Mapping[str, Any]) -> None:
             revise(session)
 
 
-def override_gate(who: Principal, body: Mapping[str, Any]) -> GateView:
+def override_gate(who: Principal, body: Mapping[str, Any], shown: str = "") -> GateView:
     """Opens or closes the gate by hand for a while, or leaves it to the resources again."""
-    change_gate(who, body)
+    change_gate(who, body, shown)
     who.context.monitor.catch_up()
     return show_gate(who)
 
@@ -16223,7 +16227,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <p class="soft">since {{ override.at|time_tag }},
 {{ "until " ~ override.until|time_tag if override.until else "until that is ended" }}, whatever the resources say</p>
 {% if admin %}
-<form method="post" action="/-/override" data-inline>
+<form method="post" action="/-/override" data-inline><input type="hidden" name="shown" value="{{ override.at }}">
 <button name="action" value="auto">Leave the gate to the resources</button></form>
 {% endif %}
 </section>
@@ -16326,6 +16330,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <div class="actions" data-keep>
 <details name="action"{% if given.action %} open{% endif %}><summary class="button">Override the gate</summary>
 <form method="post" action="/-/override" data-inline class="panel">
+<input type="hidden" name="shown" value="{{ override.at if override else "nothing" }}">
 <p><label>Gate <select name="action">{{ options({"close": "closed", "open": "open"}, given.action) }}</select></label>
 </p>
 <p><label>For <select name="for">{{ options({"10m": "10 minutes", "30m": "30 minutes", "2h": "2 hours", "8h": "8 hours",
@@ -17748,7 +17753,8 @@ def refuse(failure: Exception) -> Answer:
 RESOURCE_PAGE, USERS, TOKENS = "/-/resources/<name>", "/-/users", "/-/tokens"
 PAGES = (
     Route("GET", "/-/", "viewer", overview),
-    form_route("/-/override", overview, lambda who: override_gate(who, filled()), PREFIX),
+    form_route("/-/override", overview,
+               lambda who: override_gate(who, filled(), flask.request.form.get("shown", "")), PREFIX),
     Route("GET", RESOURCE_PAGE, "viewer", resource_page),
     Route("GET", "/-/add", "admin", form_page),
     form_route("/-/add", form_page, resource_form),

@@ -6,6 +6,7 @@ import html
 import http.client
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -344,6 +345,36 @@ def test_page(local: Local) -> None:
 
 
 # === Observed ================================================================
+def shown_overrides(local: Local) -> list[str]:
+    """What the forms of the overview say of the override that it shows: the one that ends it, and the panel."""
+    forms = local.ask("GET", "/-/").body.split('action="/-/override"')[1:]
+    return [found[1] for form in forms if (found := re.search(r'name="shown" value="(.*?)"', form.split("</form>")[0]))]
+
+
+def test_a_page_of_before_ends_no_other_override(local: Local) -> None:
+    """Somebody closed the gate to work behind it; the button was for what its page showed."""
+    with local.store.writing() as session:
+        session.add(make_user("adam"))
+    nothing = shown_overrides(local.log_in_as("SpiceWorks"))
+    assert local.form("/-/override", {"action": "open", "for": "30m", "reason": "a known flap"}).status == 303
+    mine = shown_overrides(local)
+    assert (len(nothing), len(mine)) == (1, 2)
+    local.log_in_as("adam", "token").api("POST", "gate", {"action": "close", "reason": "restoring the database"})
+    local.log_in_as("SpiceWorks")
+    for fields in (
+        {"action": "auto", "shown": mine[0]},
+        {"action": "open", "for": "10m", "reason": "flap", "shown": mine[1]},
+        {"action": "open", "for": "10m", "reason": "flap", "shown": nothing[0]},
+    ):
+        reply = local.form("/-/override", fields)
+        assert reply.status == 409 and "eanwhile the gate was closed by adam: restoring the" in reply.body
+        assert changes(local)[0].startswith("adam: gate closed by adam")
+    assert "Gate closed by adam: restoring the database" in reply.body and 'value="flap"' in reply.body
+    assert local.form("/-/override", {"action": "auto", "shown": shown_overrides(local)[0]}).status == 303
+    fields = {"action": "open", "for": "10m", "reason": "flap", "shown": mine[0]}
+    assert local.form("/-/override", fields).status == 303, "that one is over, and there is no other"
+
+
 def test_observe_is_shown(tmp_path: Path) -> None:
     with local_console(tmp_path, BAD, "  mode: observe", clock=time.time) as local:
         lease, counters = local.context.lease, Counters(1, ["/r"])
