@@ -15151,13 +15151,12 @@ def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, An
     settings = SettingsReader(inventory, form).read(body, stored)
     if settings.hops or settings.depends_on:
         with context.store.reading() as session:
-            known = {name: target.settings for name, target in load_targets(
-                session, context.vault, context.monitor.targets).items()}
-            gates = imported_gates(session)
-        ways = {name: each.way for name, each in known.items()}
+            targets, gates = load_targets(session, context.vault, context.monitor.targets), imported_gates(session)
+        # a row that gets another name has the old one there still
+        others = [each.settings for name, each in targets.items() if each.id != row.id and name != settings.name]
+        ways = {each.name: each.way for each in others}
         if settings.hops and (why := jump_fault(settings.name, ways | {settings.name: settings.hops})):
             raise field_errors({"proxy_jump": why})
-        others = [each for name, each in known.items() if name != settings.name]
         faults = dependency_faults(gates, [*others, settings])
         if why := next((why for index, _, why in faults if index == len(others)), None):
             raise field_errors({"depends_on": why})
@@ -15241,6 +15240,8 @@ def remove_resource(who: Principal, name: str) -> None:
     """Removes a resource, its history, and what is planned for it: another one of its name is another machine."""
     with who.context.store.writing() as session:
         row = changeable(who, session, name)
+        if why := named_by(session, name):
+            raise ApiError(f"{name} {why}", 409)
         end_works(who, session, Scope(resources=(name,)), "begun", "planned")
         forget_seen(who, session, row, "removed")
         session.delete(row)

@@ -316,6 +316,29 @@ def test_what_the_console_adds_depends_on_what_there_is(tmp_path: Path) -> None:
         wait_for(lambda: local.api("GET", "resources/a").json["state"] == "healthy")
 
 
+def test_what_others_are_behind_is_not_removed(tmp_path: Path) -> None:
+    """Nor may a new name leave the old one in its own settings: nothing of them could be changed after that."""
+    with local_console(tmp_path, "") as local:
+        local.log_in()
+        calm = {"platform": "simulated", "mean_healthy": 1_000_000}
+        for row in ({"name": "sw"}, {"name": "web", "depends_on": ["sw"]}, {"name": "a"}):
+            assert local.api("POST", "resources", calm | row).status == 201
+        reply = local.api("DELETE", "resources/sw")
+        assert (reply.status, reply.json["detail"]) == (409, "sw stays while it is named by web")
+        reply = local.api("PATCH", "resources/a", {"name": "b", "depends_on": ["a"]})
+        assert (reply.status, list(reply.fields)) == (422, ["depends_on"])
+        assert local.api("PATCH", "resources/web", {"critical": False}).status == 200
+        assert local.api("PATCH", "resources/a", {"name": "b", "depends_on": ["web"]}).json["depends_on"] == ["web"]
+        host = {"platform": "linux", "hostname": "192.0.2.1", "username": "u", "password": "p", "interval": 600}
+        for row in ({"name": "jump"}, {"name": "behind", "proxy_jump": "jump"}):
+            assert local.api("POST", "resources", host | row).status == 201
+        assert local.api("DELETE", "resources/jump").status == 409
+        reply = local.api("PATCH", "resources/behind", {"name": "p", "proxy_jump": "behind", "password": "p"})
+        assert (reply.status, list(reply.fields)) == (422, ["proxy_jump"])
+        for name in ("behind", "jump", "b", "web", "sw"):
+            assert local.api("DELETE", f"resources/{name}").status == 204
+
+
 def test_dependencies_follow_a_reload(tmp_path: Path) -> None:
     """Added, renamed and removed while the service runs."""
     switch = f"{DOWN}, fall: 1, critical: false"
