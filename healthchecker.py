@@ -15019,6 +15019,14 @@ def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None
                           complaint=connection.blank(keeper.complaint), found_dead=connection.found_dead)
 
 
+def without_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are for who is no admin: headers, values of a query and what is sent may be keys."""
+    path, mark, query = str(settings.get("url") or "").partition("?")
+    return {**settings, "headers": dict.fromkeys(settings.get("headers", ()), "***"),
+            "url": path + mark + re.sub("=[^&]{3,}", "=***", query) or None,    # no longer than that may be
+            "send": settings.get("send") and "***"}
+
+
 def resource_view(row: Resource, status: Status | None, who: Principal, more: Remarks) -> ResourceView:
     """A resource as the API shows it; of a row that cannot be read as much as there is, and that it is damaged."""
     context = who.context
@@ -15034,9 +15042,8 @@ def resource_view(row: Resource, status: Status | None, who: Principal, more: Re
         "acknowledgement": SeenView.model_validate(seen, from_attributes=True) if seen else None,
         **{name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")}}
     try:
-        settings = from_json(row.settings)
-        if not who.may("admin"):    # some are keys
-            settings["headers"] = dict.fromkeys(settings.get("headers", ()), "***")
+        settings = {**from_json(row.settings)}
+        settings = settings if who.may("admin") else without_keys(settings)
         return ResourceView.model_validate(settings | shown | {"sample": from_json(known.sample)})
     except (ValueError, TypeError):
         return ResourceView.model_construct(
