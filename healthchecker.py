@@ -3981,8 +3981,7 @@ def spells(name: str) -> sqlalchemy.ColumnElement[bool]:
 
 def named_by(session: Session, name: str) -> str:
     """Why a resource has to keep its name: what names it, empty for nothing."""
-    gates = imported_gates(session)
-    names = {group for group, members in gates.members({}).items() if name in members}
+    names = {group for group, members in stored_gates(session).members({}).items() if name in members}
     for row in session.scalars(sqlalchemy.select(Resource).where(spells(name))):
         with contextlib.suppress(StorageError):     # what cannot be read names nothing
             settings = row.parsed_settings
