@@ -4496,6 +4496,7 @@ REFUSALS = 3                    # of a host or a credential, after which nothing
 REFUSALS_ASKED = 4              # ... and by somebody who asks for it: the common policy locks at the fifth
 LOCKOUT_WINDOW = 31 * 60.0      # seconds without a wrong password after which directories count anew, and a bit
 ANSWER_TIME = 60.0              # seconds after its poll for which a host may say what it thinks of a password
+REMEMBERED = 1000               # credentials that nobody has any more, of which a refusal counts on
 JOURNAL_TIME = 1.0              # seconds, a quarter of what is left at most, for which a login waits to be written down
 NOT_TRIED = "not tried: "       # begins the reason of what was no login
 
@@ -4664,7 +4665,7 @@ class LoginGuard:
     def is_used(self) -> bool:
         """Whether it knows, or is about to be told, what must not be forgotten."""
         with self._turn:
-            return bool(self._asked or self._running or self.refusals)
+            return bool(self._asked or self._running or self.refusals or any(map(self.has_refused, self._refused)))
 
     def _counted(self, times: list[float]) -> list[float]:
         """Those that still count; the others are dropped."""
@@ -4913,11 +4914,13 @@ class Guards:
                 guard.write(name)
 
     def keep(self, targets: Iterable[Target]) -> None:
-        """Forgets the credentials of all others."""
+        """Forgets the credentials of all others, but not that they were refused lately: they may come back."""
         watched = {target.name: target for target in targets}
         shown = [one for target in watched.values() for one in (target, *target.bastions())]
         with self._lock:
-            self._guards = {key: self._guards.get(key) or self._begin(key) for key in map(self._key, shown)}
+            used = {key: self._guards.get(key) or self._begin(key) for key in map(self._key, shown)}
+            gone = [(key, guard) for key, guard in self._guards.items() if key not in used and guard.is_used]
+            self._guards = dict(gone[-REMEMBERED:]) | used
             for guard in self._guards.values():
                 guard.polled = watched.keys()
             self._typed = {user: guard for user, guard in self._typed.items() if guard.is_used}

@@ -2081,6 +2081,47 @@ def test_check_now_goes_through_the_guard(house: House, machines: Machines) -> N
         assert report and report.verdict.healthy
 
 
+@pytest.mark.parametrize("meanwhile", ["name: b, platform: simulated", "name: a, password: another"],
+                         ids=["gone", "changed"])  # fmt: skip
+def test_a_refused_password_that_comes_back_is_none_that_nobody_tried(
+    house: House, machines: Machines, meanwhile: str
+) -> None:
+    """An edit that is taken back, or a resource that is commented out and in again: a directory has counted on."""
+    house.write("name: a, interval: 1")
+    machines.behaviours["a"] = machines.login("a", refused)
+    with house.watching():
+        wait_for(lambda: house.state("a") == ("unhealthy", "auth"))
+        for _ in range(2):
+            house.monitor.poll_now("a", 5)
+        assert machines.logins == ["a"] * 3
+        for tried in (4, 4):
+            machines.behaviours["a"] = unreachable
+            house.write(meanwhile)
+            house.monitor.catch_up()
+            house.write("name: a, interval: 1")
+            house.monitor.catch_up()
+            machines.behaviours["a"] = machines.login("a", refused)     # but never the other password
+            assert house.monitor.login_wait("a") > 1800
+            for _ in range(3):
+                house.monitor.poll_now("a", 5)
+            assert len(machines.logins) == tried, "the one more that who asks for it has"
+
+
+def test_what_was_refused_is_forgotten_in_the_end() -> None:
+    """Of credentials that nobody has any more: after half an hour, and the oldest where there are too many."""
+    def target(password: str) -> Target:
+        settings = ResourceSettings(name="a", hostname="h", username="u", password=SecretStr(password))
+        return Target(0, settings, None, "", "")
+
+    guards, count = Guards(), healthchecker.REMEMBERED
+    for number in range(count + 1):
+        guards.of(target(f"p{number}")).refuse("a")
+    guards.of(target("old")).refuse("a", LOCKOUT_WINDOW + 1)
+    guards.keep([])
+    assert len(guards._guards) == count
+    assert [guards.of(target(f"p{number}")).refusals for number in (0, 1, count)] == [0, 1, 1]
+
+
 def test_check_now_with_the_settings_of_now(house: House, machines: Machines) -> None:
     """A change is followed first."""
     house.write("name: db1")
