@@ -2881,7 +2881,7 @@ class Event(Base):
 
 class Maintenance(Base):
     """Planned work: what does not count for a while. One that was planned here goes a day after it is over; of each
-    plan of the inventory that has begun there is one, which stays."""
+    plan of the inventory that has begun there is one, which stays, and while it would last what was ended of others."""
 
     __tablename__ = "maintenance"
     __table_args__ = ({"sqlite_autoincrement": True},)      # or who ends what is over already ended another one
@@ -10200,8 +10200,8 @@ def take_turn(session: Session, row: Maintenance, now: float, *, gone: bool) -> 
         finish_work(session, row, f"maintenance is over: {'the plan has changed' if row.plan else 'that is gone'}", now)
 
 
-def begin_turn(session: Session, plan: Plan, row: Maintenance | None, now: float) -> None:
-    """Begins the turn of a plan in which it is now, if that was not begun before."""
+def begin_turn(session: Session, plan: Plan, row: Maintenance | None, now: float, held: Collection[float]) -> None:
+    """Begins the turn of a plan in which it is now, if that was not begun before, nor is `held` by its beginning."""
     start, _ = plan.around(now)
     if start + plan.seconds <= now or (row and row.turn_at == start):
         return
@@ -10210,24 +10210,29 @@ def begin_turn(session: Session, plan: Plan, row: Maintenance | None, now: float
     row.turn_at, row.until_at = start, start + plan.seconds
     if row.state == "over":
         row.start_at = start
-        begin_work(session, row, now)
+        if start not in held:
+            begin_work(session, row, now)
 
 
 def take_turns(session: Session, now: float) -> None:
     """Begins and ends what is due, within the caller's transaction."""
     plans, rows = stored_plans(session), session.scalars(sqlalchemy.select(Maintenance)).all()
     # What is damaged ends no maintenance of a group.
-    known = choices(session, imported_gates(session)) if rows else Choices({}, {}, {})
+    known, ended = choices(session, imported_gates(session)) if rows else Choices({}, {}, {}), list[Maintenance]()
     for row in rows:
         scope = row.chosen
         there = scope.all or scope.tags or known.groups.keys() & {*scope.groups} or known.of(scope)
         lasting = row.plan in plans if row.plan else there
+        if row.plan and not lasting and row.state == "over" and row.until_at > now:
+            ended.append(row)   # by somebody: who edits its plan, or takes it back, begins this turn no more
+            continue
         take_turn(session, row, now, gone=not lasting)
         if not lasting if row.plan else row.state == "over" and abs(now - row.turn_at) > KEPT_OVER:
             session.delete(row)
     turns = {row.plan: row for row in rows}
     for text, plan in plans.items():
-        begin_turn(session, plan, turns.get(text), now)
+        held = {row.turn_at for row in ended if known.of(row.chosen) & known.of(plan)}
+        begin_turn(session, plan, turns.get(text), now, held)
 
 
 def move_times(session: Session, seconds: float, now: float) -> None:

@@ -335,6 +335,34 @@ def test_a_plan_that_changes(diary: Diary, case: tuple[dict[str, str] | None, tu
     assert (*looks,) == covered and diary.states == states
 
 
+ENDED = {  # reloads after somebody ended the turn, and who does not count then, and a week later
+    "another reason": ([{"reason": "disks"}], "", "ac"),
+    "longer": ([{"for": "2h"}], "", "ac"),
+    "of more": ([{"tags": "", "resources": "[a, b]"}], "", "ab"),
+    "again and again": ([{"reason": "disks"}, {"for": "2h"}, {}], "", "ac"),
+    "gone and back": ([None, {}], "", "ac"),
+    "gone and another reason": ([None, {"reason": "disks"}], "", "ac"),
+    "of others": ([{"tags": "", "resources": "[b]"}], "b", "b"),
+    "at another time": ([{"schedule": "20 2 * * sun"}], "ac", "ac"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENDED.values(), ids=ENDED)
+def test_a_plan_that_changes_after_its_turn_was_ended(
+    diary: Diary, case: tuple[list[dict[str, str] | None], str, str]
+) -> None:
+    """The gate must not open again over what somebody wants to count. The next turn is one like any other."""
+    reloads, covered, next_week = case
+    assert diary.write({}).look(SUNDAY) == "ac"
+    with diary.store.writing() as session:
+        finish_work(session, session.scalars(sqlalchemy.select(Maintenance)).one(), "ended", SUNDAY)
+    for number, after in enumerate(reloads):
+        diary.write(*([] if after is None else [after])).look(SUNDAY + 1500 + number)
+    assert diary.look(SUNDAY + 1800) == covered
+    assert diary.look(SUNDAY + HOUR + 1300) == ""
+    assert diary.look(SUNDAY + 7 * DAY + 1200) == next_week
+
+
 def test_a_clock_that_is_set(diary: Diary) -> None:
     """What was begun by hand goes on for as long as it had left. A turn of a plan never does so for longer, is over
     where the clock says so, and is held once."""
