@@ -628,8 +628,8 @@ def with_ssh_config(raw: dict[str, Any], config: SshConfig, names: Collection[st
 
 # === Documents ===============================================================
 # The inventory's text, read more strictly than YAML: every scalar stays the text that was written, no key comes twice,
-# aliases, tags and merges are refused, and each value has its place. In comes a file or what was typed into a form, out
-# goes a Document, or an InventoryError with line and column. Pure but for reading files; for any thread.
+# aliases, tags, merges and null are refused, and each value has its place. In comes a file or what was typed into a
+# form, out goes a Document, or an InventoryError with line and column. Pure but for reading files; for any thread.
 # Gives: Document, INVENTORY_BYTES, NodePath, read_document
 INVENTORY_BYTES = 4 << 20       # bytes; a larger inventory is refused
 INVENTORY_DEPTH = 8             # levels of nesting
@@ -640,6 +640,7 @@ NodePath = tuple[str | int, ...]
 # Where a value begins and ends in the text, and what it says if it is a text: plain, for there may be 300,000 of them,
 # and the garbage collector lets go of these.
 Node = tuple[int, int, str | None]
+NO_VALUE = frozenset({"", "~", "null", "Null", "NULL"})     # of YAML, where it is not quoted
 LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")     # what YAML takes for one
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -691,6 +692,11 @@ class Document:
             self._refused.append(self._line(max((index for index, *_ in self.nodes.values()), default=0), NO_YAML))
         if self._refused:
             raise InventoryError("\n".join(self._refused))
+        # Where a text would be made of no value; but what is expected of an answer may be null.
+        self.missing = {path: begin for path, (begin, end, said) in self.nodes.items() if said in NO_VALUE
+                        and end - begin == len(said or "") and path and path[-3:-1] != ("expect", "json")}
+        self.faults += [self._line(index, "no value stands here; write one (a text in quotes), or remove the line")
+                        for index in self.missing.values()]
 
     def _line(self, index: int, message: str) -> str:
         return f"{self.name}:{self._line_column(index)}: {message}"
@@ -699,6 +705,10 @@ class Document:
         """Of a place in the text, counted from 1."""
         line = bisect.bisect_right(self._lines, index)
         return f"{line}:{index - self._lines[line - 1] + 1}"
+
+    def lacks(self, path: NodePath) -> bool:
+        """Whether no value stands there, or around it."""
+        return any(path[:count + 1] in self.missing for count in range(len(path)))
 
     def position(self, path: NodePath, *, key: bool = False) -> str:
         """`line:column` of the key `path` or of the nearest value at or above it."""
@@ -838,10 +848,16 @@ def port_of(listen: str) -> str:
 
 def absolute(path: str | Path, folder: Path | None) -> Path:
     """~ is the home folder, and what is relative is so to `folder`, the inventory's. Raises ValueError."""
-    expanded = os.path.expanduser(path)
+    if not (expanded := os.path.expanduser(path)):
+        raise ValueError("must be a path and not empty")
     if "\0" in expanded or expanded.startswith("~"):
         raise ValueError("must be a path; its home folder must exist")
     return Path(folder or "", expanded)
+
+
+def file_path(path: object, info: ValidationInfo) -> object:
+    """A setting that is a path, before pydantic makes one of it, whose empty path is the folder it is in."""
+    return str(absolute(path, info.context)) if isinstance(path, (str, Path)) else path
 
 
 def known_hosts_file() -> Path:
@@ -919,7 +935,7 @@ Listen = Annotated[str, matching(ADDRESS, "must be address:port or [address]:por
 ConsoleListen = Annotated[str, matching("off|" + ADDRESS, "must be address:port, [address]:port or off"),
                           AfterValidator(port_of)]
 # A validation's context is the inventory's folder.
-FilePath = Annotated[Path, AfterValidator(lambda path, info: absolute(path, info.context))]
+FilePath = Annotated[Path, BeforeValidator(file_path)]
 Networks = tuple[Annotated[str, AfterValidator(network_of)], ...]
 Workers = Annotated[str, matching(r"auto|[1-9]|[1-5][0-9]|6[0-4]", "must be auto or a number from 1 to 64 "
                                   "(serving in the main process, 0, is gone: write 1)")]
@@ -2091,8 +2107,7 @@ class InventoryLoader:
     """Turns a Document into an Inventory and gathers all faults on the way; see fetch_secret for `secrets`."""
 
     def __init__(self, path: Path, document: Document, *, secrets: bool = True) -> None:
-        self.path, self.document = path, document
-        self.folder = path.absolute().parent            # where relative paths begin
+        self.path, self.document, self.folder = path, document, path.absolute().parent  # where relative paths begin
         self._fetch = functools.partial(fetch_secret, folder=self.folder, needed=secrets)
         self.faults = dict.fromkeys(document.faults)    # a dict keeps the order and drops repetitions
         self.places, self.names = dict[str, str](), set[str]()      # of the resources so far, by name; of all
@@ -2219,8 +2234,9 @@ class InventoryLoader:
             path = path[:2] + path[3:]
         parts = path[:-1] if key else path      # an unknown key may be a slipped password: it is not shown
         shown = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
-        position = self.document.position(path, key=key)
-        self.faults[f"{self.path.name}:{position}: {shown or 'inventory'}: {message}"] = None
+        if key or not self.document.lacks(path):    # of which nothing else needs to be said
+            position = self.document.position(path, key=key)
+            self.faults[f"{self.path.name}:{position}: {shown or 'inventory'}: {message}"] = None
 
     def _validate(self, model: type[M], raw: object, locate: Callable[[NodePath], NodePath]) -> M | None:
         try:

@@ -86,6 +86,7 @@ def dns(text: str) -> str:
     return "resources:\n  - {platform: dns, hostname: a, " + text + "}\n"
 
 
+NO_VALUE = "no value stands here; write one (a text in quotes), or remove the line"
 FAULTS: dict[str, tuple[str, str]] = {
     "dependency behind a range": (
         "resources:\n  - {hostname: 'h[1:3]', platform: dns}\n  - {hostname: a, platform: dns, depends_on: [¦h4]}\n",
@@ -110,7 +111,21 @@ FAULTS: dict[str, tuple[str, str]] = {
     "resources is a text": ("resources: ¦many\n", "resources: must be a list"),
     "resources is a mapping": ("resources: ¦{a: {hostname: a}}\n", "resources: must be a list"),
     "a resource is a text": ("resources:\n  - ¦a.example.com\n", "resources[0]: must be a mapping"),
-    "a resource is null": ("resources:\n  -¦\n", "resources[0]: must be a mapping"),
+    "a resource is null": ("resources:\n  -¦\n", NO_VALUE),
+    "a password is null": (one("password: ¦null"), NO_VALUE),
+    "a password is a tilde": (one("password: ¦~  # none"), NO_VALUE),
+    "a file is NULL": ("service: {log_file: ¦NULL}\nresources: []\n", NO_VALUE),
+    "a number is Null": ("service: {threads: ¦Null}\nresources: []\n", NO_VALUE),
+    "a name is nothing": ("service:\n  machine:¦\nresources: []\n", NO_VALUE),
+    "a tag is null": (more("tags: [a, ¦null]"), NO_VALUE),
+    "a route is nothing": ("routes:\n  /a:¦\nresources: []\n", NO_VALUE),
+    "a limit of a mount is null": (more("limits: {disk_percent: {fail: 5, mounts: {/boot: ¦null}}}"), NO_VALUE),
+    "a default is null": ("defaults: {username: ¦null}\nresources: []\n", NO_VALUE),
+    "no keys": ("service: {keys: ¦''}\nresources: []\n", "service.keys: must be a path and not empty"),
+    "no known_hosts": ("service: {known_hosts: ¦\"\"}\nresources: []\n", "must be a path and not empty"),
+    "no key_file": (one("key_file: ¦''"), "key_file: must be a path and not empty"),
+    "no password_file": (one("password_file: ¦''"), "password_file: must be a path and not empty"),
+    "no ssh_config": (more("ssh_config: ¦''"), "ssh_config: must be a path and not empty"),
     "service is a list": ("service: ¦[a]\nresources: []\n", "service: must be a mapping"),
     "defaults is a text": ("defaults: ¦none\nresources: []\n", "defaults: must be a mapping"),
     "unknown part": ("resources: []\n¦servcie: {}\n", "unknown setting; did you mean service?"),
@@ -499,8 +514,9 @@ def test_four_mebibytes_are_read(folder: Path) -> None:
         "007",
         "no",
         "22:22",
-        "~",
-        "null",
+        "'~'",
+        "'null'",
+        "nil",
         "0x1F",
         "1e3",
         "1_000",
@@ -514,7 +530,12 @@ def test_four_mebibytes_are_read(folder: Path) -> None:
     ],
 )
 def test_scalars_are_texts(scalar: str, folder: Path) -> None:
-    assert load(folder, one(f"password: {scalar}")).resources[0].secrets == {"password": scalar}
+    assert load(folder, one(f"password: {scalar}")).resources[0].secrets == {"password": scalar.strip("'")}
+
+
+def test_what_is_expected_may_be_null(folder: Path) -> None:
+    asked = "{url: 'http://a/', platform: http, expect: {json: {a: null, b: ~, c: 'null'}}}"
+    assert load(folder, f"resources: [{asked}]\n").resources[0].expect.values == {"a": "null", "b": "~", "c": "null"}
 
 
 def test_no_representation_shows_a_secret(folder: Path) -> None:

@@ -481,6 +481,7 @@ def test_a_form_of_another_site_brings_nothing_along(console: Local) -> None:
         ("tags: [one\r\n", ["YAML:2:1: not valid YAML here"]),
         ("tags: [one]\r\ntags: [two]", ["YAML:2:1: this key stands here twice"]),
         ("just words", ["YAML:1:1: must be settings"]),
+        ("public_name: ~\r\ntags:\r\n  - null", ["YAML:1:14: no value stands here", "YAML:3:5: no value"]),
         ("rise: 1\r\npassword: x", ["YAML:2:1: password has an input of its own"]),
         (
             "limits:\r\n  cpu_percent: {warn: 80, fail: 101}\r\ntimeout: 0\r\nlimit: 5",
