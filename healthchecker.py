@@ -2059,6 +2059,14 @@ def take_variable(name: str) -> str:
     return value
 
 
+def real_folder(path: Path) -> Path:
+    """That of a file, by whatever links one comes there: else each way would be another inventory. On Windows it stays
+    on its drive, whose letter may stand for a server."""
+    folder = path.absolute().parent
+    real = Path(os.path.realpath(folder))
+    return real if real.drive.lower() == folder.drive.lower() else folder
+
+
 def identities(path: Path) -> tuple[object, ...]:
     """What two names of one file have in common: where links lead, and the file itself where there is one."""
     real = os.path.normcase(os.path.realpath(path))
@@ -2107,7 +2115,7 @@ class InventoryLoader:
     """Turns a Document into an Inventory and gathers all faults on the way; see fetch_secret for `secrets`."""
 
     def __init__(self, path: Path, document: Document, *, secrets: bool = True) -> None:
-        self.path, self.document, self.folder = path, document, path.absolute().parent  # where relative paths begin
+        self.path, self.document, self.folder = path, document, real_folder(path)   # where relative paths begin
         self._fetch = functools.partial(fetch_secret, folder=self.folder, needed=secrets)
         self.faults = dict.fromkeys(document.faults)    # a dict keeps the order and drops repetitions
         self.places, self.names = dict[str, str](), set[str]()      # of the resources so far, by name; of all
@@ -19153,6 +19161,8 @@ class Installation:
         kept = service.model_dump(mode="json", exclude={
             name for name in ServiceSettings.model_fields
             if name.startswith(("heartbeat", "status_token")) or name == "database_password"})
+        if service.known_hosts == known_hosts_file():   # which is another one for whoever reloads
+            del kept["known_hosts"]
         return kept | {"gates": sorted(gates.members({})) or None}
 
     def keep_service(self, session: Session) -> None:
