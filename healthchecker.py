@@ -14418,6 +14418,7 @@ class ConsoleContext:
     clock: Callable[[], float] = time.time      # Unix time
     throttle: LoginThrottle = dataclass_field(default_factory=LoginThrottle)
     counters: Counters = dataclass_field(default_factory=lambda: Counters(1))   # of the workers
+    notes_at: float = 0.0       # when requests are noted as sessions' last ones again
 
     @property
     def imported(self) -> Inventory:
@@ -15635,14 +15636,17 @@ def identify(context: ConsoleContext, request: flask.Request, *, by_login: bool 
 
 def note_seen(who: Principal) -> None:
     """A page that refreshes itself is no activity; of a named token each request is, with where it came from."""
-    now, login = who.context.clock(), who.session
-    named = login is not None and login.kind == "named"
-    if login and now - login.seen_at > SEEN_INTERVAL and (named or "X-Refresh" not in flask.request.headers):
+    context, login = who.context, who.session
+    now, named = context.clock(), login is not None and login.kind == "named"
+    if login and now - login.seen_at > SEEN_INTERVAL and not 0 < context.notes_at - now <= SEEN_INTERVAL and (
+            named or "X-Refresh" not in flask.request.headers):
         seen = {"seen_at": now, "address": who.address if named else login.address}
-        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError), who.context.store.writing() as session:
-            # a full disk can still be read
-            session.execute(sqlalchemy.update(LoginSession).values(seen).where(
-                LoginSession.token_hash == login.token_hash, LoginSession.seen_at == login.seen_at))
+        context.notes_at = now + SEEN_INTERVAL      # a locked database has one request wait, not all threads
+        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):   # a full disk can still be read
+            with context.store.writing() as session:
+                session.execute(sqlalchemy.update(LoginSession).values(seen).where(
+                    LoginSession.token_hash == login.token_hash, LoginSession.seen_at == login.seen_at))
+            context.notes_at = 0.0
 
 
 def is_same_origin(request: flask.Request) -> bool | None:

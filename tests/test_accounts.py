@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,25 @@ def test_requests_are_noted_once_a_minute(local: Local) -> None:
         reply = local.ask("GET", "/-/", headers=headers)
         assert reply.status == 200 and "set-cookie" not in reply.headers
         assert [row.seen_at - begun for row in sessions(local)] == [seen], after
+
+
+def test_while_nothing_can_be_written_one_request_a_minute_waits_for_that(local: Local) -> None:
+    """Of many at once it is one, and those after it do not wait either."""
+    local.open_session()
+    begun = local.clock.now
+    local.clock.now += SEEN_INTERVAL + 1
+
+    def seconds(_: object) -> float:
+        begun_mono = time.monotonic()
+        assert logged_in(local)
+        return time.monotonic() - begun_mono
+
+    with local.store.writing(), ThreadPoolExecutor(4) as threads:
+        assert sorted(threads.map(seconds, range(4)))[1] < 4
+        assert seconds(local) < 4
+    assert logged_in(local) and [row.seen_at for row in sessions(local)] == [begun]
+    local.clock.now += SEEN_INTERVAL
+    assert logged_in(local) and [row.seen_at for row in sessions(local)] == [local.clock.now]
 
 
 def test_answer_that_others_may_keep_sets_no_cookie(local: Local) -> None:
