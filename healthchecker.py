@@ -14124,6 +14124,7 @@ ADDRESS_FAILURES = 20           # of an address, whatever the accounts
 LOGIN_WINDOW = 300.0            # seconds for which a failed login counts
 LOGINS_KEPT = 10_000            # accounts and addresses with failures that are remembered
 HASH_WAIT = 2.0                 # seconds that a login waits for its turn
+HASH_QUEUE = 3                  # logins that do, each in one of the console's threads, which others need
 FIRST_USER = ("SpiceWorks", "HealthChecker")  # of the specification; its password is to be changed
 LIVES = {"session": (SESSION_LIFE, SESSION_IDLE), "token": (TOKEN_LIFE, TOKEN_LIFE)}    # seconds: in all, idle
 # What reads the server's own files or environment, as `platform: local` does, which runs commands there; and renames.
@@ -14315,8 +14316,11 @@ def live_sessions(now: float) -> sqlalchemy.ColumnElement[bool]:
 
 
 def throttled_address(address: str) -> str:
-    """What counts as one client: an address, or the /64 from which an IPv6 host takes its addresses as it likes."""
+    """What counts as one client: an address, the /64 from which an IPv6 host takes its addresses as it likes, or all
+    that are this machine's own, of which any of its accounts does."""
     ip = ipaddress.ip_address(address)
+    if ip.is_loopback:
+        return "127.0.0.1"
     return address if ip.version == 4 else str(ipaddress.IPv6Network((int(ip), 64), strict=False))
 
 
@@ -14345,14 +14349,15 @@ class LoginThrottle:
     def turn(self, name: str, address: str) -> Iterator[None]:
         """Holds the one hash at a time. An address has one login at most that waits for it, and none while others wait
         if logins from there failed: a flood does not stand before who comes rarely, nor made-up names at this machine's
-        own address before who has logged in there. Raises ApiError: 429."""
+        own address before who has logged in there, for whom the last place is. Raises ApiError: 429."""
         where = throttled_address(address)
         own = (name, where) in self._proven
         place = (name, where) if own else where
         with self._lock:
             if wait := self.wait(name, address):
                 raise ApiError("too many failed logins; wait before the next", 429, retry=wait)
-            if place in self._waiting or (self._waiting and not own and (None, where) in self._failures):
+            if place in self._waiting or len(self._waiting) + (not own) >= HASH_QUEUE or (
+                    self._waiting and not own and (None, where) in self._failures):
                 raise ApiError("another login waits; try again in a second", 429, retry=1)
             self._waiting.add(place)
         try:

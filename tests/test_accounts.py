@@ -29,6 +29,7 @@ import healthchecker
 from healthchecker import (
     ADDRESS_FAILURES,
     ASSETS,
+    HASH_QUEUE,
     HASH_WAIT,
     LOGIN_FAILURES,
     LOGIN_WINDOW,
@@ -693,6 +694,13 @@ def test_hosts_of_an_ipv6_network_count_as_one() -> None:
     assert throttle.wait(NAME, "2001:db8:0:1::1") == throttle.wait(NAME, "::1") == 0
 
 
+def test_addresses_of_this_machine_count_as_one(local: Local) -> None:
+    """Any of its accounts takes them as it likes."""
+    addresses = ["127.0.0.1", "::1", "127.1.2.3", "::ffff:127.4.5.6", "127.255.0.9", "127.7.0.1", "::ffff:127.0.0.1"]
+    statuses = [attempt(local, address=address).status for address in addresses]
+    assert statuses == [401] * LOGIN_FAILURES + [429] * 2
+
+
 def test_unknown_users_wait_like_known_ones(local: Local) -> None:
     statuses = [attempt(local, name="nobody").status for _ in range(LOGIN_FAILURES + 1)]
     assert statuses == [401] * LOGIN_FAILURES + [429]
@@ -822,6 +830,29 @@ def test_flood_does_not_stand_before_others() -> None:
     for thread in threads:
         thread.join(30)
     assert sorted(passed) == ["192.0.2.1", FAR]
+
+
+def test_logins_that_wait_leave_threads_to_others() -> None:
+    """Wherever they come from; the last place is for who has logged in from here."""
+    throttle = LoginThrottle()
+    throttle.clear(NAME, "127.0.0.1")
+    places = [*(("made up", f"192.0.2.{number}") for number in range(1, HASH_QUEUE)), (NAME, "127.0.0.1")]
+
+    def login(name: str, address: str) -> None:
+        with throttle.turn(name, address):
+            pass
+
+    threads = [threading.Thread(target=login, args=place) for place in places]
+    with throttle.turn("made up", "192.0.2.0"):
+        for count, thread in enumerate(threads, 1):
+            if count == len(threads):
+                with pytest.raises(ApiError, match="another login waits"):
+                    login("made up", FAR)
+            thread.start()
+            wait_for(lambda count=count: len(throttle._waiting) == count, 10)
+    for thread in threads:
+        thread.join(30)
+    assert len(threads) == HASH_QUEUE and not throttle._waiting
 
 
 def test_successful_logins_evict_no_change(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
