@@ -17940,6 +17940,7 @@ BOARDS = (Route("GET", "/-/incidents", "viewer", incident_page), Route("GET", "/
 # its errors, and holds few connections and small bodies, so that its clients disturb neither gate nor pollers.
 # Gives: build_console, ConsoleServer
 CONSOLE_CONNECTIONS = 100       # at once
+CONSOLE_NEWEST = 10             # of those that nobody answers, which stay: their requests may be on the way
 CONSOLE_BODY = 1 << 18          # bytes of a request to the pages and the API
 CONSOLE_DRAIN = 2.0             # seconds for requests in flight when the service ends
 ADDRESS_AS_HOST = re.compile(r"(\d+(\.\d+){3}|\[[\da-f:.]+\])(:\d{1,5})?")     # no name ends in a number
@@ -18000,8 +18001,7 @@ class ConsoleParser(GateParser):
 
 
 class ConsoleChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no types
-    """A client's connection: its requests have the times that the gate's have; of too many one that is not being
-    answered ends, those of nobody that the console answers first, then the oldest."""
+    """A client's connection: its requests have the times that the gate's have."""
 
     parser_class = ConsoleParser
     will_close: bool
@@ -18009,10 +18009,11 @@ class ConsoleChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries n
     def __init__(self, server: Any, sock: socket.socket, addr: Any, *arguments: Any, **named: Any) -> None:
         super().__init__(server, sock, addr, *arguments, **named)
         self.is_known = is_within(client_address({"REMOTE_ADDR": addr[0]}), server.known)
-        if len(self._map) > CONSOLE_CONNECTIONS:
-            channels = [one for one in self._map.values() if isinstance(one, ConsoleChannel)]
-            min((one for one in channels if not (one.requests or one.will_close)),
-                key=lambda one: one.is_known).will_close = True
+
+    def service(self) -> None:
+        if self.server.is_full:     # who waits for a place is to have one after each answer
+            self.requests[0].headers["CONNECTION"] = "close"
+        super().service()
 
     def readable(self) -> bool:
         """Asked by waitress's loop before each wait, of a second at most."""
@@ -18024,13 +18025,25 @@ class ConsoleChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries n
 
 
 class ConsoleDoor(TcpWSGIServer):     # type: ignore[misc]  # waitress carries no types
-    """A socket of the console; where the system has no descriptor left, it has a moment of peace."""
+    """A socket of the console; where the system has no descriptor left, it has a moment of peace. Of too many
+    connections one that is not being answered ends, those of nobody that the console answers first, then the oldest;
+    while there is none, who comes waits."""
 
     trouble: Trouble
     _accepts_mono = 0.0
 
+    @property
+    def is_full(self) -> bool:
+        return len(self._map) > CONSOLE_CONNECTIONS
+
     def readable(self) -> bool:
-        return bool(super().readable()) and time.monotonic() >= self._accepts_mono
+        """Asked by waitress's loop before each wait."""
+        if self.is_full:
+            channels = [one for one in self._map.values() if isinstance(one, ConsoleChannel)]
+            idle = [one for one in channels if not (one.requests or one.will_close)][:-CONSOLE_NEWEST]
+            if idle:
+                min(idle, key=lambda one: one.is_known).will_close = True
+        return bool(super().readable()) and not self.is_full and time.monotonic() >= self._accepts_mono
 
     def accept(self) -> tuple[socket.socket, Any] | None:
         with self.trouble.caught(), contextlib.suppress(ConnectionResetError):  # on Windows: who has gone already

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -1110,6 +1111,52 @@ def test_console_holds_few_connections() -> None:
         answer = exchange(sock.getsockname(), large)
         assert answer == b"" or b" 413 " in answer.split(b"\r\n")[0]
         assert b"200 OK" in exchange(sock.getsockname(), b"GET /-/livez HTTP/1.0\r\n\r\n")
+
+
+PUSH = b"POST /-/api/push/backup HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n"
+
+
+def flood(address: tuple[str, int], ending: threading.Event) -> None:
+    """Many connections at once, each with many requests."""
+    while not ending.is_set():
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(socket.create_connection(address, 30)) for _ in range(60)]
+            for one in clients:
+                one.sendall((PUSH + b"{}") * 50)
+            for one in clients:
+                with contextlib.suppress(ConnectionResetError):     # not all that it sent was read
+                    one.recv(1)
+
+
+def test_console_answers_others_beside_a_flood_of_requests() -> None:
+    """However many it answers at the time, and more than one on each connection: a new one waits for a place, and is
+    not ended before its request has come."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    ending, answered = threading.Event(), itertools.count()
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        next(answered)
+        ending.wait(0.01)
+        return alive(environ, start_response)
+
+    server = ConsoleServer(app, [sock], ServiceSettings())
+    server.start()
+    threads = [threading.Thread(target=flood, args=(sock.getsockname(), ending)) for _ in range(3)]
+    with contextlib.closing(server):
+        for thread in threads:
+            thread.start()
+        try:
+            for number in range(1, 6):
+                wait_for(lambda number=number: next(answered) > 100 * number)
+                with socket.create_connection(sock.getsockname(), timeout=20) as client:
+                    client.sendall(PUSH)
+                    time.sleep(0.01)    # its body is another packet
+                    client.sendall(b"{}")
+                    assert b"200 OK" in client.recv(1000)
+        finally:
+            ending.set()
+            for thread in threads:
+                thread.join(60)
 
 
 @pytest.mark.parametrize(("begin", "seconds"), [(b"GET / HTTP/1.1\r\nX: ", 5), (b"\r\n", 5), (
