@@ -12996,7 +12996,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
 #   the pool's  the task of requests[0] and what it writes, under outbuf_lock; of the loop only `touch`
 #   both        requests under requests_lock, waited_for and touched in single steps, counters under their lock
 # Another waitress fails first in tests/test_gate.py, which names every internal of it that is used here.
-# Gives: ACCEPT_PAUSE, GateServer, BACKLOG, BODY_TIME, CONNECTIONS_MAX, HEADER_TIME
+# Gives: ACCEPT_PAUSE, GateServer, BACKLOG, BODY_TIME, CONNECTIONS_MAX, HEADER_TIME, STALL_TIMEOUT
 HEADER_TIME = 5.0               # seconds from the first byte of a request to the end of its headers
 BODY_TIME = 30.0                # seconds from there to the end of its body
 FIRST_BYTE = 15.0               # seconds until a new connection sends something
@@ -18001,14 +18001,19 @@ class ConsoleParser(GateParser):
 
 
 class ConsoleChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no types
-    """A client's connection: its requests have the times that the gate's have."""
+    """A client's connection: its requests and answers have the times that the gate's have."""
 
     parser_class = ConsoleParser
-    will_close: bool
+    held = False        # its next request waits until the answer before it is taken
 
     def __init__(self, server: Any, sock: socket.socket, addr: Any, *arguments: Any, **named: Any) -> None:
         super().__init__(server, sock, addr, *arguments, **named)
         self.is_known = is_within(client_address({"REMOTE_ADDR": addr[0]}), server.known)
+        self._seen, self._since_mono = self.last_activity, time.monotonic()
+
+    def end(self) -> None:
+        """In the loop's next turn; by `will_close` it would not end before something can be sent."""
+        self.server.trigger.pull_trigger(self.handle_close)
 
     def service(self) -> None:
         if self.server.is_full:     # who waits for a place is to have one after each answer
@@ -18017,10 +18022,14 @@ class ConsoleChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries n
 
     def readable(self) -> bool:
         """Asked by waitress's loop before each wait, of a second at most."""
-        request = self.request
-        if request and not self.requests and time.monotonic() - request.begun > (
-                BODY_TIME if request.headers_finished else HEADER_TIME):
-            self.will_close = True
+        request, now_mono = self.request, time.monotonic()
+        if self.last_activity != self._seen or not self.total_outbufs_len:  # the wall clock as a mark: it may jump
+            self._seen, self._since_mono = self.last_activity, now_mono
+        if self.held and not self.total_outbufs_len:
+            self.server.add_task(self)
+        if now_mono - self._since_mono > STALL_TIMEOUT or (request and not self.requests and (
+                now_mono - request.begun > (BODY_TIME if request.headers_finished else HEADER_TIME))):
+            self.end()
         return bool(super().readable())
 
 
@@ -18040,10 +18049,16 @@ class ConsoleDoor(TcpWSGIServer):     # type: ignore[misc]  # waitress carries n
         """Asked by waitress's loop before each wait."""
         if self.is_full:
             channels = [one for one in self._map.values() if isinstance(one, ConsoleChannel)]
-            idle = [one for one in channels if not (one.requests or one.will_close)][:-CONSOLE_NEWEST]
+            idle = [one for one in channels if one.held or not one.requests][:-CONSOLE_NEWEST]
             if idle:
-                min(idle, key=lambda one: one.is_known).will_close = True
+                min(idle, key=lambda one: one.is_known).end()
         return bool(super().readable()) and not self.is_full and time.monotonic() >= self._accepts_mono
+
+    def add_task(self, task: ConsoleChannel) -> None:
+        """As waitress, but no thread waits until somebody takes an answer: the next one is not begun before."""
+        task.held = waits = task.total_outbufs_len > 0      # the loop may be first to add a held one
+        if not waits:
+            super().add_task(task)
 
     def accept(self) -> tuple[socket.socket, Any] | None:
         with self.trouble.caught(), contextlib.suppress(ConnectionResetError):  # on Windows: who has gone already
@@ -18063,6 +18078,7 @@ class ConsoleServer(threading.Thread):
             connection_limit=2 * CONSOLE_CONNECTIONS,   # never reached
             channel_timeout=30, cleanup_interval=5,
             max_request_body_size=CONSOLE_BODY,
+            outbuf_high_watermark=sys.maxsize,  # above it a thread would wait; what is long is in a file
             asyncore_use_poll=hasattr(selectors, "PollSelector"))   # select takes 1,024 descriptors, all pollers' too
         self._doors = [one for one in self._map.values() if isinstance(one, TcpWSGIServer)]
         trouble = Trouble("the console takes no connections")

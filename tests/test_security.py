@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from healthchecker import (
     COOKIE,
     PAGES,
     SAMPLES,
+    STALL_TIMEOUT,
     Acknowledgement,
     ConnectionContext,
     ConsoleServer,
@@ -1157,6 +1158,46 @@ def test_console_answers_others_beside_a_flood_of_requests() -> None:
             ending.set()
             for thread in threads:
                 thread.join(60)
+
+
+def test_console_waits_for_nobody_who_takes_no_answer() -> None:
+    """Such clients make room like idle ones, hold no thread, and have a minute to take something."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    body, ask = b"x" * (16 << 20), b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        if environ["PATH_INFO"] != "/large":
+            return alive(environ, start_response)
+        start_response("200 OK", [("Content-Length", str(len(body)))])
+        return [body[:1], body[1:-1], body[-1:]]
+
+    server = ConsoleServer(app, [sock], ServiceSettings())
+    server.start()
+    channels = server._doors[0].active_channels
+
+    def waits(late: Collection[Any]) -> bool:
+        """Whether one is still there for whom more than a minute passes now."""
+        for one in late:
+            one._since_mono -= STALL_TIMEOUT
+        return not {*late}.isdisjoint([*channels.values()])
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.close)
+        silent = [stack.enter_context(socket.create_connection(sock.getsockname(), timeout=30)) for _ in range(10)]
+        for number, one in enumerate(silent):
+            one.sendall(ask * (9 if number < 8 else 1))
+        wait_for(lambda: len(channels) == 10 and all(one.total_outbufs_len for one in [*channels.values()]))
+        assert b"200 OK" in exchange(sock.getsockname(), b"GET /-/livez HTTP/1.0\r\n\r\n")
+        answer = exchange(sock.getsockname(), ask * 2 + ask.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        assert answer.count(b"HTTP/1.1 200 OK") == 3 and answer.count(b"x") == 3 * len(body)
+        wait_for(lambda: [one.held for one in channels.values()] == [True] * 8 + [False] * 2)
+        late = [*channels.values()][6:]
+        wait_for(lambda: not waits(late))
+        assert len(channels) == 6 and all(one.held for one in channels.values())
+        for _ in range(CONSOLE_CONNECTIONS):
+            stack.enter_context(socket.create_connection(sock.getsockname(), timeout=30))
+        assert b"200 OK" in exchange(sock.getsockname(), b"GET /-/livez HTTP/1.0\r\n\r\n")
+        wait_for(lambda: not any(one.held for one in [*channels.values()]))
 
 
 @pytest.mark.parametrize(("begin", "seconds"), [(b"GET / HTTP/1.1\r\nX: ", 5), (b"\r\n", 5), (
