@@ -13800,7 +13800,10 @@ class LogFile(logging.handlers.RotatingFileHandler):
     def emit(self, record: logging.LogRecord) -> None:
         if self.stale:
             self.stale = False
-            self.close()    # and it is opened again
+            try:
+                self.close()    # and it is opened again
+            except OSError:     # for what had found no room before there is still none
+                self.handleError(record)
         super().emit(record)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import importlib
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import wait_for
@@ -152,6 +154,24 @@ def test_a_hangup_reopens_the_log(tmp_path: Path) -> None:
     written = moved.read_text(encoding="utf-8") + log.read_text(encoding="utf-8")
     assert sorted(written.splitlines()) == sorted(service.output.splitlines())  # of two threads either may be first
     assert log.read_text(encoding="utf-8").endswith(" INFO ended\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets one process lower the limits of another")
+def test_hangups_while_the_log_has_no_room(tmp_path: Path) -> None:
+    """What had found no room finds none at its end, either: the next hangup is heard all the same."""
+    resource: Any = importlib.import_module("resource")
+    with Service(write_inventory(tmp_path, HERE, "  log_file: service.log")) as service:
+        service.wait_status("/", 200)
+        told = re.compile("(?:INFO inventory: |the inventory was not taken over: ).*")
+        limits = resource.prlimit(service.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (1, limits[1]))
+        for count in range(2, 6):   # the first one was that of the start
+            if count == 5:
+                resource.prlimit(service.pid, resource.RLIMIT_FSIZE, limits)
+            service.process.send_signal(signal.SIGHUP)
+            wait_for(lambda count=count: len(told.findall(service.output)) == count, ENDED)
+        assert told.findall(service.output)[-1].startswith("INFO inventory: 0 added")
+    assert (tmp_path / "service.log").read_text(encoding="utf-8").endswith(" INFO ended\n")
 
 
 def loopback() -> str:
