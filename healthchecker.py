@@ -318,8 +318,9 @@ def allow_files(wanted: float = math.inf) -> float:
 # One root for what is raised on purpose; the command line turns each class into its exit code, pages and API into a
 # status. An error's text is one line that a user can act on, and never holds a secret.
 # Gives: HealthCheckerError, InventoryError, UsageError, KilledError, SecretError, StorageError, ApiError, Cause,
-#   one_line, did_you_mean, ProbeError, AnswerError, NotAllowed, Trouble
+#   one_line, did_you_mean, MORE_THREADS, ProbeError, AnswerError, NotAllowed, threads_begun, Trouble
 REASON_CHARS = 500              # characters of a reason that are kept
+MORE_THREADS = "raise TasksMax= of the unit, or `ulimit -u` of the account"
 
 
 class HealthCheckerError(Exception):
@@ -401,6 +402,17 @@ class AnswerError(ProbeError):
 
 class NotAllowed(ProbeError):
     """An `auth` that says nothing of the password: the host asks for none, or it was right and does not suffice."""
+
+
+@contextlib.contextmanager
+def threads_begun() -> Iterator[None]:
+    """Around what begins threads: raises KilledError where there are no more."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        raise KilledError(f"{error}: {MORE_THREADS}") from error
 
 
 class Trouble:
@@ -11674,12 +11686,11 @@ class Poller(ResourceLease, threading.Thread):
 # === Monitor =================================================================
 # One thread makes the pollers follow the rows and share the work with other machines, replaces dead ones and sees
 # leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
-# Gives: CLOCK_STEP, Monitor, MORE_THREADS, stop_slow_polls
+# Gives: CLOCK_STEP, Monitor, stop_slow_polls
 MANY_IDS = 1000                 # of which a database is asked for all rows rather than for those: it takes 32,766
 FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 END_TIME = 10.0                 # seconds that an end may take beside the drain
-MORE_THREADS = "raise TasksMax= of the unit, or `ulimit -u` of the account"
 OWN_FILES, HOST_FILES = 100, 2  # that are open: database, console, workers; for a host, whose connection is made anew
 
 
@@ -14090,7 +14101,13 @@ class Supervisor:
         process = context.Process(target=worker.run, name=f"worker {number}")
         with theirs, signals_held():    # closed here, or the worker's end would not be seen
             process.start()
-        return WorkerProcess(number, process, ours, short)
+        try:
+            return WorkerProcess(number, process, ours, short)
+        except RuntimeError:    # no thread that hears it: our end would wait for its own, which nobody could ask for
+            ours.close()
+            process.kill()
+            process.join()
+            raise
 
     def _replace(self, worker: WorkerProcess, now: float) -> None:
         """Starts another one in the place of a worker that has ended, when that is due."""
@@ -19320,23 +19337,12 @@ def console_url(service: ServiceSettings) -> str:
     return service.console_url or ("" if service.console == "off" else f"http://{service.console}{PREFIX}")
 
 
-@contextlib.contextmanager
-def threads_begun() -> Iterator[None]:
-    """Around what begins threads: raises KilledError where there are no more."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "new thread" not in str(error):
-            raise
-        raise KilledError(f"{error}: {MORE_THREADS}") from error
-
-
 def watch(installation: Installation, store: Store, console: Sequence[socket.socket], supervisor: Supervisor,
           hangups: queue.SimpleQueue[bool]) -> None:
     """Takes the inventory over, watches it and lets the workers serve until a signal comes."""
     inventory, service, members = installation.inventory, supervisor.service, installation.members
     access = installation.access(keeps=True)
-    with threads_begun(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         file = service.lease_file and LeaseFile(service.lease_file, supervisor.lease.parts)
         if file:
             stack.enter_context(contextlib.closing(file)).begin()
@@ -19372,6 +19378,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
         supervisor.serve(lambda: stop_slow_polls(list(monitor.pollers.values()), service.drain))
 
 
+@threads_begun()
 def serve_with(installation: Installation, console: Sequence[socket.socket], supervisor: Supervisor) -> None:
     """Serves as soon as the database can be used: what may pass is waited for behind a closed gate, for nobody starts
     a service again that has said that it has no database. Raises StorageError."""

@@ -74,20 +74,22 @@ class Request(threading.Thread):
                 self.answer = repr(error)
 
 
-# As an account that may have so many threads (for root no such limit holds).
+# As an account that may have so many threads (for root no such limit holds), in the processes that are called so.
 FEW_THREADS = """
-import _thread, threading
+import _thread, sys, threading
 def start(*given, genuine=_thread.start_new_thread, **more):
     if _thread._count() >= %d:
         raise RuntimeError("can't start new thread")
     return genuine(*given, **more)
-_thread.start_new_thread = threading._start_new_thread = start
+if "%s" in " ".join(sys.orig_argv):
+    _thread.start_new_thread = threading._start_new_thread = start
 """
+MAIN = PROGRAM.name
 MANY = '  - {hostname: "sim[001:100].example.com", platform: simulated, mean_healthy: 1000000, seed: 1}\n'
 
 
-def with_threads(folder: Path, number: int) -> dict[str, str]:
-    (folder / "sitecustomize.py").write_text(FEW_THREADS % number, encoding="utf-8")
+def with_threads(folder: Path, number: int, name: str = "") -> dict[str, str]:
+    (folder / "sitecustomize.py").write_text(FEW_THREADS % (number, name), encoding="utf-8")
     return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
@@ -101,12 +103,14 @@ def test_more_hosts_than_threads(tmp_path: Path) -> None:
         assert service.get("/-/readyz").status == 503
 
 
-def test_no_threads_at_all(tmp_path: Path) -> None:
-    """One line, and an exit code after which a service manager tries again."""
-    service = Program(write_inventory(tmp_path, MANY, "  workers: 1"), env=with_threads(tmp_path, 3))
+@pytest.mark.parametrize(("number", "name"), [(3, MAIN), (0, MAIN), (1, MAIN)])
+def test_no_threads_at_all(number: int, name: str, tmp_path: Path, application: str) -> None:
+    """One line, and an exit code after which a service manager tries again; no worker keeps it from its end."""
+    path = write_inventory(tmp_path, MANY, f"{application}\n  threads: 4\n  workers: 2")
+    service = Program(path, env=with_threads(tmp_path, number, name))
     service.begin()
     try:
-        assert service.process.wait(60) == 1
+        assert service.process.wait(60) == 1, service.output
         service.wait_line("can't start new thread: raise TasksMax= of the unit, or `ulimit -u` of the account")
         assert "Traceback" not in service.output
     finally:

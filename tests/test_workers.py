@@ -665,6 +665,29 @@ def test_whatever_a_replacement_lacks_may_come_back(error: Exception, monkeypatc
     assert time.monotonic() < worker.due_mono < math.inf
 
 
+def test_no_thread_that_hears_a_worker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody hears does not serve, nor is it left behind: not at the start, and not in the place of another."""
+    start, refused = threading.Thread.start, {"worker 1"}
+
+    def start_if(thread: threading.Thread) -> None:
+        if thread.name in refused:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_if)
+    with pytest.raises(RuntimeError, match="new thread"), Team(folder, 2, SHOP):
+        pass
+    assert not workers(os.getpid())
+    with Team(folder, 1, SHOP) as team:
+        refused.add("worker 0")
+        (worker,) = team.supervisor._workers
+        worker.process.kill()
+        wait_for(lambda: worker.short >= 2)
+        wait_for(lambda: not workers(os.getpid()))
+        refused.clear()
+        wait_for(lambda: len(workers(os.getpid())) == 1, BACK)
+
+
 # === The log file ============================================================
 def record(text: str) -> logging.LogRecord:
     return logging.makeLogRecord({"msg": text})
