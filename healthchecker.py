@@ -13881,6 +13881,15 @@ class Worker:
     server: GateServer | None = None    # once it serves
 
     def run(self) -> None:
+        try:
+            with threads_begun():
+                self._run()
+        except KilledError as error:    # said without the thread that there may not be
+            with contextlib.suppress(OSError):
+                self.pipe.send_bytes(json.dumps(["failed", str(error), True]).encode())
+            os._exit(error.exit_code)
+
+    def _run(self) -> None:
         for number in (*ENDINGS, *HANGUPS):     # it ends through its pipe; SIG_IGN would be inherited by what it starts
             signal.signal(number, lambda *_: None)
         hear_signals()
@@ -13898,7 +13907,7 @@ class Worker:
         try:
             self._serve(messages)
         except HealthCheckerError as error:
-            messages.queue.put(json.dumps(["failed", str(error)]).encode())
+            messages.queue.put(json.dumps(["failed", str(error), False]).encode())
         finally:    # what the application left running does not keep the process
             messages.finish(WORKER_END / 2)
             threading.Thread(target=end_after, args=(WORKER_END / 2,), daemon=True).start()
@@ -13957,7 +13966,7 @@ class WorkerProcess:
                  short: int = 0) -> None:
         self.number, self.process = number, process
         self.ready, self.ready_mono = threading.Event(), math.inf
-        self.failure = ""
+        self.failure, self.may_pass = "", False     # why it could not serve, and whether another start may go well
         self.short = short          # short lives in a row before its own
         self.due_mono = math.inf    # when to start another one in its place
         self._pipe = pipe
@@ -14002,7 +14011,7 @@ class WorkerProcess:
             self.ready_mono = time.monotonic()
             self.ready.set()
         elif kind == "failed":
-            self.failure = message[0]
+            self.failure, self.may_pass = message
         elif kind == "log":
             level, text, trace = message
             log.handle(logging.makeLogRecord({
@@ -14038,7 +14047,7 @@ class Supervisor:
             for worker in self._workers:
                 if fault := worker.failure or worker.ended:
                     was_killed = not worker.failure and (worker.process.exitcode or 0) < 0
-                    raise (KilledError if was_killed else UsageError)(fault)
+                    raise (KilledError if was_killed or worker.may_pass else UsageError)(fault)
             time.sleep(SUPERVISOR_INTERVAL)
             if time.monotonic() > news:
                 news += START_NEWS

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import wait_for
 from service import PROGRAM, Program, Service, ask_to_end, write_inventory
@@ -84,7 +85,7 @@ def start(*given, genuine=_thread.start_new_thread, **more):
 if "%s" in " ".join(sys.orig_argv):
     _thread.start_new_thread = threading._start_new_thread = start
 """
-MAIN = PROGRAM.name
+MAIN, WORKER = PROGRAM.name, "spawn_main"
 MANY = '  - {hostname: "sim[001:100].example.com", platform: simulated, mean_healthy: 1000000, seed: 1}\n'
 
 
@@ -103,7 +104,7 @@ def test_more_hosts_than_threads(tmp_path: Path) -> None:
         assert service.get("/-/readyz").status == 503
 
 
-@pytest.mark.parametrize(("number", "name"), [(3, MAIN), (0, MAIN), (1, MAIN)])
+@pytest.mark.parametrize(("number", "name"), [(3, ""), (0, MAIN), (1, MAIN), (0, WORKER), (1, WORKER), (3, WORKER)])
 def test_no_threads_at_all(number: int, name: str, tmp_path: Path, application: str) -> None:
     """One line, and an exit code after which a service manager tries again; no worker keeps it from its end."""
     path = write_inventory(tmp_path, MANY, f"{application}\n  threads: 4\n  workers: 2")
@@ -115,6 +116,18 @@ def test_no_threads_at_all(number: int, name: str, tmp_path: Path, application: 
         assert "Traceback" not in service.output
     finally:
         service.kill()
+
+
+def test_no_threads_for_a_replacement(tmp_path: Path) -> None:
+    """It is tried again until there are some."""
+    with Program(write_inventory(tmp_path, HERE), env=with_threads(tmp_path, 60, WORKER)) as service:
+        service.wait_status("/", 200)
+        with_threads(tmp_path, 0, WORKER)
+        (worker,) = [one for one in psutil.Process(service.pid).children() if "--multiprocessing-fork" in one.cmdline()]
+        worker.kill()
+        service.wait_line("can't start new thread: raise TasksMax= of the unit, or `ulimit -u` of the account; start")
+        with_threads(tmp_path, 60, WORKER)
+        service.wait_status("/", 200)
 
 
 # --- the start ---
