@@ -18115,7 +18115,15 @@ class ConsoleServer(threading.Thread):
             door.trouble = trouble
             door.__class__, door.channel_class = ConsoleDoor, ConsoleChannel    # create_server asks for no classes
             door.known = tuple(map(ipaddress.ip_network, (*service.operators, *service.trusted_proxy)))
-        super().__init__(target=self._server.run, name="console", daemon=True)
+        super().__init__(name="console", daemon=True)
+
+    def run(self) -> None:
+        trouble, adjustments = Trouble("the console does not answer"), self._server.adj
+        while self._map:        # until `close`
+            with trouble.caught():
+                wasyncore.loop(adjustments.asyncore_loop_timeout, adjustments.asyncore_use_poll, self._map, count=1)
+                continue
+            time.sleep(ACCEPT_PAUSE)
 
     def close(self) -> None:
         """Ends all threads and connections; requests in flight have CONSOLE_DRAIN seconds."""

@@ -1473,8 +1473,8 @@ INTERNALS = {
     HTTPRequestParser: "completed headers_finished header_plus error body_rcv chunked expect_continue empty headers "
     "received close parse_header",
     ThreadedTaskDispatcher: "queue queue_cv lock threads active_count set_thread_count add_task shutdown",
-    Adjustments: "asyncore_loop_timeout connection_limit outbuf_high_watermark send_bytes inbuf_overflow "
-    "max_request_body_size url_scheme threads",
+    Adjustments: "asyncore_loop_timeout asyncore_use_poll connection_limit outbuf_high_watermark send_bytes "
+    "inbuf_overflow max_request_body_size url_scheme threads",
     ChunkedReceiver: "buf completed received",
 }
 
@@ -1493,7 +1493,7 @@ def test_every_internal_of_waitress_is_there() -> None:
                    if not hasattr(objects[kind], name)]  # fmt: skip
     assert not missing
     assert "sendbuf_len" in HTTPChannel._flush_some.__code__.co_names, "ours is set, whether it is read or not"
-    assert callable(wasyncore.read) and callable(wasyncore.write) and callable(wasyncore.close_all)
+    assert all(map(callable, (wasyncore.read, wasyncore.write, wasyncore.close_all, wasyncore.loop)))
 
 
 # === The pool ================================================================

@@ -1071,6 +1071,29 @@ def test_console_without_descriptors(caplog: pytest.LogCaptureFixture) -> None:
     assert failures and 1 < int(failures[1]) <= 4 and told[2:] == []
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_console_whose_loop_breaks(caplog: pytest.LogCaptureFixture) -> None:
+    """As poll(2) does that has no memory, or more descriptors than there may be: it is tried again, and said once."""
+    resource: Any = importlib.import_module("resource")
+    caplog.set_level(logging.INFO)
+    with no_leaks():
+        sock = socket.create_server(("127.0.0.1", 0))
+        server = ConsoleServer(alive, [sock], ServiceSettings())
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        server.start()
+        with contextlib.closing(server):
+            assert b"200 OK" in exchange(sock.getsockname(), b"GET /-/livez HTTP/1.0\r\n\r\n")
+            resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))
+            try:
+                wait_for(lambda: caplog.records or not server.is_alive())
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert b"200 OK" in exchange(sock.getsockname(), b"GET /-/livez HTTP/1.0\r\n\r\n")
+    told = [one.getMessage() for one in caplog.records]
+    assert told[0] == "the console does not answer: OSError: [Errno 22] Invalid argument"
+    assert told[1].startswith("the console does not answer: that is over, after ") and told[2:] == []
+
+
 def test_console_holds_few_connections() -> None:
     """Those of nobody that it answers make room, the oldest first, but one that is being answered; whoever sends bodies
     that are too large is cut short, and then all is as before."""
