@@ -11339,7 +11339,10 @@ def poll_once(target: Target, connection: Connection, previous: Sample | None) -
     try:
         if target.fault:
             raise ProbeError(*target.fault)
-        sample = without_secrets(collect(target.settings, connection, previous), connection.blank)
+        with threads_begun():
+            sample = without_secrets(collect(target.settings, connection, previous), connection.blank)
+    except KilledError as error:    # what begins one for a look-up or a login lacks it: of the host nothing is known
+        return Verdict("unhealthy", "protocol", f"not polled: {error}"), None
     except ProbeError as error:
         why, way = connection.blank(str(error)), ", ".join(target.settings.hops)
         if way and error.cause in NO_ANSWER and "bastion " not in why:

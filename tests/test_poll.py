@@ -11,6 +11,7 @@ import logging
 import math
 import random
 import re
+import socket
 import statistics
 import threading
 import time
@@ -523,6 +524,30 @@ def test_no_thread_for_one_poller(
         house.write("name: db1, interval: 1")
         wait_for(lambda: "extra" not in house.monitor.pollers)
         assert house.aggregator.is_healthy()
+
+
+def test_no_thread_for_a_look_up(
+    house: House, machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That is no fault of the host, nor one that nobody foresaw: a reason that says what to do, and no traceback."""
+    start, limited = threading.Thread.start, [True]
+
+    def start_if(thread: threading.Thread) -> None:
+        if limited[0] and "(_work)" in thread.name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_if)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        house.write(f"name: web, platform: tcp, hostname: localhost, port: {port}, interval: 1, fall: 1, rise: 1")
+        with house.watching():
+            wait_for(lambda: house.state("web")[0] == "unhealthy")
+            assert house.poller("web").standing.reason == (
+                "not polled: can't start new thread: raise TasksMax= of the unit, or `ulimit -u` of the account")
+            limited[0] = False
+            wait_for(lambda: house.state("web")[0] == "healthy")
+    assert "unforeseen" not in caplog.text and "Traceback" not in caplog.text
 
 
 def test_what_no_one_foresaw(house: House, machines: Machines, caplog: pytest.LogCaptureFixture) -> None:
