@@ -19556,8 +19556,8 @@ def rewrite(path: Path, document: Document, replacements: Mapping[NodePath, str]
     try:
         create_private(path.resolve(), content, take_place)     # a symbolic link stays one
     except OSError as error:
-        raise InventoryError(f"{path.name}: cannot be replaced: {error.strerror}; is it open elsewhere, or another "
-                             "account's?") from error
+        question = "; is it open elsewhere, or another account's?" if isinstance(error, PermissionError) else ""
+        raise InventoryError(f"{path.name}: cannot be replaced: {error.strerror}{question}") from error
 
 
 def secret_nodes(inventory: Inventory, document: Document, *, sealed: bool) -> list[

@@ -423,6 +423,17 @@ def test_a_backup_and_the_way_back_without_room(
     assert re.fullmatch(f"{small_disk}/.*: {told}, or set TMPDIR\n", capsys.readouterr().err)
 
 
+def test_an_inventory_that_no_room_is_for(small_disk: Path, tmp_path: Path) -> None:
+    """Nothing is asked that another fault would be."""
+    places = f"  database: sqlite:///{tmp_path}/hc.db\n  keys: {prepared_keys(tmp_path)}"
+    path = write_inventory(small_disk, HOST, places)
+    before = path.read_bytes()
+    fill(small_disk)
+    code, output = run_cheaply("--inventory", str(path), "seal")
+    assert (code, output) == (2, "inventory.yaml: cannot be replaced: the disk is full; make room on it\n")
+    assert path.read_bytes() == before
+
+
 UPLOADED = """
 def app(environ, start_response):
     head = int(environ["QUERY_STRING"])
