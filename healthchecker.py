@@ -318,8 +318,11 @@ def allow_files(wanted: float = math.inf) -> float:
 # One root for what is raised on purpose; the command line turns each class into its exit code, pages and API into a
 # status. An error's text is one line that a user can act on, and never holds a secret.
 # Gives: HealthCheckerError, InventoryError, UsageError, KilledError, SecretError, StorageError, ApiError, Cause,
-#   one_line, did_you_mean, MORE_THREADS, ProbeError, AnswerError, NotAllowed, threads_begun, Trouble
+#   one_line, did_you_mean, MORE_THREADS, ProbeError, AnswerError, NotAllowed, threads_begun, causes_of, lacks_room,
+#   SCARCE, Trouble
 REASON_CHARS = 500              # characters of a reason that are kept
+# What this machine has too little of just now: room, descriptors, memory. Windows has no quota of that name.
+SCARCE = frozenset(getattr(errno, name, errno.ENOSPC) for name in "ENOSPC EDQUOT EMFILE ENFILE ENOMEM EAGAIN".split())
 MORE_THREADS = "raise TasksMax= of the unit, or `ulimit -u` of the account"
 
 
@@ -339,7 +342,7 @@ class UsageError(HealthCheckerError):
 
 class KilledError(HealthCheckerError):
     """A worker was killed before it could serve, by whoever lacked memory, say, or there are no more threads: another
-    start may go well."""
+    start may go well. So it may where lacks_room, and ends with the same code."""
 
     exit_code = 1
 
@@ -413,6 +416,18 @@ def threads_begun() -> Iterator[None]:
         if "new thread" not in str(error):
             raise
         raise KilledError(f"{error}: {MORE_THREADS}") from error
+
+
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what it was made of."""
+    while error:
+        yield error
+        error = getattr(error, "orig", None) or error.__cause__
+
+
+def lacks_room(error: BaseException) -> bool:
+    """Whether an error was made of one that is SCARCE's: nothing is wrong with what it is about."""
+    return any(getattr(each, "errno", 0) in SCARCE for each in causes_of(error))
 
 
 class Trouble:
@@ -2579,7 +2594,9 @@ class Vault:
             return
         except PermissionError as error:
             raise SecretError(f"{path}: {denial(path, 'read')}") from error
-        except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        except OSError as error:
+            raise SecretError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise SecretError(f"{path} cannot be read as a private key; put the right one back") from error
         if not isinstance(key, rsa.RSAPrivateKey):
             raise SecretError(f"{path} is not an RSA key; put the right one back")
@@ -3180,7 +3197,7 @@ def revise(session: Session) -> None:
 # What holds the tables: a file of SQLite, or a database of PostgreSQL that several machines reach. What the two do
 # differently is in their classes, and nowhere else. The main process alone opens it, in any thread: reads see one
 # state, writes wait for each other.
-# Gives: causes_of, Claim, CLAIM_INTERVAL, Database, CLAIM_LIFE, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, PATIENCE,
+# Gives: Claim, CLAIM_INTERVAL, Database, CLAIM_LIFE, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, PATIENCE,
 # PostgresServer, SqliteFile, Store
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one, and whoever connects for a server
@@ -3195,6 +3212,8 @@ WRITE_LOCK = APPLICATION        # number of its lock that whoever writes holds
 CLAIM_INTERVAL = 2.0            # seconds between two signs of life of a service
 CLAIM_LIFE = 6.0                # seconds after which one of them does not count
 OLDEST_POSTGRES = 14
+# What SQLite says of a lack of descriptors or memory, or of a quota, too.
+MOMENTARY = ("unable to open database file", "disk I/O error", "attempt to write a readonly database")
 REQUIRED = ("; have the server ask for the password by scram-sha-256, or write sslmode=verify-full or what it may ask "
             "by, such as require_auth=md5, into service.database (with libpq 16 or newer)")
 NO_PSYCOPG = ("service.database needs psycopg 3: run `pip install \"psycopg[binary]>=3.3\"` in the environment of the "
@@ -3236,11 +3255,13 @@ def read_schema(path: Path, *, whole: bool, mode: str = "ro") -> tuple[set[tuple
         return read_schema(path, mode="rw", whole=whole)    # which rolls back what a crash cut short
 
 
-def causes_of(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and what it was made of."""
-    while error:
-        yield error
-        error = getattr(error, "orig", None) or error.__cause__
+def is_writable(path: Path) -> bool:
+    """Whether it is there and can be written, what goes with it, too; that nothing can be opened is not against it."""
+    try:
+        with open(path, "r+b"):
+            return os.access(path.parent, os.W_OK)
+    except OSError as error:
+        return error.errno in SCARCE
 
 
 def passing_reason(error: BaseException, path: Path) -> str:
@@ -3250,7 +3271,11 @@ def passing_reason(error: BaseException, path: Path) -> str:
         return "another program has it for itself; try again"
     is_full = refused and path.parent.is_dir() and (
         "disk is full" in str(error) or shutil.disk_usage(path.parent).free < MIN_ROOM)
-    return NO_ROOM if is_full or getattr(error, "errno", 0) == errno.ENOSPC else ""
+    if is_full or getattr(error, "errno", 0) == errno.ENOSPC:
+        return NO_ROOM
+    if isinstance(error, OSError) and error.errno in SCARCE:
+        return f"{error.strerror}; try again"
+    return f"{error}; try again" if refused and str(error).startswith(MOMENTARY) and is_writable(path) else ""
 
 
 def reason_of(error: Exception, path: Path) -> str:
@@ -12627,7 +12652,7 @@ def require_lease_place(path: Path) -> None:
         _ = lease_identity()
         fault = place_fault(path)
     except OSError as error:
-        fault = f"cannot be used: {error.strerror}"
+        raise UsageError(f"service.lease_file {path} cannot be used: {error.strerror}") from error
     if fault:
         raise UsageError(f"service.lease_file {path}: {fault}")
 
@@ -20239,7 +20264,7 @@ def run_command(argv: Sequence[str] | None) -> int:
         return int(arguments.run(arguments))
     except HealthCheckerError as error:
         complain(str(error), inventory)
-        return error.exit_code
+        return KilledError.exit_code if arguments.run is serve and lacks_room(error) else error.exit_code
     except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
         complain(f"the database cannot be used: {one_line(str(getattr(error, 'orig', error)))}", inventory)
         return StorageError.exit_code

@@ -423,6 +423,21 @@ def test_a_backup_and_the_way_back_without_room(
     assert re.fullmatch(f"{small_disk}/.*: {told}, or set TMPDIR\n", capsys.readouterr().err)
 
 
+def test_a_lease_file_that_no_room_is_for(small_disk: Path, tmp_path: Path) -> None:
+    """As in a /run that is full: a service manager tries again, for nothing is wrong with the inventory."""
+    prepared_keys(tmp_path)
+    small_disk.chmod(0o755)
+    path = write_inventory(tmp_path, CALM, f"  lease_file: {small_disk}/lease")
+    fill(small_disk)
+    service = Program(path)
+    service.begin()
+    try:
+        assert service.process.wait(60) == 1, service.output
+        service.wait_line(f"service.lease_file {small_disk}/lease cannot be written: the disk is full; make room on it")
+    finally:
+        service.kill()
+
+
 def test_an_inventory_that_no_room_is_for(small_disk: Path, tmp_path: Path) -> None:
     """Nothing is asked that another fault would be."""
     places = f"  database: sqlite:///{tmp_path}/hc.db\n  keys: {prepared_keys(tmp_path)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import importlib
 import os
@@ -21,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import wait_for
-from service import PROGRAM, Program, Service, ask_to_end, write_inventory
+from service import PROGRAM, Program, Service, ask_to_end, prepared_keys, prepared_tables, write_inventory
 
 HERE = "  - {name: here, platform: local, interval: 1, timeout: 10}"
 EXAMPLE = PROGRAM.with_name("inventory.example.yaml")
@@ -128,6 +129,80 @@ def test_no_threads_for_a_replacement(tmp_path: Path) -> None:
         service.wait_line("can't start new thread: raise TasksMax= of the unit, or `ulimit -u` of the account; start")
         with_threads(tmp_path, 60, WORKER)
         service.wait_status("/", 200)
+
+
+# In which a file cannot be opened for want of descriptors, as long as another one is there.
+NO_DESCRIPTOR = """
+import builtins, errno, io, os
+def refuse(path, *given, genuine=open, **more):
+    if str(path) == %r and os.path.exists(%r):
+        raise OSError(errno.ENFILE, os.strerror(errno.ENFILE), str(path))
+    return genuine(path, *given, **more)
+builtins.open = io.open = refuse
+"""
+# In which no file can become as large as those of SQLite, which SQLite calls what it calls a quota.
+NO_GROWTH = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (16384, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+"""
+
+
+def begun_with(folder: Path, code: str, service: str = "") -> Program:
+    """A start that has run such code; `kill` is for who called."""
+    (folder / "sitecustomize.py").write_text(code, encoding="utf-8")
+    prepared_keys(folder)
+    prepared_tables(folder)
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    begun = Program(write_inventory(folder, HERE, service), env={"PYTHONPATH": path})
+    begun.begin()
+    return begun
+
+
+@pytest.mark.parametrize(("file", "said"), [
+    ("keys/private.pem", "private.pem cannot be read: "), ("lease", "service.lease_file lease cannot be used: ")])
+def test_what_another_start_may_find(file: str, said: str, tmp_path: Path) -> None:
+    """A service manager tries again: neither keys nor inventory are wrong."""
+    if file == "lease":
+        with Service(write_inventory(tmp_path, HERE, "  lease_file: lease")):
+            pass
+    place = str(tmp_path / file)
+    service = begun_with(tmp_path, NO_DESCRIPTOR % (place, place), "  lease_file: lease")
+    try:
+        assert service.process.wait(60) == 1, service.output
+        service.wait_line(said.replace(" lease ", f" {place} ") + os.strerror(errno.ENFILE))
+    finally:
+        service.kill()
+
+
+def test_no_descriptor_for_the_database(tmp_path: Path) -> None:
+    """As long as there is none the gate is closed."""
+    flag = tmp_path / "flag"
+    flag.touch()
+    service = begun_with(tmp_path, NO_DESCRIPTOR % (str(tmp_path / "healthchecker.db"), str(flag)))
+    try:
+        said = service.wait_line("the gate stays closed until the database can be used: ")
+        assert f"{os.strerror(errno.ENFILE)}; try again" in said
+        flag.unlink()
+        service.wait_line("serving on http://")
+        assert service.stop() == 0
+    finally:
+        service.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets one process change the limits of another")
+def test_no_quota_for_the_database(tmp_path: Path) -> None:
+    """What can be opened for writing is no other database's place."""
+    resource: Any = importlib.import_module("resource")
+    service = begun_with(tmp_path, NO_GROWTH)
+    try:
+        said = service.wait_line("the gate stays closed until the database can be used: ")
+        assert "disk I/O error; try again" in said and "set service.database" not in said
+        hard = resource.prlimit(service.pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        service.wait_line("serving on http://")
+        assert service.stop() == 0
+    finally:
+        service.kill()
 
 
 # --- the start ---

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib
 import json
 import logging
 import math
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import psutil
 import pytest
@@ -499,6 +500,20 @@ def test_what_no_migration_brings_stays_as_it_was(tmp_path: Path, change: str, w
             Store(path)
         assert f"({why}); nothing was changed" in str(refused.value) and "move it away" not in str(refused.value)
     assert dump(path) == before and SqliteFile(path).inspect() == version
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_a_migration_that_a_quota_ends(tmp_path: Path) -> None:
+    """Another start can do it: nobody has to go back to the version before."""
+    path, resource = database_of_schema_2(tmp_path), cast("Any", importlib.import_module("resource"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"cannot be opened: disk I/O error$"):
+            Store(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    Store(path).close()
 
 
 def test_damaged_rows_of_history_do_not_stop_the_migration(tmp_path: Path) -> None:
