@@ -1243,8 +1243,9 @@ def fits_platform(expect: Expect, info: Any) -> Expect:
 # What can be set of the service and of a resource: frozen models with default, unit and bounds. In come nested texts,
 # out go settings in which every path is absolute, or a ValidationError. A validation's context is the inventory's
 # folder. Pure.
-# Gives: COMPANIONS, conflicts, CREDENTIALS, FILES, foreign_fields, HOSTLESS, KEY_FILES, LEASE_GRACE, LOCAL_SERVICES,
-# LOOPBACK, of_url, PASSPHRASES, ReceiverSettings, ResourceSettings, Retention, SECRETS, ServiceSettings, STARTED, USUAL
+# Gives: COMPANIONS, conflicts, CREDENTIALS, defaults_for, FILES, foreign_fields, HOSTLESS, KEY_FILES, LEASE_GRACE,
+# LOCAL_SERVICES, LOOPBACK, of_url, PASSPHRASES, ReceiverSettings, ResourceSettings, Retention, SECRETS,
+# ServiceSettings, STARTED, USUAL
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 KEY_FILES = ("private.pem", "public.pem", "next.pem")
 STARTED = "started"             # beside them: the name of the database that a start has begun
@@ -1392,6 +1393,7 @@ SECRETS = ("password", "key_passphrase")  # what is sealed
 FILES = ("key_file", "ca_file", "certificate_file")  # read at each poll
 CREDENTIALS = ("password", "password_env", "password_file", "key_file")
 PASSPHRASES = ("key_passphrase", "key_passphrase_env", "key_passphrase_file")
+LOGIN = ("username", *CREDENTIALS, *PASSPHRASES, "certificate_file")    # what is shown to who is asked
 HOSTLESS = (Platform.LOCAL, Platform.SIMULATED, Platform.PUSH)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ONLY = (    # settings that have a meaning on these platforms alone
@@ -1423,6 +1425,14 @@ USUAL: Mapping[str, dict[str, Any]] = {      # what a platform has by itself
 def foreign_fields(platform: str) -> frozenset[str]:
     """Settings that have no meaning on a platform."""
     return frozenset(name for platforms, names in ONLY if platform not in platforms for name in names)
+
+
+def defaults_for(own: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The `defaults` for a resource: their login is meant for machines; a URL, which may be anybody's, is not shown it,
+    nor may who knows it report."""
+    platform = own.get("platform", defaults.get("platform"))
+    others = LOGIN if platform in (Platform.HTTP, Platform.PUSH) else ()
+    return {name: value for name, value in defaults.items() if name not in others}
 
 
 def conflicts(given: Mapping[str, Any]) -> Iterator[str]:
@@ -2165,7 +2175,7 @@ class InventoryLoader:
         entries = [(index, one) for index, own in enumerate(items) if isinstance(own, dict)
                    for one in self._hosts(index, own)]
         self.names = {str(own.get("name", own.get("hostname"))) for _, own in entries}
-        found = [(index, resource) for index, own in entries if (resource := self._resource(index, own, defaults))]
+        found = [(at, made) for at, own in entries if (made := self._resource(at, own, defaults_for(own, defaults)))]
         resources = [resource for _, resource in found]
         self._fault_former_names(found)
         if file:
@@ -14291,7 +14301,7 @@ class SettingsReader(InventoryLoader):
         nulls = {name for name in ResourceSettings.model_fields if given.get(name, "") is None}
         given, stored = ({name: value for name, value in part.items() if name not in nulls}
                          for part in (given, stored))
-        stored = self.defaults | stored
+        stored = defaults_for(stored | given, self.defaults) | stored
         for name in INVENTORY_ONLY & given.keys():
             self.fault(("defaults", name), "can be set in the inventory alone")
         if given.get("platform", stored.get("platform")) == Platform.LOCAL.value:
@@ -14317,7 +14327,8 @@ class SettingsReader(InventoryLoader):
 
 def stated(row: Resource, inventory: Inventory) -> dict[str, Any]:
     """What a row states beside the defaults, in the inventory's names; no secrets."""
-    settings, defaults = row.parsed_settings, shared_defaults(inventory)
+    settings = row.parsed_settings
+    defaults = defaults_for({"platform": settings.platform}, shared_defaults(inventory))
     without = settings.model_copy(update={"port": None})
     if settings.port == without.connect_port and "port" not in defaults:
         settings = without

@@ -343,6 +343,26 @@ def test_defaults_of_the_inventory_count_here_too(tmp_path: Path) -> None:
         assert shown("PATCH", "resources/one", asked) == [7, 3, *added[2:]]
 
 
+def test_the_login_of_machines_is_none_of_a_url(tmp_path: Path) -> None:
+    """A token would be the password of their user; what is stated here stays, also where it is the same."""
+    with local_console(tmp_path, "", DEFAULTS) as local:
+        local.log_in_as(NAME, "token")
+
+        def username(method: str, path: str, **body: Any) -> Any:
+            reply = local.api(method, path, body)
+            assert reply.status < 300, reply
+            return reply.json["username"]
+
+        url = {"platform": "http", "url": "http://127.0.0.1:1/", "critical": False}
+        assert username("POST", "resources", name="one", **url, password="token") is None
+        assert username("PATCH", "resources/one", rise=2) is None
+        assert username("PATCH", "resources/one", username="u", password="p") == "u"
+        assert username("PATCH", "resources/one", rise=1) == "u"
+        machine = {"platform": "linux", "hostname": "127.0.0.1", "port": 1, "critical": False}
+        assert username("POST", "resources", name="two", **machine, password="p") == "u"
+        assert username("PATCH", "resources/two", port=None, hostname=None, **url, password="token") is None
+
+
 def test_headers_of_the_inventory_stay_there(tmp_path: Path) -> None:
     """Who names a URL here is sent none of its keys."""
     stated = "  - {name: shop, platform: http, url: 'http://127.0.0.1:1/'}\n"

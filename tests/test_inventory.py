@@ -613,6 +613,31 @@ MERGES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "hostname: a, username: u, key_file: key",
         {"key_passphrase": "**********"},
     ),
+    "no login of machines for a URL": (
+        "username: monitor, password_env: PATH",
+        "name: a, platform: http, url: 'https://vendor.example.com'",
+        {"username": None, "password": None, "password_env": None},
+    ),
+    "nor the certificate of one": (
+        "certificate_file: key, key_file: key, key_passphrase: d",
+        "name: a, platform: http, url: 'https://vendor.example.com'",
+        {"certificate_file": None, "key_file": None, "key_passphrase": None},
+    ),
+    "a token of a URL is no password of a machine's user": (
+        "username: monitor, key_file: key",
+        "name: a, platform: http, url: 'https://vendor.example.com', password: d",
+        {"username": None, "password": "**********", "key_file": None},
+    ),
+    "what a URL states itself": (
+        "username: monitor, password: d",
+        "name: a, platform: http, url: 'https://a', username: b, password_env: PATH",
+        {"username": "b", "password_env": "PATH"},
+    ),
+    "no login of machines for who reports": (
+        "platform: push, username: monitor, password: of-every-machine",
+        "name: a",
+        {"platform": "push", "username": None, "password": None},
+    ),
     "auth certificate without its files": (
         "platform: windows, auth: certificate",
         "hostname: a, certificate_file: key, key_file: key",

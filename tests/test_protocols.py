@@ -1173,6 +1173,20 @@ def test_the_inventory_reaches_what_only_this_machine_reaches(tmp_path: Path) ->
         assert found["state"] == "unhealthy" and "inventory" not in found["reason"]
 
 
+def test_a_url_is_shown_no_login_of_machines(tmp_path: Path) -> None:
+    """It may be anybody's; what it needs itself is what it is shown."""
+    (tmp_path / "fleet").write_text("of every machine\n", encoding="utf-8")
+    with Server(answers(GOOD)) as other, Server(answers(GOOD)) as server:
+        rows = f"  - {{name: other, platform: http, url: '{other.origin}'}}\n"
+        rows += f"  - {{name: one, platform: http, url: '{server.origin}', password: {SECRET}}}\n"
+        defaults = "\ndefaults: {username: monitor, password_file: fleet}\n"
+        with local_console(tmp_path, rows, defaults) as local:
+            local.log_in()
+            wait_for(lambda: {row["state"] for row in local.api("GET", "resources").json} == {"healthy"})
+    assert {*map(authorization, other.requests)} == {""}
+    assert {*map(authorization, server.requests)} == {f"Bearer {SECRET}"}
+
+
 def test_the_form_of_a_new_one_takes_no_defaults_of_machines(tmp_path: Path) -> None:
     """It shows them before the platform is chosen; what somebody writes there is looked at as ever."""
     defaults = "\ndefaults: {limits: {cpu_percent: 9}}\n"
