@@ -4024,12 +4024,15 @@ def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
 
 @contextlib.contextmanager
 def keeping_word(session: Session, row: Resource) -> Iterator[None]:
-    """What is not asked may speak tomorrow: what it said counts on whatever is changed of it but its token."""
+    """What is not asked may speak tomorrow: what it said counts on whatever is changed of it but its token, for as long
+    as it says now."""
     status = session.get(Status, row.id) if row.id and row.platform == Platform.PUSH.value else None
     before = (row.settings_digest, row.credential_digest) if status else None
     yield
     if status and before == (status.settings_digest, row.credential_digest) and row.platform == Platform.PUSH.value:
         status.settings_digest = row.settings_digest
+        if result := session.get(Result, row.id):       # for machines that begin later
+            result.counts = row.parsed_settings.ttl
 
 
 def imported_gates(session: Session) -> Gates:
@@ -11512,8 +11515,11 @@ class ResourceLease:
             self._set_resource(left)
 
     def go_on_from(self, before: ResourceLease) -> None:
-        """Takes over the standing of the one before it."""
+        """Takes over the standing of the one before it. What is not asked has from its last word on the time that it
+        has by now; of all others the next poll says so."""
         self.standing, self.expires_mono, self._opens_mono = before.standing, before.expires_mono, before._opens_mono
+        if not self.target.settings.is_asked:
+            self.expires_mono += self.target.settings.ttl - before.target.settings.ttl
         self.outage.go_on_from(before.outage)
         self.news.go_on_from(before.news)
         self._found_mono, self._spare, self.rests = before._found_mono, before._spare, before.rests

@@ -217,6 +217,45 @@ def test_a_report_counts_for_the_interval(tmp_path: Path) -> None:
         assert local.context.monitor.pollers["backup"].expires_mono - healthchecker.lease_clock() <= 3
 
 
+def left(local: Local, name: str) -> float:
+    """Seconds for which its last word counts."""
+    return local.context.monitor.pollers[name].expires_mono - healthchecker.lease_clock()
+
+
+@pytest.fixture
+def job(local: Local) -> Local:
+    """With one that may be changed; all have said that they are all right."""
+    body = {"name": "job", "platform": "push", "password": TOKEN, "interval": 3600}
+    assert local.log_in().api("POST", "resources", body).status == 201
+    wait_for(lambda: push(local, "job", healthy=True).status == 204, 10)
+    assert push(local, healthy=True).status == push(local, "twice", TOKEN[::-1], healthy=True).status == 204
+    wait_for(lambda: local.context.is_healthy, 10)
+    return local
+
+
+def test_another_interval_holds_at_once(job: Local) -> None:
+    """From the last word on, longer or shorter."""
+    said_mono = healthchecker.lease_clock()
+    assert job.api("PATCH", "resources/job", {"interval": 86400}).status == 200
+    wait_for(lambda: left(job, "job") > 80_000, 10)
+    assert job.context.is_healthy
+    assert left(job, "job") <= 86402 - healthchecker.lease_clock() + said_mono, "it has said nothing since"
+    assert job.api("PATCH", "resources/job", {"interval": 1}).status == 200
+    wait_for(lambda: not job.context.is_healthy, 20)
+    wait_for(lambda: shown(job, "job")[1:] == ("stale", "no result for 3 s"))
+
+
+def test_another_interval_holds_for_machines_that_begin_later(job: Local) -> None:
+    """They have nothing but what is written for them."""
+    job.context.monitor._context.recorder.flush()
+    with job.context.store.writing() as session:
+        number = healthchecker.find_resource(session, "job").id
+        session.add(healthchecker.Result(resource_id=number, serial=1, machine="a", found_at=1, counts=3602, opens=0))
+    assert job.api("PATCH", "resources/job", {"interval": 60}).status == 200
+    with job.context.store.reading() as session:
+        assert session.get_one(healthchecker.Result, number).counts == 62
+
+
 SHORT = "  - {name: backup, platform: push, password_env: PUSHED, interval: 1}"
 
 
