@@ -2709,8 +2709,8 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # In any thread of the main process, within the transaction of whoever calls.
 # Gives: Acknowledgement, APPLICATION, Base, BIG_INTEGER, binding, carry_logins, columns_in, db, differs_from, Event,
 # login_row, LOGINS, LoginSession, LOOKED_AT, Machine, Maintenance, migrate, Notice, own_name, READ_WORD, Receiver,
-# remembered, REMOVED, Resource, Result, revise, revision, ROW_LENGTH, SCHEMA, Setting, Status, StoredText, User,
-# YEAR_3000
+# remembered, REMOVED, Resource, Result, revise, revision, ROW_LENGTH, SALT_BYTES, SCHEMA, Setting, Status, StoredText,
+# User, YEAR_3000
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 YEAR_3000 = 32_503_680_000      # Unix time, the last one that Windows can show
 
@@ -3680,6 +3680,10 @@ class PostgresServer:
     def __str__(self) -> str:
         return self._url.set(query={}).render_as_string()
 
+    @property
+    def password(self) -> str:
+        return self._password.get_secret_value() if self._password else ""
+
     def connect(self) -> Any:
         """A connection of psycopg; what it is told holds for any pooler. A thread of its own makes it, for no deadline
         ends the look-up of a name, and hosts are tried one after the other: what comes when nobody waits for it any
@@ -3691,7 +3695,7 @@ class PostgresServer:
             "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
             "tcp_user_timeout": int(ANSWER_TIMEOUT * 1000)}
         if self._password:
-            options["password"] = self._password.get_secret_value()
+            options["password"] = self.password
         if not str(options.get("sslmode")).startswith("verify-"):   # or anyone at its port could ask for the plain one
             options.setdefault("require_auth", "scram-sha-256" if self._password else "!password,!md5")
         seconds = PATIENCE.get() if PATIENCE.get() < ANSWER_TIMEOUT else ABANDONED     # who looks after nobody has time
@@ -19275,15 +19279,19 @@ class Installation:
             record_event(session, "change", f"inventory: {changes}", actor=actor)
         return changes
 
-    def _started_with(self) -> dict[str, Any]:
-        """What holds until the next start: the service's settings, and which groups and routes there are."""
+    def _started_with(self, known: str = "") -> dict[str, Any]:
+        """What holds until the next start: the service's settings, which groups and routes there are, and what tells
+        the database's password, if one is stated, from another; the same again where it is that of `known`."""
         service, gates = self.inventory.service, self.inventory.gates
+        salt, told = known[:2 * SALT_BYTES] or secrets.token_hex(SALT_BYTES), None
+        if service.database_password and isinstance(self.database, PostgresServer):
+            told = salt + hash_password(self.database.password, bytes.fromhex(salt)).hex()
         kept = service.model_dump(mode="json", exclude={
             name for name in ServiceSettings.model_fields
             if name.startswith(("heartbeat", "status_token")) or name == "database_password"})
         if service.known_hosts == known_hosts_file():   # which is another one for whoever reloads
             del kept["known_hosts"]
-        return kept | {"gates": sorted(gates.members({})) or None}
+        return kept | {"gates": sorted(gates.members({})) or None, "database_password": told}
 
     def keep_service(self, session: Session) -> None:
         """Takes down with which settings of its own the service runs."""
@@ -19294,9 +19302,10 @@ class Installation:
 
     def changed_service(self, session: Session) -> list[str]:
         """Names of the service's own settings that are not those with which it was started."""
-        now = self._started_with()
         text = remembered(session, own_name("service", self.service.machine_name)).text
-        before = json.loads(text) if text else now
+        before = json.loads(text or "{}")
+        now = self._started_with(before.get("database_password") or "")
+        before = before or now
         return ["the names of groups and routes" if name == "gates" else f"service.{name}"
                 for name in sorted(before.keys() | now) if before.get(name) != now.get(name)]
 

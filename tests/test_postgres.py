@@ -836,6 +836,38 @@ def test_an_account_without_the_right_to_make_tables(postgres: Postgres) -> None
         raise_revision(store)
 
 
+def test_another_password_needs_a_restart(tmp_path: Path, postgres: Postgres) -> None:
+    """What is connected stays so, and nothing else would: whoever has the inventory taken over is told."""
+    prepared_keys(tmp_path)
+    url = postgres.url(postgres.prepared()).replace("owner@", "changing@")
+    postgres.execute("CREATE ROLE changing SUPERUSER LOGIN PASSWORD 'the first'")
+
+    def told(password: str) -> str:
+        stated = f"  database: {url}\n  database_password{password}\n"
+        done = run(write_inventory(tmp_path, HERE, stated), "reload")
+        assert done.returncode == 0, done
+        return done.stdout
+
+    (tmp_path / "file").write_text("the first\n", encoding="utf-8")
+    try:
+        inventory = write_inventory(tmp_path, HERE, f"  database: {url}\n  database_password_file: file\n")
+        with Service(inventory) as service:
+            service.wait_status("/-/readyz", 200)
+            assert "restart" not in told("_file: file")
+            postgres.execute("ALTER ROLE changing PASSWORD 'the second'")
+            (tmp_path / "file").write_text("the second\n", encoding="utf-8")
+            waits = "service.database_password changed: that needs a restart"
+            assert waits in told("_file: file") and "second" not in service.output
+        with Service(inventory) as service:
+            service.wait_status("/-/readyz", 200)
+            assert "restart" not in told("_file: file")
+            assert "service.database_password_file changed: that needs a restart" in told(": the second")
+            assert "secrets sealed" in run(inventory, "seal").stdout
+            assert waits not in run(inventory, "reload").stdout, "sealed it is the same"
+    finally:
+        postgres.execute("ALTER ROLE changing NOLOGIN")
+
+
 def test_sealed_for_another_server(folder: Path) -> None:
     """A sealed password opens for its server alone."""
     path = write_inventory(folder)
