@@ -1245,7 +1245,7 @@ def fits_platform(expect: Expect, info: Any) -> Expect:
 # folder. Pure.
 # Gives: COMPANIONS, conflicts, CREDENTIALS, defaults_for, FILES, foreign_fields, HOSTLESS, KEY_FILES, LEASE_GRACE,
 # LOCAL_SERVICES, LOOPBACK, of_url, PASSPHRASES, ReceiverSettings, ResourceSettings, Retention, SECRETS,
-# ServiceSettings, STARTED, USUAL
+# ServiceSettings, STARTED, UNASKED, USUAL
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 KEY_FILES = ("private.pem", "public.pem", "next.pem")
 STARTED = "started"             # beside them: the name of the database that a start has begun
@@ -1394,6 +1394,9 @@ FILES = ("key_file", "ca_file", "certificate_file")  # read at each poll
 CREDENTIALS = ("password", "password_env", "password_file", "key_file")
 PASSPHRASES = ("key_passphrase", "key_passphrase_env", "key_passphrase_file")
 LOGIN = ("username", *CREDENTIALS, *PASSPHRASES, "certificate_file")    # what is shown to who is asked
+# Settings of which nothing depends that a poll asks, nor what is made of the answer
+UNASKED = ("interval", "timeout", "retry_interval", "keep", "relogin", "rise", "fall", "critical", "depends_on", "tags",
+           "public_name")
 HOSTLESS = (Platform.LOCAL, Platform.SIMULATED, Platform.PUSH)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ONLY = (    # settings that have a meaning on these platforms alone
@@ -2871,6 +2874,18 @@ class Resource(Base):
         return self.digest(*self.COLUMNS, "settings", "password", "key_passphrase")
 
     @property
+    def question(self) -> str:
+        """What is known counts on until this changes: it is all but UNASKED, and of what is not asked, and may speak
+        tomorrow, its token."""
+        if self.platform == Platform.PUSH.value:
+            return self.credential_digest
+        asked = self.settings
+        with contextlib.suppress(ValueError, AttributeError):   # of a damaged row everything
+            asked = json.dumps({name: value for name, value in from_json(asked).items() if name not in UNASKED})
+        columns = (name for name in self.COLUMNS if name not in UNASKED)
+        return asked + self.digest(*columns, "password", "key_passphrase")
+
+    @property
     def credential_digest(self) -> str:
         """A digest of the account and its sealed secret."""
         return self.digest("hostname", "username", "password", "key_passphrase")
@@ -3662,7 +3677,7 @@ class PostgresServer:
     def __init__(self, url: str, password: SecretStr | None = None) -> None:
         """Raises UsageError where psycopg is missing."""
         self._psycopg_connect, self._error, self._operational_error = load_psycopg()
-        self._url, self._password = sqlalchemy.make_url(url), password
+        self._url, self.password = sqlalchemy.make_url(url), password
         self._zero_at = time.time() - lease_clock()     # the Unix time of lease_clock's 0 by the database's clock
         self._late: collections.deque[concurrent.futures.Future[Any]] = collections.deque()     # see connect
 
@@ -3680,10 +3695,6 @@ class PostgresServer:
     def __str__(self) -> str:
         return self._url.set(query={}).render_as_string()
 
-    @property
-    def password(self) -> str:
-        return self._password.get_secret_value() if self._password else ""
-
     def connect(self) -> Any:
         """A connection of psycopg; what it is told holds for any pooler. A thread of its own makes it, for no deadline
         ends the look-up of a name, and hosts are tried one after the other: what comes when nobody waits for it any
@@ -3694,10 +3705,10 @@ class PostgresServer:
             "fallback_application_name": "healthchecker", "connect_timeout": int(min(BUSY_TIMEOUT, PATIENCE.get())),
             "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
             "tcp_user_timeout": int(ANSWER_TIMEOUT * 1000)}
-        if self._password:
-            options["password"] = self.password
+        if self.password:
+            options["password"] = self.password.get_secret_value()
         if not str(options.get("sslmode")).startswith("verify-"):   # or anyone at its port could ask for the plain one
-            options.setdefault("require_auth", "scram-sha-256" if self._password else "!password,!md5")
+            options.setdefault("require_auth", "scram-sha-256" if self.password else "!password,!md5")
         seconds = PATIENCE.get() if PATIENCE.get() < ANSWER_TIMEOUT else ABANDONED     # who looks after nobody has time
         ends_mono = time.monotonic() + seconds
         while True:
@@ -4028,15 +4039,16 @@ def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
 
 @contextlib.contextmanager
 def keeping_word(session: Session, row: Resource) -> Iterator[None]:
-    """What is not asked may speak tomorrow: what it said counts on whatever is changed of it but its token, for as long
-    as it says now."""
-    status = session.get(Status, row.id) if row.id and row.platform == Platform.PUSH.value else None
-    before = (row.settings_digest, row.credential_digest) if status else None
+    """What is known counts on where nothing changes but what no host is asked; what one said that is not asked, for as
+    long as it says now."""
+    before, question = (row.settings_digest, row.question) if row.id else ("", "")
     yield
-    if status and before == (status.settings_digest, row.credential_digest) and row.platform == Platform.PUSH.value:
+    if before in ("", row.settings_digest) or row.question != question:
+        return
+    if (status := session.get(Status, row.id)) and status.settings_digest == before:
         status.settings_digest = row.settings_digest
-        if result := session.get(Result, row.id):       # for machines that begin later
-            result.counts = row.parsed_settings.ttl
+        if row.platform == Platform.PUSH.value and (result := session.get(Result, row.id)):
+            result.counts = row.parsed_settings.ttl     # for machines that begin later
 
 
 def imported_gates(session: Session) -> Gates:
@@ -11760,10 +11772,13 @@ def start_new(pollers: Iterable[Poller]) -> None:
 
 
 def counts_on(before: Target, target: Target) -> bool:
-    """Whether a standing is of these settings; of what is not asked, and may speak tomorrow, whether of its token."""
-    if not (before.settings.is_asked or target.settings.is_asked):
+    """Whether a standing is of what is asked now; of what is not asked, and may speak tomorrow, of its token."""
+    known, settings = before.settings, target.settings
+    if not (known.is_asked or settings.is_asked):
         return before.credential_digest == target.credential_digest
-    return before.settings_digest == target.settings_digest
+    asked = settings.model_copy(update={name: getattr(known, name) for name in UNASKED})
+    return (before.id, before.fault, known, known.limits.patterns) == (
+        target.id, target.fault, asked, asked.limits.patterns)      # of another row with its name nothing is known
 
 
 def is_same_place(before: ResourceSettings, settings: ResourceSettings) -> bool:
@@ -19284,8 +19299,8 @@ class Installation:
         the database's password, if one is stated, from another; the same again where it is that of `known`."""
         service, gates = self.inventory.service, self.inventory.gates
         salt, told = known[:2 * SALT_BYTES] or secrets.token_hex(SALT_BYTES), None
-        if service.database_password and isinstance(self.database, PostgresServer):
-            told = salt + hash_password(self.database.password, bytes.fromhex(salt)).hex()
+        if isinstance(self.database, PostgresServer) and (password := self.database.password):
+            told = salt + hash_password(password.get_secret_value(), bytes.fromhex(salt)).hex()
         kept = service.model_dump(mode="json", exclude={
             name for name in ServiceSettings.model_fields
             if name.startswith(("heartbeat", "status_token")) or name == "database_password"})

@@ -204,7 +204,7 @@ def test_what_was_known_outlives_a_restart(tmp_path: Path) -> None:
                 wait_for(lambda: written_sample(tmp_path) == "null")
             body = local.ask("GET", "/-/resources/one").body
             assert "Response time" in body and "as of <time" in body and "unreachable: " in body
-    with local_console(tmp_path, row % ", timeout: 9", clock=time.time) as local:
+    with local_console(tmp_path, row % ", redirects: 1", clock=time.time) as local:
         local.log_in_as(NAME)
         assert local.form("/-/resources/one/check", {}).status == 303
         assert "as of <time" not in local.ask("GET", "/-/resources/one").body

@@ -1371,7 +1371,7 @@ def lease_left(house: House) -> float:
     return float(house.aggregator.lease.until.value) - time.monotonic()
 
 
-# age of the stored state in seconds, a change of the inventory; whether it counts (its lease is 123 s)
+# age of the stored state in seconds, a change of the inventory; whether it counts (its lease was 123 s)
 STORED = {
     "fresh": (0.0, "", True),
     "older": (100.0, "", True),
@@ -1379,7 +1379,7 @@ STORED = {
     "too old": (124.0, "", False),
     "days old": (200_000.0, "", False),
     "from the future": (-5.0, "", False),
-    "another interval": (1.0, ", interval: 61", False),
+    "another interval": (1.0, ", interval: 61, fall: 3, tags: [t]", True),
     "another limit": (1.0, ", limits: {cpu_percent: 91}", False),
     "another password": (1.0, ", password: other", False),
 }
@@ -1396,7 +1396,8 @@ def test_stored_state(house: House, machines: Machines, age: float, change: str,
     with house.watching():
         assert house.aggregator.is_healthy() is counts
         if counts:
-            assert lease_left(house) == pytest.approx(polled_at + 123 - time.time(), abs=0.5)
+            ttl = house.poller("db1").target.settings.ttl
+            assert lease_left(house) == pytest.approx(polled_at + ttl - time.time(), abs=0.5)
         machines.ended.set()
 
 

@@ -7,18 +7,20 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from console import Client, prepared_database, prepared_keys
+from console import Client, Local, local_console, prepared_database, prepared_keys
 from service import Program, Service, command, environment, run, run_cheaply, store_in, write_inventory
 from sshd import wait_for
 
 import healthchecker
-from healthchecker import events, main
+from healthchecker import ResourceSettings, Standing, events, main
 
 CALM = "platform: simulated, mean_healthy: 100000, interval: 1"
 HOSTS = [f"  - {{name: h{number}, {CALM}}}\n" for number in range(9)]
@@ -280,3 +282,76 @@ def test_another_way_to_the_same_inventory_is_no_change(tmp_path: Path) -> None:
             assert (done.returncode, done.stdout, done.stderr) == (0, said, ""), way
         write_inventory(folder, HOSTS[0] + keyed, "  known_hosts: known\n")
         assert "service.known_hosts changed: that needs a restart" in said_by(path, "reload")
+
+
+# --- what is known goes on ---
+OTHER = f"  - {{name: other, {CALM}}}\n"
+
+
+@contextlib.contextmanager
+def port() -> Iterator[tuple[int, socket.socket]]:
+    """One that answers until its socket is closed, and then refuses."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1], server
+
+
+def standing(local: Local) -> Standing:
+    poller = local.context.monitor.pollers.get("one")
+    return poller.standing if poller else Standing()
+
+
+UNASKED: dict[str, Any] = {
+    "interval": 2, "timeout": 9, "retry_interval": 2, "rise": 3, "fall": 900, "critical": False, "tags": ["t"],
+    "public_name": "Shop", "depends_on": ["other"], "keep": None, "relogin": None}  # fmt: skip
+
+
+def test_what_was_found_out_goes_on(tmp_path: Path) -> None:
+    """With bad results in a row whatever is changed of which no host is told, and over a restart; anew where it is
+    asked something else."""
+    assert UNASKED.keys() == {*healthchecker.UNASKED} <= ResourceSettings.model_fields.keys()
+    with port() as (number, server):
+        row = f"  - {{name: one, platform: tcp, hostname: 127.0.0.1, port: {number}, fall: 1000, interval: 1"
+        with local_console(tmp_path, f"{OTHER}{row}}}\n") as local:
+            wait_for(lambda: local.context.is_healthy and standing(local).state == "healthy", 20)
+            server.close()
+            bad = wait_for(lambda: standing(local).bad, 20)
+        with local_console(tmp_path, f"{OTHER}{row}, tags: [t], rise: 3}}\n") as local:
+            assert local.context.is_healthy and standing(local).bad >= bad
+            wait_for(lambda: standing(local).bad > bad, 20)
+            assert local.context.is_healthy
+        with local_console(tmp_path, f"{OTHER}{row}, tags: [t], send: x}}\n") as local:
+            wait_for(lambda: standing(local).state == "unhealthy", 20)
+
+
+@pytest.mark.parametrize("name", [name for name in UNASKED if UNASKED[name] is not None])
+def test_what_was_found_out_goes_on_after_a_change(name: str, tmp_path: Path) -> None:
+    with port() as (number, server), local_console(tmp_path, OTHER) as local:
+        body = {"name": "one", "platform": "tcp", "hostname": "127.0.0.1", "port": number, "fall": 1000, "interval": 1}
+        assert local.log_in().api("POST", "resources", body).status == 201
+        wait_for(lambda: local.context.is_healthy and standing(local).state == "healthy", 20)
+        server.close()
+        bad = wait_for(lambda: standing(local).bad, 20)
+        before = local.context.monitor.pollers["one"]
+        assert local.api("PATCH", "resources/one", {name: UNASKED[name]}).status == 200
+        wait_for(lambda: local.context.monitor.pollers["one"] is not before, 20)
+        wait_for(lambda: standing(local).bad > bad, 20)
+        assert standing(local).state == "healthy" and local.context.is_healthy
+        assert local.api("PATCH", "resources/one", {"send": "x"}).status == 200
+        wait_for(lambda: standing(local).state == "unhealthy", 20)
+
+
+def test_another_row_with_the_same_name_is_new(tmp_path: Path) -> None:
+    """However soon it comes after the one before it."""
+    with port() as (number, server), local_console(tmp_path, OTHER) as local:
+        body = {"name": "one", "platform": "tcp", "hostname": "127.0.0.1", "port": number, "fall": 1000, "interval": 1}
+        assert local.log_in().api("POST", "resources", body).status == 201
+        wait_for(lambda: standing(local).state == "healthy", 20)
+        server.close()
+        with local.context.store.reading() as session:
+            row = healthchecker.find_resource(session, "one")
+            known = healthchecker.load_targets(session, local.context.vault)["one"]
+        assert row.id == known.id and healthchecker.counts_on(known, known)
+        assert local.api("DELETE", "resources/one").status == 204
+        assert local.api("POST", "resources", body).status == 201
+        wait_for(lambda: standing(local).state == "unhealthy", 20)
+        assert not healthchecker.counts_on(known, local.context.monitor.pollers["one"].target)
