@@ -3282,9 +3282,11 @@ def read_schema(path: Path, *, whole: bool, mode: str = "ro") -> tuple[set[tuple
 
 def is_writable(path: Path) -> bool:
     """Whether it is there and can be written, what goes with it, too; that nothing can be opened is not against it."""
+    beside = [path.parent, *(Path(f"{path}{end}") for end in COMPANIONS)]   # unopened: their end would end our locks
     try:
-        with open(path, "r+b"):
-            return os.access(path.parent, os.W_OK)
+        path.open("r+b").close()
+        return all(os.access(each, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+                   for each in beside if each.exists())
     except OSError as error:
         return error.errno in SCARCE
 
@@ -12687,7 +12689,7 @@ def require_lease_place(path: Path) -> None:
         _ = lease_identity()
         fault = place_fault(path)
     except OSError as error:
-        raise UsageError(f"service.lease_file {path} cannot be used: {error.strerror}") from error
+        raise UsageError(f"service.lease_file {path}: cannot be used: {error.strerror}") from error
     if fault:
         raise UsageError(f"service.lease_file {path}: {fault}")
 

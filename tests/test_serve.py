@@ -159,7 +159,7 @@ def begun_with(folder: Path, code: str, service: str = "") -> Program:
 
 
 @pytest.mark.parametrize(("file", "said"), [
-    ("keys/private.pem", "private.pem cannot be read: "), ("lease", "service.lease_file lease cannot be used: ")])
+    ("keys/private.pem", "private.pem cannot be read: "), ("lease", "service.lease_file lease: cannot be used: ")])
 def test_what_another_start_may_find(file: str, said: str, tmp_path: Path) -> None:
     """A service manager tries again: neither keys nor inventory are wrong."""
     if file == "lease":
@@ -169,7 +169,7 @@ def test_what_another_start_may_find(file: str, said: str, tmp_path: Path) -> No
     service = begun_with(tmp_path, NO_DESCRIPTOR % (place, place), "  lease_file: lease")
     try:
         assert service.process.wait(60) == 1, service.output
-        service.wait_line(said.replace(" lease ", f" {place} ") + os.strerror(errno.ENFILE))
+        service.wait_line(said.replace(" lease:", f" {place}:") + os.strerror(errno.ENFILE))
     finally:
         service.kill()
 
