@@ -2099,14 +2099,6 @@ def take_variable(name: str) -> str:
     return value
 
 
-def real_folder(path: Path) -> Path:
-    """That of a file, by whatever links one comes there: else each way would be another inventory. On Windows it stays
-    on its drive, whose letter may stand for a server."""
-    folder = path.absolute().parent
-    real = Path(os.path.realpath(folder))
-    return real if real.drive.lower() == folder.drive.lower() else folder
-
-
 def identities(path: Path) -> tuple[object, ...]:
     """What two names of one file have in common: where links lead, and the file itself where there is one."""
     real = os.path.normcase(os.path.realpath(path))
@@ -2155,7 +2147,7 @@ class InventoryLoader:
     """Turns a Document into an Inventory and gathers all faults on the way; see fetch_secret for `secrets`."""
 
     def __init__(self, path: Path, document: Document, *, secrets: bool = True) -> None:
-        self.path, self.document, self.folder = path, document, real_folder(path)   # where relative paths begin
+        self.path, self.document, self.folder = path, document, path.absolute().parent     # where relative paths begin
         self._fetch = functools.partial(fetch_secret, folder=self.folder, needed=secrets)
         self.faults = dict.fromkeys(document.faults)    # a dict keeps the order and drops repetitions
         self.places, self.names = dict[str, str](), set[str]()      # of the resources so far, by name; of all
@@ -4933,6 +4925,7 @@ class Guards:
     def __init__(self) -> None:
         self._salt = secrets.token_bytes(16)
         self._guards: dict[tuple[str, bytes], LoginGuard] = {}      # by user and credential
+        self._used: Collection[tuple[str, bytes]] = ()      # those of them that somebody has
         self._typed: dict[str, LoginGuard] = {}     # by user: whoever guesses has a new password each time
         self._lock = threading.Lock()               # guards which ones there are
         self._journal = LoginJournal()
@@ -4986,8 +4979,8 @@ class Guards:
             else:
                 guard = self._typed.setdefault(user, LoginGuard())
                 guard.tried.append((key, record))
-                for (watched, _), other in list(self._guards.items()):
-                    if watched == user:
+                for known, other in list(self._guards.items()):
+                    if known[0] == user and known in self._used:
                         count_with(guard, other)
             guard.ask(target.name)
         return guard
@@ -5012,7 +5005,7 @@ class Guards:
         with self._lock:
             used = {key: self._guards.get(key) or self._begin(key) for key in map(self._key, shown)}
             gone = [(key, guard) for key, guard in self._guards.items() if key not in used and guard.is_used]
-            self._guards = dict(gone[-REMEMBERED:]) | used
+            self._guards, self._used = dict(gone[-REMEMBERED:]) | used, used.keys()
             for guard in self._guards.values():
                 guard.polled = watched.keys()
             self._typed = {user: guard for user, guard in self._typed.items() if guard.is_used}
@@ -5116,7 +5109,8 @@ class SecretFilter:
     """Blanks what a host says again of what it was sent in confidence, as pages and logs write that."""
 
     def __init__(self, settings: ResourceSettings) -> None:
-        own, said = settings.secrets, re.findall("=([^&]*)", (settings.url or "").partition("?")[2])
+        own, query = settings.secrets, (settings.url or "").partition("?")[2]
+        said = [part.partition("=")[2] or part for part in query.split("&")]
         said += [word for name, value in settings.headers.items() if not PUBLIC_HEADER.fullmatch(name)
                  for word in (value, *re.split("[ ;,=:\"']+", value))]
         self._shown = {settings.username, settings.hostname, settings.name, *OUR_WORDS}
@@ -14600,8 +14594,8 @@ def utc_time(at: float) -> datetime.datetime | None:
 # What operators plan, and say that they have seen, in the console's threads and in the maintenance commands. Bodies of
 # requests come in, rows and events go out; the monitor follows within a second. What a tag or a group chooses is looked
 # at again whenever resources change: it holds for who has the tag then.
-# Gives: cancel_work, CANCELLED, chosen_moment, end_acknowledgement, end_works, forget_seen, list_work, MaintenanceView,
-# Order, plan_work, Seen, start_work, Term
+# Gives: cancel_work, CANCELLED, chosen_moment, end_acknowledgement, end_works, forget_seen, leave_works, list_work,
+# MaintenanceView, Order, plan_work, Seen, start_work, Term
 LATE = 60.0                     # seconds by which a beginning may be past
 PLANNED_COUNT = 200             # that run or are ahead, planned here; each is looked at again and again
 CANCELLED = "maintenance cancelled"     # in the event of what ended before it began
@@ -14712,6 +14706,18 @@ def end_works(who: Principal, session: Session, scope: Scope, *states: str) -> b
     for row in rows:
         end_work(who, session, row)
     return bool(rows)
+
+
+def leave_works(who: Principal, session: Session, name: str) -> None:
+    """What was planned here goes on for the others of it, or is over, where a resource goes."""
+    for row in session.scalars(sqlalchemy.select(Maintenance).where(
+            Maintenance.plan == "", Maintenance.state != "over")).all():
+        if name in (scope := row.chosen).resources:
+            left = tuple(each for each in scope.resources if each != name)
+            if left or scope.groups or scope.tags:
+                row.scope = scope.model_copy(update={"resources": left}).scope_json
+            else:
+                end_work(who, session, row)
 
 
 def cancel_work(who: Principal, number: str) -> None:
@@ -15154,9 +15160,9 @@ def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None
 def without_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as they are for who is no admin: headers, values of a query and what is sent may be keys."""
     path, mark, query = str(settings.get("url") or "").partition("?")
+    shown = re.sub("(?<![^&])[^=&]{3,}(?![^&])", "***", re.sub("=[^&]{3,}", "=***", query))  # no longer than it may be
     return {**settings, "headers": dict.fromkeys(settings.get("headers", ()), "***"),
-            "url": path + mark + re.sub("=[^&]{3,}", "=***", query) or None,    # no longer than that may be
-            "send": settings.get("send") and "***"}
+            "url": path + mark + shown or None, "send": settings.get("send") and "***"}
 
 
 def resource_view(row: Resource, status: Status | None, who: Principal, more: Remarks) -> ResourceView:
@@ -15381,7 +15387,7 @@ def remove_resource(who: Principal, name: str) -> None:
         row = changeable(who, session, name)
         if why := named_by(session, name):
             raise ApiError(f"{name} {why}", 409)
-        end_works(who, session, Scope(resources=(name,)), "begun", "planned")
+        leave_works(who, session, name)
         forget_seen(who, session, row, "removed")
         session.delete(row)
         who.note(session, "removed", name)
@@ -16470,10 +16476,10 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <noscript><button>Filter</button></noscript>
 </form>
 {% if admin %}
+<input type="hidden" name="shown" form="override" value="{{ override.at if override else "nothing" }}">
 <div class="actions" data-keep>
 <details name="action"{% if given.action %} open{% endif %}><summary class="button">Override the gate</summary>
-<form method="post" action="/-/override" data-inline class="panel">
-<input type="hidden" name="shown" value="{{ override.at if override else "nothing" }}">
+<form method="post" action="/-/override" data-inline class="panel" id="override">
 <p><label>Gate <select name="action">{{ options({"close": "closed", "open": "open"}, given.action) }}</select></label>
 </p>
 <p><label>For <select name="for">{{ options({"10m": "10 minutes", "30m": "30 minutes", "2h": "2 hours", "8h": "8 hours",
@@ -19169,6 +19175,13 @@ def database_of(service: ServiceSettings) -> Database:
     return PostgresServer(service.database, password)
 
 
+def is_same(before: object, now: object) -> bool:
+    """Whether two settings are the same: paths, by whatever links they lead there."""
+    places = [each.removeprefix(SQLITE) for each in (before, now) if isinstance(each, str)]
+    return before == now or (len(places) == 2 and all(map(os.path.isabs, places))
+                             and len({*map(os.path.realpath, places)}) == 1)
+
+
 class Installation:
     """What every command works on: the inventory, its folder, the database and the keys."""
 
@@ -19306,7 +19319,7 @@ class Installation:
         kept = service.model_dump(mode="json", exclude={
             name for name in ServiceSettings.model_fields
             if name.startswith(("heartbeat", "status_token")) or name == "database_password"})
-        if service.known_hosts == known_hosts_file():   # which is another one for whoever reloads
+        if "known_hosts" not in service.model_fields_set:   # it is another one for whoever reloads
             del kept["known_hosts"]
         return kept | {"gates": sorted(gates.members({})) or None, "database_password": told}
 
@@ -19324,7 +19337,7 @@ class Installation:
         now = self._started_with(before.get("database_password") or "")
         before = before or now
         return ["the names of groups and routes" if name == "gates" else f"service.{name}"
-                for name in sorted(before.keys() | now) if before.get(name) != now.get(name)]
+                for name in sorted(before.keys() | now) if not is_same(before.get(name), now.get(name))]
 
 
 def database_at(text: str, installation: Installation) -> Database:

@@ -666,11 +666,13 @@ def test_what_was_planned_for_a_resource_goes_with_it(console: Local) -> None:
         order = {"for": "7d", "reason": "scrapped", **start}
         assert console.api("POST", "resources/d/maintenance", order).status == 200
     console.api("POST", "resources/b/maintenance", {"for": "1h", "reason": "of another"})
+    console.api("POST", "maintenance", {"for": "1h", "reason": "of both", "resources": ["b", "d"]})
     assert console.api("DELETE", "resources/d").status == 204
     ends = {("over", "d", "", text, NAME) for text in ("maintenance ended", "maintenance cancelled")}
     assert set(told(console, limit=3)) > ends, "and by nobody later, whose name could be another's by then"
     assert console.api("POST", "resources", new).json["maintenance"] is None
-    assert [work["reason"] for work in console.api("GET", "maintenance").json] == ["of another"]
+    works = {work["reason"]: work["scope"]["resources"] for work in console.api("GET", "maintenance").json}
+    assert works == {"of another": ["b"], "of both": ["b"]}
     assert console.api("DELETE", "resources/d").status == 204
 
 

@@ -2148,6 +2148,21 @@ def test_what_was_refused_is_forgotten_in_the_end() -> None:
     assert [guards.of(target(f"p{number}")).refusals for number in (0, 1, count)] == [0, 1, 1]
 
 
+def test_what_nobody_has_any_more_keeps_no_other_password_from_being_tried() -> None:
+    """Somebody saved five wrong ones, of which one is left; another host with an account of that name has its own."""
+    def target(name: str, password: str) -> Target:
+        settings = ResourceSettings(name=name, hostname=name, username="u", password=SecretStr(password))
+        return Target(0, settings, None, "", "")
+
+    guards = Guards()
+    for number in range(5):
+        saved = target("a", f"wrong{number}")
+        guards.keep([saved])
+        guards.of(saved).refuse("a")
+    assert guards.trial(target("b", "right"), LoginRecord()).wait("b") == 0
+    assert guards.trial(target("b", "wrong0"), LoginRecord()).refusals == 1, "that one is known"
+
+
 def test_check_now_with_the_settings_of_now(house: House, machines: Machines) -> None:
     """A change is followed first."""
     house.write("name: db1")
