@@ -1244,7 +1244,7 @@ def fits_platform(expect: Expect, info: Any) -> Expect:
 # out go settings in which every path is absolute, or a ValidationError. A validation's context is the inventory's
 # folder. Pure.
 # Gives: COMPANIONS, conflicts, CREDENTIALS, defaults_for, FILES, foreign_fields, HOSTLESS, KEY_FILES, LEASE_GRACE,
-# LOCAL_SERVICES, LOOPBACK, of_url, PASSPHRASES, ReceiverSettings, ResourceSettings, Retention, SECRETS,
+# LOCAL_SERVICES, LOGIN, LOOPBACK, of_url, PASSPHRASES, ReceiverSettings, ResourceSettings, Retention, SECRETS,
 # ServiceSettings, STARTED, UNASKED, USUAL
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 KEY_FILES = ("private.pem", "public.pem", "next.pem")
@@ -3274,11 +3274,11 @@ def read_schema(path: Path, *, whole: bool, mode: str = "ro") -> tuple[set[tuple
 
 def is_writable(path: Path) -> bool:
     """Whether it is there and can be written, what goes with it, too; that nothing can be opened is not against it."""
-    beside = [path.parent, *(Path(f"{path}{end}") for end in COMPANIONS)]   # unopened: their end would end our locks
+    real = os.path.realpath(path)   # beside which SQLite has its own; unopened, for their end would end our locks
     try:
         path.open("r+b").close()
         return all(os.access(each, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
-                   for each in beside if each.exists())
+                   for each in (os.path.dirname(real), *(real + end for end in COMPANIONS)) if os.path.exists(each))
     except OSError as error:
         return error.errno in SCARCE
 
@@ -4033,12 +4033,16 @@ def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
 
 @contextlib.contextmanager
 def keeping_word(session: Session, row: Resource) -> Iterator[None]:
-    """What is known counts on where nothing changes but what no host is asked; what one said that is not asked, for as
-    long as it says now."""
-    before, question = (row.settings_digest, row.question) if row.id else ("", "")
+    """What is known counts on where nothing changes but what no host is asked, and it would not count for longer; what
+    one said that is not asked, for as long as it says now."""
+    before, question, ttl = row.settings_digest if row.id else "", row.question if row.id else "", math.inf
+    with contextlib.suppress(StorageError):     # a row that is new has no settings, a damaged one none that can be read
+        ttl = row.parsed_settings.ttl
     yield
     if before in ("", row.settings_digest) or row.question != question:
         return
+    if row.parsed_settings.ttl > ttl and row.platform != Platform.PUSH.value:
+        return      # what had run out would be taken up by a start
     if (status := session.get(Status, row.id)) and status.settings_digest == before:
         status.settings_digest = row.settings_digest
         if row.platform == Platform.PUSH.value and (result := session.get(Result, row.id)):
@@ -18044,6 +18048,8 @@ CONSOLE_CONNECTIONS = 100       # at once
 CONSOLE_NEWEST = 10             # of those that nobody answers, which stay: their requests may be on the way
 CONSOLE_BODY = 1 << 18          # bytes of a request to the pages and the API
 CONSOLE_DRAIN = 2.0             # seconds for requests in flight when the service ends
+CONSOLE_IDLE = 30.0             # seconds that a connection without a request is kept
+CONSOLE_SENT = 1 << 18          # bytes that the system takes ahead: of megabytes a slow line takes none for a minute
 ADDRESS_AS_HOST = re.compile(r"(\d+(\.\d+){3}|\[[\da-f:.]+\])(:\d{1,5})?")     # no name ends in a number
 
 
@@ -18161,6 +18167,16 @@ class ConsoleDoor(TcpWSGIServer):     # type: ignore[misc]  # waitress carries n
         if not waits:
             super().add_task(task)
 
+    def maintenance(self, now: float) -> None:
+        """As waitress, but who has an answer to take has STALL_TIMEOUT for each part of it."""
+        for channel in self.active_channels.values():
+            if not (channel.requests or channel.total_outbufs_len) and now - channel.last_activity > CONSOLE_IDLE:
+                channel.will_close = True
+
+    def set_socket_options(self, conn: socket.socket) -> None:
+        super().set_socket_options(conn)
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CONSOLE_SENT)
+
     def accept(self) -> tuple[socket.socket, Any] | None:
         with self.trouble.caught(), contextlib.suppress(ConnectionResetError):  # on Windows: who has gone already
             return cast("tuple[socket.socket, Any] | None", super().accept())
@@ -18177,7 +18193,7 @@ class ConsoleServer(threading.Thread):
             app, self._map, sockets=list(sockets), ident=None, clear_untrusted_proxy_headers=False,
             threads=8,      # some wait for polls or for their turn at the login
             connection_limit=2 * CONSOLE_CONNECTIONS,   # never reached
-            channel_timeout=30, cleanup_interval=5,
+            cleanup_interval=5,
             max_request_body_size=CONSOLE_BODY,
             outbuf_high_watermark=sys.maxsize,  # above it a thread would wait; what is long is in a file
             asyncore_use_poll=hasattr(selectors, "PollSelector"))   # select takes 1,024 descriptors, all pollers' too
@@ -19899,6 +19915,14 @@ def show_readable(inventory: Inventory) -> None:
         print(f"{path} can be changed by all other users, who could run what they like as the service's account; {how}")
 
 
+def show_own_logins(inventory: Inventory) -> None:
+    """Names what has no login of its own where one stands in `defaults`, which does not count for a URL."""
+    if names := [one.name for one in inventory.resources if one.platform in (Platform.HTTP, Platform.PUSH)
+                 and not one.secrets and {*LOGIN} & inventory.defaults.keys()]:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        print(f"the login in defaults does not count for {', '.join(names[:5])}{more}: write it there if it is meant")
+
+
 def check(arguments: argparse.Namespace) -> int:
     """Says what a start would say, and what it would change; changes nothing."""
     installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals,
@@ -19917,6 +19941,7 @@ def check(arguments: argparse.Namespace) -> int:
         for line in gate_lines(installation.inventory.gates, installation.inventory.resources):
             print(line)
         show_readable(installation.inventory)
+        show_own_logins(installation.inventory)
         for fault in check_receivers(installation.inventory, vault):
             print(fault, file=sys.stderr)
             code = fault.exit_code

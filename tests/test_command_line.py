@@ -346,6 +346,19 @@ def test_check_of_an_application_that_never_loads(
     assert "is not loaded after 3 s" in capsys.readouterr().err
 
 
+def test_check_names_what_has_no_login(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of what logged in by `defaults` once: that is for machines."""
+    rows = "".join(f"  - {{name: {name}, platform: http, url: 'http://127.0.0.1/'{more}}}\n" for name, more in (
+        ("shop", ""), ("api", ", password: the-token-of-it"))) + "  - {name: db1, hostname: 127.0.0.1}\n"
+    for defaults, said in (("{username: u, password: p}", "login in defaults does not count for shop: write it there"),
+                           ("{interval: 9}", "")):  # fmt: skip
+        path = write_inventory(tmp_path, rows.replace("127.0.0.1}", "127.0.0.1, username: u, password: p}"),
+                               f"defaults: {defaults}\n")
+        assert main(["--inventory", str(path), "check"]) == 0
+        output = capsys.readouterr().out
+        assert said in output and output.count("does not count") == bool(said)
+
+
 def test_check_goes_on_without_a_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_inventory(tmp_path, "  - {hostname: a, username: u, password: p}\n", "  metrics_token_file: gone")
     path.chmod(0o644)

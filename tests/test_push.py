@@ -256,6 +256,23 @@ def test_another_interval_holds_for_machines_that_begin_later(job: Local) -> Non
         assert session.get_one(healthchecker.Result, number).counts == 62
 
 
+@pytest.mark.parametrize(("interval", "is_known"), [(5, True), (600, False)])
+def test_what_has_run_out_is_not_taken_up_for_a_longer_interval(interval: int, is_known: bool, job: Local) -> None:
+    """A start goes by the interval of now: what was healthy an hour ago opened the gate over what is dead since."""
+    new = {"name": "asked", "platform": "simulated", "mean_healthy": 1000000, "interval": 60}
+    assert job.api("POST", "resources", new).status == 201
+    wait_for(lambda: job.api("GET", "resources/asked").json["state"] == "healthy")
+    job.context.monitor._context.recorder.flush()
+    with job.context.store.writing() as session:
+        row = healthchecker.find_resource(session, "asked")
+        with healthchecker.keeping_word(session, row):
+            settings = json.loads(row.settings) | {"interval": interval}
+            row.settings, row.interval = json.dumps(settings), interval
+        status = session.get_one(healthchecker.Status, row.id)
+        assert (status.settings_digest == row.settings_digest) is is_known
+        session.rollback()
+
+
 SHORT = "  - {name: backup, platform: push, password_env: PUSHED, interval: 1}"
 
 

@@ -47,6 +47,8 @@ from healthchecker import (
     ASSETS,
     BOARDS,
     CONSOLE_CONNECTIONS,
+    CONSOLE_IDLE,
+    CONSOLE_SENT,
     COOKIE,
     PAGES,
     SAMPLES,
@@ -1210,6 +1212,10 @@ def test_console_waits_for_nobody_who_takes_no_answer() -> None:
         for number, one in enumerate(silent):
             one.sendall(ask * (9 if number < 8 else 1))
         wait_for(lambda: len(channels) == 10 and all(one.total_outbufs_len for one in [*channels.values()]))
+        for door in server._doors:      # as who takes a little of it in that time
+            door.maintenance(time.time() + CONSOLE_IDLE + 1)
+        assert not any(one.will_close or one.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) > 2 * CONSOLE_SENT
+                       for one in [*channels.values()])
         assert b"200 OK" in exchange(sock.getsockname(), b"GET /-/livez HTTP/1.0\r\n\r\n")
         answer = exchange(sock.getsockname(), ask * 2 + ask.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
         assert answer.count(b"HTTP/1.1 200 OK") == 3 and answer.count(b"x") == 3 * len(body)

@@ -31,6 +31,7 @@ import pytest
 import sqlalchemy
 from conftest import wait_for
 from postgres import database_in, execute, settings_of
+from rights import without_root_rights
 from service import Program, Service, fresh_processes, prepared_keys, prepared_tables, run_cheaply, write_inventory
 from sqlalchemy.orm import Session
 
@@ -1441,3 +1442,18 @@ def test_locked_by_a_dead_process(bench: Bench) -> None:
             holder.communicate()
     with healthchecker.SqliteFile(bench.database).lock():
         pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
+@pytest.mark.parametrize("mode", [0o700, 0o500])
+def test_what_is_behind_a_link_is_written_beside_its_target(mode: int, tmp_path: Path) -> None:
+    """Or a start would wait for ever."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/hc.db").touch()
+    (tmp_path / "hc.db").symlink_to(tmp_path / "disk/hc.db")
+    (tmp_path / "disk").chmod(mode)
+    try:
+        with without_root_rights():
+            assert healthchecker.is_writable(tmp_path / "hc.db") is (mode == 0o700)
+    finally:
+        (tmp_path / "disk").chmod(0o700)
