@@ -1379,7 +1379,8 @@ STORED = {
     "too old": (124.0, "", False),
     "days old": (200_000.0, "", False),
     "from the future": (-5.0, "", False),
-    "another interval": (1.0, ", interval: 61, fall: 3, tags: [t]", True),
+    "a shorter interval": (1.0, ", interval: 59, fall: 3, tags: [t]", True),
+    "a longer interval": (1.0, ", interval: 61, fall: 3, tags: [t]", False),
     "another limit": (1.0, ", limits: {cpu_percent: 91}", False),
     "another password": (1.0, ", password: other", False),
 }
