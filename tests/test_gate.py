@@ -703,6 +703,7 @@ def test_a_slow_application_delays_nothing_of_ours() -> None:
             for client in clients:
                 client.start()
             assert entered.acquire(timeout=60) and entered.acquire(timeout=60)
+            wait_for(lambda: serving.server.pool.waiting == 3)      # who came only now would be refused
             for path, status in {"/-/livez": 200, "/-/readyz": 200, "/-/gate": 204, "/-/health": 200}.items():
                 assert serving.get(path)[0] == status
             serving.lease.until.value = 0.0
