@@ -1969,7 +1969,7 @@ def choice_faults(plans: Sequence[Plan], receivers: Sequence[ReceiverSettings], 
 # fault. Three steps: Document makes nested texts with a place each, the models check them, InventoryLoader merges
 # defaults and gathers the faults. Pure but for reading files and environment; called by commands, and by threads that
 # serve the console.
-# Gives: HEARTBEAT, Inventory, InventoryFile, InventoryLoader, load_inventory, M, message_of, OWN_SECRETS,
+# Gives: HEARTBEAT, identities, Inventory, InventoryFile, InventoryLoader, load_inventory, M, message_of, OWN_SECRETS,
 # plain_faults, STATUS_TOKEN, take_variable, url_binding
 HEARTBEAT, STATUS_TOKEN = "", "/-/status"   # as names of receivers: no receiver has them
 UNKNOWN_URL = "http://unknown.invalid"      # in place of one that cannot be read
@@ -2819,6 +2819,7 @@ class Resource(Base):
     host_key: Mapped[str | None]    # trusted on first use or by `trust`: "ssh-ed25519 SHA256:…"
 
     COLUMNS: ClassVar = ("name", "hostname", "platform", "port", "username", "interval")
+    SAID: ClassVar = (*COLUMNS, "settings", "password", "key_passphrase")       # every setting and secret
 
     @property
     def parsed_settings(self) -> ResourceSettings:
@@ -2863,7 +2864,7 @@ class Resource(Base):
     @property
     def settings_digest(self) -> str:
         """A digest of every setting and secret."""
-        return self.digest(*self.COLUMNS, "settings", "password", "key_passphrase")
+        return self.digest(*self.SAID)
 
     @property
     def question(self) -> str:
@@ -4035,18 +4036,19 @@ def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
 def keeping_word(session: Session, row: Resource) -> Iterator[None]:
     """What is known counts on where nothing changes but what no host is asked, and it would not count for longer; what
     one said that is not asked, for as long as it says now."""
-    before, question, ttl = row.settings_digest if row.id else "", row.question if row.id else "", math.inf
-    with contextlib.suppress(StorageError):     # a row that is new has no settings, a damaged one none that can be read
-        ttl = row.parsed_settings.ttl
+    said = {name: getattr(row, name) for name in row.SAID} if row.id else {}
     yield
-    if before in ("", row.settings_digest) or row.question != question:
+    if not said or said == {name: getattr(row, name) for name in row.SAID}:
         return
-    if row.parsed_settings.ttl > ttl and row.platform != Platform.PUSH.value:
-        return      # what had run out would be taken up by a start
-    if (status := session.get(Status, row.id)) and status.settings_digest == before:
-        status.settings_digest = row.settings_digest
-        if row.platform == Platform.PUSH.value and (result := session.get(Result, row.id)):
-            result.counts = row.parsed_settings.ttl     # for machines that begin later
+    before, status, settings = Resource(**said), session.get(Status, row.id), row.parsed_settings
+    if status is None or status.settings_digest != before.settings_digest or row.question != before.question:
+        return
+    with contextlib.suppress(StorageError):     # of a damaged row
+        if settings.is_asked and settings.ttl > before.parsed_settings.ttl:
+            return      # what had run out would be taken up by a start
+    status.settings_digest = row.settings_digest
+    if not settings.is_asked and (result := session.get(Result, row.id)):
+        result.counts = settings.ttl    # for machines that begin later
 
 
 def imported_gates(session: Session) -> Gates:
@@ -19193,9 +19195,9 @@ def database_of(service: ServiceSettings) -> Database:
 
 def is_same(before: object, now: object) -> bool:
     """Whether two settings are the same: paths, by whatever links they lead there."""
-    places = [each.removeprefix(SQLITE) for each in (before, now) if isinstance(each, str)]
-    return before == now or (len(places) == 2 and all(map(os.path.isabs, places))
-                             and len({*map(os.path.realpath, places)}) == 1)
+    places = [Path(each.removeprefix(SQLITE)) for each in (before, now) if isinstance(each, str)]
+    return before == now or (len(places) == 2 and all(place.is_absolute() for place in places)
+                             and not {*identities(places[0])}.isdisjoint(identities(places[1])))
 
 
 class Installation:
