@@ -2587,6 +2587,7 @@ class Vault:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._keys: dict[str, rsa.RSAPrivateKey] = {}
+        self._marks: dict[str, bytes] = {}      # by key, what secrets are marked with
         self.key_id = ""    # first 16 hex digits of the SHA-256 of the public key (DER) that seals; empty without keys
         for name in ("private.pem", "next.pem"):
             self._load(folder / name)
@@ -2605,13 +2606,14 @@ class Vault:
             raise SecretError(f"{path} cannot be read as a private key; put the right one back") from error
         if not isinstance(key, rsa.RSAPrivateKey):
             raise SecretError(f"{path} is not an RSA key; put the right one back")
-        if not belong_together(key.private_numbers()):
+        if not belong_together(numbers := key.private_numbers()):
             raise SecretError(f"{path} is damaged; put the right one back")
         if sys.platform != "win32" and path.stat().st_mode & 0o077:
             log.warning("%s can be read by other users; run: chmod 600 %s", path, path)
         public = key.public_key().public_bytes(serialization.Encoding.DER, SPKI)
         self.key_id = hashlib.sha256(public).hexdigest()[:16]
         self._keys[self.key_id] = key
+        self._marks[self.key_id] = hashlib.sha256(f"mark {numbers.d}".encode()).digest()
 
     def holds(self, key_id: str) -> bool:
         return key_id in self._keys
@@ -2683,6 +2685,12 @@ class Vault:
         with contextlib.suppress(SecretError):
             return hmac.compare_digest(self.open(token or "", *row).encode(), secret.encode())
         return False
+
+    def mark(self, token: str | None, *secrets: str) -> str:
+        """The same for the same secrets as long as a token is sealed with the same key, whoever seals it again; without
+        that key nobody can try which secrets those are."""
+        found = SEALED.fullmatch(token or "")
+        return hmac.digest(self._marks.get(found[1] if found else "", b""), length_prefixed(*secrets), "sha256").hex()
 
     def require(self, tokens: Iterable[str]) -> None:
         """Raises SecretError when tokens name private keys, none of which is here; a damaged one names none."""
@@ -3178,13 +3186,13 @@ def remembered(session: Session, name: str) -> Setting:
     return session.get(Setting, name) or Setting(name=name, value=0, text="")
 
 
-def login_row(digest: str, name: str) -> str:
-    """By which what is written of a resource's logins is found, by the digest of its credential."""
-    return hashlib.sha256(length_prefixed(digest, name)).hexdigest()[:ROW_LENGTH]
+def login_row(mark: str, name: str) -> str:
+    """By which what is written of a resource's logins is found, by the mark of its credential."""
+    return hashlib.sha256(length_prefixed(mark, name)).hexdigest()[:ROW_LENGTH]
 
 
 def carry_logins(session: Session, before: str, after: str) -> None:
-    """What is written of a resource's logins counts for it under another name or token, too."""
+    """What is written of a resource's logins counts for it under another name or key, too."""
     for kept in session.scalars(sqlalchemy.select(Setting).where(Setting.name.startswith(f"{LOGINS}{before}"))).all():
         session.merge(Setting(name=kept.name.replace(before, after), value=kept.value, text=kept.text))
         session.delete(kept)
@@ -3963,12 +3971,14 @@ def store_secret(row: Resource, kind: str, plain: str, vault: Vault) -> bool:
 def same_status(session: Session, row: Resource) -> Iterator[None]:
     """Around a change after which a row means what it meant: its stored status stays that of its settings."""
     status, before = session.get(Status, row.id), (row.settings_digest, row.credential_digest)
-    logins = login_row(row.credential_digest, row.name)
     yield
-    if logins != (now := login_row(row.credential_digest, row.name)):
-        carry_logins(session, logins, now)
     if status and (status.settings_digest, status.credential_digest) == before:
         status.settings_digest, status.credential_digest = row.settings_digest, row.credential_digest
+
+
+def mark_of(row: Resource, vault: Vault, plain: str) -> str:
+    """Of the credential of a row with its password, if it has one."""
+    return vault.mark(row.password, row.hostname, row.username or "", plain)
 
 
 def reseal(session: Session, rows: Iterable[Resource], vault: Vault, name: str | None = None) -> None:
@@ -3985,9 +3995,12 @@ def reseal(session: Session, rows: Iterable[Resource], vault: Vault, name: str |
                     if name is None:
                         raise SecretError(f"{row.name}: {error}, or remove it") from error
                     setattr(row, kind, None)    # the inventory states it again, or says that it is missing
+            logins = login_row(mark_of(row, vault, plain.get("password", "")), row.name)
             row.name = name or row.name
             for kind, secret in plain.items():
                 setattr(row, kind, vault.seal(secret, *binding(kind, row)))
+            if logins != (now := login_row(mark_of(row, vault, plain.get("password", "")), row.name)):
+                carry_logins(session, logins, now)
 
 
 def bind_ports(session: Session, rows: Iterable[Resource], vault: Vault) -> None:
@@ -4276,6 +4289,7 @@ class Target:
     fault: tuple[Cause, str] | None = None      # what keeps it from being polled
     is_added: bool = False      # by who may not edit the inventory
     row: tuple[Any, ...] = dataclass_field(default=(), compare=False, repr=False)   # of which it was made
+    login_mark: str = ""        # of its credential, which stays when that is sealed again
 
     @property
     def name(self) -> str:
@@ -4303,11 +4317,13 @@ def target_of(row: Resource, vault: Vault, known: Target | None = None) -> Targe
         return replace(known, host_key=row.host_key, is_added=row.origin != "inventory")
     settings = ResourceSettings.model_construct(name=row.name, hostname=row.hostname, platform=Platform.LOCAL)
     fault: tuple[Cause, str] | None = None
+    login_mark = ""
     try:
         settings = row.parsed_settings
         settings = settings.model_copy(update={
             kind: SecretStr(vault.open(token, *binding(kind, row)))
             for kind in SECRETS if (token := getattr(row, kind))})
+        login_mark = mark_of(row, vault, settings.secrets.get("password", ""))
         if lacks_password(row, settings):
             fault = "credential", f"{row.name}: its password is gone, with a lost key or a bastion; write it again"
     except SecretError as error:
@@ -4315,7 +4331,7 @@ def target_of(row: Resource, vault: Vault, known: Target | None = None) -> Targe
     except StorageError as error:
         fault = "protocol", str(error)
     return Target(row.id, settings, row.host_key, row.settings_digest, row.credential_digest, fault,
-                  row.origin != "inventory")
+                  row.origin != "inventory", login_mark=login_mark)
 
 
 RESOURCE_ROWS = sqlalchemy.select(Resource.__table__).where(Resource.origin != REMOVED).order_by(Resource.id)
@@ -4958,10 +4974,11 @@ class Guards:
         return user, hashlib.blake2b(secret, key=self._salt).digest()
 
     def of(self, target: Target) -> LoginGuard:
-        guard, row = self._shared(target), login_row(target.credential_digest, target.name)
+        guard, row = self._shared(target), login_row(target.login_mark, target.name)
         if not target.settings.locks_nothing and (known := guard.rows.of.get(target.name)) != row:
             guard.rows.of[target.name] = row
-            if before := self._before.pop(row, None):
+            older = login_row(target.credential_digest, target.name)      # as it was called before
+            if before := self._before.pop(row, None) or self._before.pop(older, None):
                 guard.hear(target.name, before, is_own=True)
             for text in self._others.get(row, ()):
                 guard.hear(target.name, text, is_own=False)

@@ -1189,7 +1189,7 @@ def test_logins_of_the_last_day(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_test_of_other_settings_brings_no_old_refusals_back(house: House) -> None:
     """With the same password, of a host that refused before the start and was accepted since."""
     watched = one_target(house, "right")
-    row = healthchecker.login_row(watched.credential_digest, "a")
+    row = healthchecker.login_row(watched.login_mark, "a")
     guards, record = Guards(), LoginRecord()
     guards.begin(healthchecker.LoginJournal(), {row: written(900.0, 600.0, 300.0)})
     guards.keep([watched])
@@ -1198,7 +1198,7 @@ def test_a_test_of_other_settings_brings_no_old_refusals_back(house: House) -> N
     with guards.of(watched).attempt("a", Deadline(5), record):
         pass
     for _ in range(2):
-        with guards.trial(replace(watched, credential_digest="of another place"), record).attempt(
+        with guards.trial(replace(watched, login_mark="of another place"), record).attempt(
                 "a", Deadline(5), record):  # fmt: skip
             pass
         assert guards.of(watched).refusals == 0 and guards.of(watched).rows.of["a"] == row
@@ -1206,7 +1206,7 @@ def test_a_test_of_other_settings_brings_no_old_refusals_back(house: House) -> N
 
 @pytest.mark.parametrize("how", ["rotated", "renamed"])
 def test_refusals_follow_a_resource(house: House, machines: Machines, how: str) -> None:
-    """Its token is another one then, by which the next start knows it."""
+    """Its mark is another one then, by which the next start knows it."""
     house.write("name: a, interval: 1")
     machines.behaviours["a"] = machines.login("a", refused)
     with house.watching():
@@ -1216,14 +1216,61 @@ def test_refusals_follow_a_resource(house: House, machines: Machines, how: str) 
         if how == "renamed":
             healthchecker.rename_row(session, row, house.vault, "b")
         else:
+            house.vault.create("next.pem")
             healthchecker.reseal(session, [row], house.vault)
         name = row.name
+    if how == "rotated":
+        house.vault.retire()
     machines.logins.clear()
     machines.behaviours[name] = machines.login(name, refused)
     with house.watching():
         assert house.monitor.login_wait(name) > 200
         wait_for(lambda: house.state(name) == ("unhealthy", "auth"))
         assert not machines.logins
+
+
+@pytest.mark.parametrize("meanwhile", ["name: b, platform: simulated", "name: a, password: another"],
+                         ids=["taken out", "another password"])  # fmt: skip
+def test_a_refused_password_that_comes_back_after_a_restart_is_known(
+    house: House, machines: Machines, meanwhile: str
+) -> None:
+    """Each edit with a restart would show it four more times otherwise, and a directory locks at the fifth."""
+    machines.behaviours["a"] = machines.login("a", refused)
+    house.write("name: a, interval: 1")
+    with house.watching():
+        wait_for(lambda: [len(told["refused"]) for told in kept_logins(house)] == [1])
+        house.monitor.poll_now("a", 5)
+    assert len(machines.logins) == 2
+    machines.behaviours["a"] = unreachable
+    house.write(meanwhile)
+    with house.watching():
+        wait_for(lambda: len(house.monitor.pollers) == 1)
+    machines.behaviours["a"] = machines.login("a", refused)
+    house.write("name: a, interval: 1")
+    with house.watching():
+        assert house.monitor.login_wait("a") > 200
+        wait_for(lambda: house.state("a") == ("unhealthy", "auth"))
+        assert len(machines.logins) == 2
+
+
+def test_refusals_that_the_version_before_wrote_count(house: House) -> None:
+    """It found them by the token, which no other seal of the password has."""
+    target, guards = one_target(house, "wrong"), Guards()
+    guards.begin(healthchecker.LoginJournal(),
+                 {healthchecker.login_row(target.credential_digest, "a"): written(80.0, 70.0)})  # fmt: skip
+    assert guards.of(target).refusals == 2
+
+
+def test_nobody_without_the_key_can_try_which_password_was_refused(house: House, tmp_path: Path) -> None:
+    """What the database says of logins is the same for the same password under one key, and under no other."""
+    [mark, again, other] = [one_target(house, password).login_mark for password in ("wrong", "wrong", "right")]
+    assert mark == again != other
+    another = healthchecker.Vault(tmp_path / "other keys")
+    another.create()
+    with house.store.reading() as session:
+        [row] = session.scalars(sqlalchemy.select(healthchecker.Resource))
+        row.password = another.seal("wrong", *healthchecker.binding("password", row))
+        assert healthchecker.mark_of(row, another, "wrong") != mark
 
 
 def test_refusals_that_an_older_version_stored_count(house: House) -> None:
@@ -1237,7 +1284,7 @@ def test_refusals_that_an_older_version_stored_count(house: House) -> None:
 
 
 def test_refusals_are_written_anew_where_a_secret_is_sealed_anew(house: House) -> None:
-    """A rotation of keys gives the same password another token, by which the next start knows it."""
+    """A rotation of keys gives the same password another mark, by which the next start knows it."""
     rows: dict[str, str] = {}
 
     def keep(row: str, text: str, patience: float, siblings: Collection[str]) -> bool:
@@ -1248,7 +1295,7 @@ def test_refusals_are_written_anew_where_a_secret_is_sealed_anew(house: House) -
     guards.begin(healthchecker.LoginJournal(keep), {})
     with contextlib.suppress(ProbeError), guards.of(before).attempt("a", Deadline(5), LoginRecord()):
         raise ProbeError("auth", "refused")
-    after = replace(before, credential_digest="of another token")
+    after = replace(before, login_mark="of another key")
     assert guards.of(after) is guards.of(before)
     later = Guards()
     later.begin(healthchecker.LoginJournal(keep), dict(rows))
