@@ -19912,13 +19912,14 @@ def check_app(installation: Installation) -> int:
 
 
 def secret_files(inventory: Inventory) -> Iterator[Path | None]:
-    """The files that hold secrets; the inventory, too, where it states one itself."""
+    """The files that hold secrets; the inventory, too, where it states one itself that is not sealed."""
     yield from (inventory.service.metrics_token_file, inventory.service.database_path)
     for each in (inventory.service, *inventory.receivers, *inventory.resources):
         for variable in (name for name in type(each).model_fields if name.endswith("_env")):
             name = variable.removesuffix("_env")
             yield getattr(each, f"{name}_file")
-            if getattr(each, name) and not (getattr(each, f"{name}_file") or getattr(each, variable)):
+            stated = getattr(each, name) and not (getattr(each, f"{name}_file") or getattr(each, variable))
+            if stated and not getattr(each, name).get_secret_value().startswith(TOKEN_PREFIXES):
                 yield inventory.path
     for each in inventory.resources:    # the certificate's file holds its key, where that has none of its own
         yield each.key_file or (each.certificate_file if each.url else None)

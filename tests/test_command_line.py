@@ -470,6 +470,8 @@ def test_check_looks_at_who_can_read_secrets(tmp_path: Path, capsys: pytest.Capt
     ("key_file: key, key_passphrase: p", "", True),
     ("password_file: word", "  heartbeat: https://example.com/ping/4d3f", True),
     ("password_file: word", "  heartbeat_file: url", False),
+    ("password: sealed", "", False),
+    ("password: sealed", "  heartbeat: https://example.com/ping/4d3f", True),
 ])
 def test_check_tells_which_inventory_holds_secrets(
     row: str, service: str, holds: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -478,8 +480,13 @@ def test_check_tells_which_inventory_holds_secrets(
         (tmp_path / name).write_text(text, encoding="utf-8")
         (tmp_path / name).chmod(0o600)
     path = write_inventory(tmp_path, f"  - {{hostname: a, username: u, {row}}}\n", service)
+    if "sealed" in row:
+        assert main(["--inventory", str(path), "seal"]) == 0
+        capsys.readouterr()
+    if holds:       # again: `seal` has sealed it, too
+        path.write_text(re.sub("heartbeat: .*", service.strip(), path.read_text("utf-8")), encoding="utf-8")
     path.chmod(0o644)
-    main(["--inventory", str(path), "check"])
+    assert main(["--inventory", str(path), "check"]) == 0
     assert (f"{path} holds secrets" in capsys.readouterr().out) == holds
 
 
