@@ -10013,24 +10013,23 @@ class News:
         self.doubt = doubts[settings.name] = Doubt(asked=settings.is_asked)
         self.told = Standing()              # the last one that was told
         self.waits: Report | None = None    # until it is known whether others are to blame
-        self._is_restored = False           # what was told was told before the start
         self.last: Report | None = None     # whether or not it could be written
 
-    def restore(self, standing: Standing) -> None:
-        """Goes on from a standing of before the start."""
-        self.told, self._is_restored = standing, True
+    def restore(self, standing: Standing, *, is_told: bool = True) -> None:
+        """Goes on from a standing of before the start; that it was not told means that another one was to blame."""
+        told: State = "healthy" if not standing.healthy else "unhealthy"
+        self.told = standing if is_told else replace(standing, state=told, cause="")
         self.doubt.settle(decided=standing.decided, healthy=standing.healthy)
 
     def hear(self, standing: Standing, found_mono: float) -> None:
         """Goes on from what another machine found, which has told nobody of it where another may be to blame."""
-        self.restore(standing)
         is_old = any(found_mono < doubt.risen_mono < math.inf for doubt in self._before())
-        if not standing.healthy and (is_old or self._aggregator.blocker(self._name) or self._is_doubtful(standing)):
-            self.told = replace(standing, state="healthy", cause="")
+        is_others = is_old or self._aggregator.blocker(self._name) or self._is_doubtful(standing)
+        self.restore(standing, is_told=standing.healthy or not is_others)
 
     def go_on_from(self, before: News) -> None:
         """Goes on from what the poller before told."""
-        self.told, self._is_restored, self.last = before.told, before._is_restored, before.last
+        self.told, self.last = before.told, before.last
         self.doubt.settle(decided=before.doubt.decided)
 
     def weigh(self, report: Report) -> Report:
@@ -10045,9 +10044,7 @@ class News:
         blocker = self._aggregator.blocker(self._name)
         behind = 0 if after.healthy else self._aggregator.behind(self._name)
         report = replace(report, blocker=blocker, behind=behind)
-        if blocker and self._is_restored and not self.told.healthy:
-            self.told = replace(self.told, state="healthy", cause="")   # what was told then was that of the other one
-        changed, self._is_restored, waited, self.waits = replace(report, before=self.told), False, self.waits, None
+        changed, waited, self.waits = replace(report, before=self.told), self.waits, None
         if blocker or not after.decided or self._outage.is_cut_off:
             return report
         if is_doubtful and changed.transition:
@@ -11356,7 +11353,8 @@ class Recorder(threading.Thread):
 # === Poll ====================================================================
 # A thread for each resource polls it: in comes a Target, reports go out, to the aggregator at once, to the database
 # through the recorder. Where another machine polls it, the thread rests and what that found is told to the aggregator.
-# Gives: first_polls, LAST_SESSIONS, Poller, PollContext, poll_once, REFUSED_MARK, restore_login, without_secrets
+# Gives: first_polls, LAST_SESSIONS, Poller, PollContext, poll_once, REFUSED_MARK, restore_login, Stored,
+# without_secrets
 FIRST_POLLS = 50.0              # first polls per second
 POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
 JITTER = 0.1                    # part of the interval by which polls are spread
@@ -11431,6 +11429,13 @@ def poll_once(target: Target, connection: Connection, previous: Sample | None) -
                   exc_info=fault.with_traceback(error.__traceback__))
         return Verdict("unhealthy", "protocol", "the poll failed in an unforeseen way; see the log"), None
     return evaluate(sample, target.settings), sample
+
+
+class Stored(NamedTuple):
+    """What the database says of a resource at the start."""
+
+    status: Status
+    is_told_unhealthy: bool     # by its last event
 
 
 def restore_login(guard: LoginGuard, target: Target, stored: Status, age: float) -> bool:
@@ -11745,10 +11750,10 @@ class Poller(ResourceLease, threading.Thread):
                 if report := self.news.late(is_last=is_last):
                     self._context.recorder.tell(report)
 
-    def restore(self, stored: Status, age: float) -> None:
+    def restore(self, known: Stored, age: float) -> None:
         """Goes on from what is stored: it must be of these settings and fresh, a refused login counts during its
         back-off. Where machines share the work, it is told of that with its time."""
-        settings = self.target.settings
+        stored, settings = known.status, self.target.settings
         is_same = restore_login(self._guard, self.target, stored, age)
         left = counts_for(self.target, stored, age, self._guard.wait(settings.name))
         if is_same and stored.cause == "auth":
@@ -11759,7 +11764,7 @@ class Poller(ResourceLease, threading.Thread):
             self.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
                                      stored.since_at, stored.good, stored.bad)
             self.expires_mono = self.lease_mono = lease_clock() + left
-            self.news.restore(self.standing)
+            self.news.restore(self.standing, is_told=self.standing.healthy is not known.is_told_unhealthy)
 
 
 # === Monitor =================================================================
@@ -11812,12 +11817,17 @@ def follows(poller: Poller | None, target: Target) -> bool:
         target, host_key=target.host_key or poller.target.host_key))
 
 
-def stored_statuses(session: Session, ids: Sequence[int]) -> dict[int, Status]:
-    """How resources stood, by their ids."""
+def stored_statuses(session: Session, targets: Mapping[int, str]) -> dict[int, Stored]:
+    """How resources stood, by their ids; they have names."""
     wanted = sqlalchemy.select(Status)
-    if len(ids) < MANY_IDS:
-        wanted = wanted.where(Status.resource_id.in_(ids))
-    return {row.resource_id: row for row in session.scalars(wanted)}
+    last = sqlalchemy.select(func.max(Event.id)).where(Event.kind == "state").group_by(Event.resource)
+    if len(targets) < MANY_IDS:
+        wanted = wanted.where(Status.resource_id.in_(targets))
+        last = last.where(Event.resource.in_(targets.values()))
+    if not (rows := session.scalars(wanted).all()):
+        return {}
+    told = {*session.scalars(sqlalchemy.select(Event.resource).where(Event.id.in_(last), Event.state == "unhealthy"))}
+    return {row.resource_id: Stored(row, targets.get(row.resource_id) in told) for row in rows}
 
 
 def require_files(before: Mapping[str, Target], targets: Mapping[str, Target]) -> None:
@@ -12115,7 +12125,7 @@ class Monitor(threading.Thread):
             gates = imported_gates(session)
             is_known = current == self._revision and targets == self.targets
             fresh = [name for name, target in targets.items() if not follows(self.pollers.get(name), target)]
-            stored = stored_statuses(session, [targets[name].id for name in fresh])
+            stored = stored_statuses(session, {targets[name].id: name for name in fresh})
         self.maintenance.follow(lease_clock() + self._zero_at)
         require_files(self.targets, targets)
         self.guards.keep(targets.values())
@@ -12127,7 +12137,7 @@ class Monitor(threading.Thread):
         found = {name: known.get(targets[name].id) or self.pollers.get(name) for name in fresh}
         for before in filter(None, (*found.values(), *map(self.pollers.get, fresh))):    # or whose name it has
             before.stop()       # all of them first: what leads through a new bastion may need another password
-        refused = {row.resource_id for row in stored.values() if row.strip.endswith(REFUSED_MARK)}
+        refused = {number for number, row in stored.items() if row.status.strip.endswith(REFUSED_MARK)}
         for name in sorted(fresh, key=lambda name: targets[name].id in refused):    # those that were accepted first
             self._launch(targets[name], 0.0, found[name], stored.get(targets[name].id))
         spread([self.pollers[name] for name in fresh])
@@ -12145,7 +12155,7 @@ class Monitor(threading.Thread):
         if not is_known and not any(target.settings.critical for target in targets.values()):
             log.warning("no critical resource is watched: the gate is open whatever happens")
 
-    def _launch(self, target: Target, delay: float, before: Poller | None, stored: Status | None = None) -> None:
+    def _launch(self, target: Target, delay: float, before: Poller | None, stored: Stored | None = None) -> None:
         """A poller for `target`; it goes on as the one `before` it with these settings, or from the stored state."""
         if before:
             before.stop()
@@ -12156,7 +12166,7 @@ class Monitor(threading.Thread):
         else:
             poller = Poller(target, self._context, self.guards.of(target), delay)
             if stored:
-                poller.restore(stored, lease_clock() + self._zero_at - stored.polled_at)
+                poller.restore(stored, lease_clock() + self._zero_at - stored.status.polled_at)
             if (before and before.target.name != target.name and poller.standing.state == "unknown"     # renamed
                     and (not before.standing.healthy or is_same_place(before.target.settings, target.settings))):
                 poller.go_on_from(before)

@@ -2405,6 +2405,27 @@ def test_a_restart_while_a_parent_is_down(house: House, machines: Machines) -> N
         assert events(house)[count:] == [("parent", "unhealthy -> healthy")]
 
 
+def test_a_restart_while_a_child_that_failed_first_is_behind_its_parent(house: House, machines: Machines) -> None:
+    """It was told of by itself: its recovery is told, too, and its failure not again."""
+    house.write("name: parent, fall: 1, rise: 1", "name: child, depends_on: [parent], fall: 1, rise: 1")
+    with house.watching():
+        wait_for(lambda: house.state("parent") == house.state("child") == ("healthy", ""))
+        for name in ("child", "parent"):
+            machines.behaviours[name] = unreachable
+            house.poller(name).poll_now()
+            wait_for(lambda name=name: events(house)[-1][0] == name and "unhealthy" in events(house)[-1][1])
+        wait_for(lambda: house.stored("parent") == house.stored("child") == ("unhealthy", "unreachable"))
+        count = len(events(house))
+    with house.watching():
+        for name in ("parent", "child"):
+            house.poller(name).poll_now().result(60)
+        for name in ("parent", "child"):
+            machines.behaviours[name] = good
+            for each in ("parent", "child"):
+                house.poller(each).poll_now().result(60)
+    assert events(house)[count:] == [("parent", "unhealthy -> healthy"), ("child", "unhealthy -> healthy")]
+
+
 def test_a_parent_that_goes_stale(house: House, machines: Machines) -> None:
     """No result of it in time is as bad as a bad one."""
     house.write("name: parent, interval: 1, timeout: 1, critical: false", "name: child, depends_on: [parent]")
