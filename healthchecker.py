@@ -16202,15 +16202,14 @@ class Mark(NamedTuple):
 
 def marks_of(found: Iterable[Event], begin: float, end: float) -> Iterator[Mark]:
     """What events, the newest first, say of the time from `begin` to `end`: changes of state, and maintenance."""
-    until = end
+    ends = list[float]()    # of maintenance whose beginning comes yet; several may run
     for event in found:
         if event.kind == "state" and event.at >= begin:
             yield Mark(event.text.partition(" -> ")[2].partition(" ")[0], event.at, event.at, event.text)
         elif (event.kind, event.state) == ("maintenance", "over") and event.text != CANCELLED:
-            until = event.at
-        elif (event.kind, event.state) == ("maintenance", "begun") and until > begin:
+            ends.append(event.at)
+        elif (event.kind, event.state) == ("maintenance", "begun") and (until := ends.pop() if ends else end) > begin:
             yield Mark("maintenance", max(event.at, begin), until, event.text)
-            until = event.at
 
 
 def mark_paths(marks: Iterable[Mark], begin: float, end: float) -> Markup:

@@ -72,6 +72,19 @@ def test_events_and_maintenance_are_marks() -> None:
     assert "check: &lt;b&gt;" in svg and "<b>" not in svg
 
 
+@pytest.mark.parametrize(("times", "drawn"), [
+    ("1100< 1200< 1300>", [(1200, 1300), (1100, 2000)]),
+    ("1100< 1200< 1300> 1400>", [(1200, 1300), (1100, 1400)]),
+    ("900< 950< 1300>", [(1000, 1300), (1000, 2000)]),
+    ("700< 800< 850> 900>", []),
+    ("1100< 1200> 1200< 1300>", [(1200, 1300), (1100, 1200)]),
+], ids=["one goes on", "nested", "since before", "before", "in a row"])  # fmt: skip
+def test_several_times_of_maintenance_end_each_for_itself(times: str, drawn: list[tuple[float, float]]) -> None:
+    texts = {"<": "in maintenance until 2026-01-01T00:00:00+00:00: work", ">": "maintenance ended"}
+    found = [event(float(word[:-1]), "maintenance", texts[word[-1]]) for word in times.split()]
+    assert [(mark.at, mark.until) for mark in marks_of(reversed(found), BEGIN, END)] == drawn
+
+
 def test_a_hostile_mark_is_text() -> None:
     svg = chart_svg([], {}, (BEGIN, END), 10.0, [Mark('"><script>', 1500, 1500, '"><script>')])
     assert "<script>" not in svg
