@@ -2710,10 +2710,10 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # The tables, and how those of an older version are migrated. Secrets are stored sealed only. Here as everywhere else
 # stands SQL that both SQLite and PostgreSQL have, but for migrations before schema 6, the first one on PostgreSQL.
 # In any thread of the main process, within the transaction of whoever calls.
-# Gives: Acknowledgement, APPLICATION, Base, BIG_INTEGER, binding, carry_logins, columns_in, db, differs_from, Event,
-# login_row, LOGINS, LoginSession, LOOKED_AT, Machine, Maintenance, migrate, Notice, own_name, READ_WORD, Receiver,
-# remembered, REMOVED, Resource, Result, revise, revision, ROW_LENGTH, SALT_BYTES, SCHEMA, Setting, Status, StoredText,
-# User, YEAR_3000
+# Gives: ACCOUNT_LENGTH, Acknowledgement, APPLICATION, Base, BIG_INTEGER, binding, carry_logins, columns_in, db,
+# differs_from, Event, login_row, LOGINS, LoginSession, LOOKED_AT, Machine, Maintenance, migrate, Notice, own_name,
+# plain_user, READ_WORD, Receiver, remembered, REMOVED, Resource, Result, revise, revision, ROW_LENGTH, SALT_BYTES,
+# SCHEMA, Setting, Status, StoredText, User, YEAR_3000
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 YEAR_3000 = 32_503_680_000      # Unix time, the last one that Windows can show
 
@@ -2774,7 +2774,8 @@ db = SQLAlchemy(model_class=Base)
 SCHEMA = 7                      # of a database that this program writes
 APPLICATION = 0x48434B31        # "HCK1": whose database it is
 LOGINS = "logins/"              # begins the name of a setting with what is known of logins
-ROW_LENGTH = 32                 # hexadecimal digits of it by which a resource with its credential is found again
+ROW_LENGTH = 32                 # hexadecimal digits by which a resource with its credential is found again, of which
+ACCOUNT_LENGTH = 16             # so many say whose account it is, whatever the password
 LOOKED_AT = 1.0                 # seconds for which a start waits for those who look whether a service runs
 REMOVED = "removed"             # origin of what the inventory had: it is kept while there is history of it
 
@@ -3186,9 +3187,16 @@ def remembered(session: Session, name: str) -> Setting:
     return session.get(Setting, name) or Setting(name=name, value=0, text="")
 
 
-def login_row(mark: str, name: str) -> str:
-    """By which what is written of a resource's logins is found, by the mark of its credential."""
-    return hashlib.sha256(length_prefixed(mark, name)).hexdigest()[:ROW_LENGTH]
+def plain_user(username: str | None) -> str:
+    """An account as its directory counts it: EXAMPLE\\monitor, monitor@example.com and Monitor are one."""
+    return (username or "").casefold().rpartition("\\")[2].partition("@")[0]
+
+
+def login_row(mark: str, name: str, hostname: str, username: str | None) -> str:
+    """By which what is written of a resource's logins is found: first the account, then the credential by its mark."""
+    account, credential = (hashlib.sha256(length_prefixed(*parts)).hexdigest() for parts in (
+        (name, hostname, plain_user(username)), (mark, name)))
+    return account[:ACCOUNT_LENGTH] + credential[:ROW_LENGTH - ACCOUNT_LENGTH]
 
 
 def carry_logins(session: Session, before: str, after: str) -> None:
@@ -3981,6 +3989,10 @@ def mark_of(row: Resource, vault: Vault, plain: str) -> str:
     return vault.mark(row.password, row.hostname, row.username or "", plain)
 
 
+def logins_of(row: Resource, vault: Vault, plain: str) -> str:
+    return login_row(mark_of(row, vault, plain), row.name, row.hostname, row.username)
+
+
 def reseal(session: Session, rows: Iterable[Resource], vault: Vault, name: str | None = None) -> None:
     """Seals the secrets of rows anew, for what they are bound to today, a new `name` if there is one; the stored status
     of a row stays that of its settings. Raises SecretError."""
@@ -3995,11 +4007,11 @@ def reseal(session: Session, rows: Iterable[Resource], vault: Vault, name: str |
                     if name is None:
                         raise SecretError(f"{row.name}: {error}, or remove it") from error
                     setattr(row, kind, None)    # the inventory states it again, or says that it is missing
-            logins = login_row(mark_of(row, vault, plain.get("password", "")), row.name)
+            logins = logins_of(row, vault, plain.get("password", ""))
             row.name = name or row.name
             for kind, secret in plain.items():
                 setattr(row, kind, vault.seal(secret, *binding(kind, row)))
-            if logins != (now := login_row(mark_of(row, vault, plain.get("password", "")), row.name)):
+            if logins != (now := logins_of(row, vault, plain.get("password", ""))):
                 carry_logins(session, logins, now)
 
 
@@ -4678,6 +4690,7 @@ class LoginJournal(NamedTuple):
     life: float = 0.0                           # of the service: when it began
     machines: Callable[[], int] = lambda: 1     # that write there, as was heard last
     is_heard: Callable[[], bool] = lambda: True     # by the others
+    most: int = REFUSALS_ASKED + 1      # refusals of a credential: fewer where nobody will know of them
 
     def share(self, count: int) -> int:
         """What of so many is this machine's, which cannot know yet what becomes of the others'."""
@@ -4702,7 +4715,7 @@ class LoginRows:
     def write(self, name: str, refused: Sequence[float], since_mono: float, *, alone: bool, patience: float) -> bool:
         """Where there is anything, or was: the refusals of a resource and its logins since then; see LoginJournal."""
         zero_at = self.journal.wall() - self._clock()
-        tries = [(self.tries[name], self.journal.life)] if name in self.tries else []
+        tries = [(at, self.journal.life) for at in [self.tries.get(name)] if at is not None]
         unseen = [(zero_at + at, life) for at, life in self._unseen.get(name, []) + tries if at > since_mono]
         if name in self.of and (refused or unseen or name in self._written):
             told = {"refused": [zero_at + at for at in refused], "unseen": unseen, "alone": alone}
@@ -4755,10 +4768,10 @@ class LoginGuard:
         self._wrong: list[float] = []               # times of the refusals since the credential was accepted
         self._accepted_mono = -math.inf             # the last accepted login
         self._asked: set[str] = set()               # resources that somebody wants to be tried now
+        self.replaced = 0                           # by this one, passwords that were refused; 2: it was, too
         self._alone: set[str] = set()               # resources that refuse a credential which does not stand for them
         self._is_proven = False                     # the last outcome in this life was an accepted login
         self._good: set[str] = set()                # whose last login was accepted: the last attempt is one of theirs
-        self.tried: collections.deque[tuple[tuple[str, bytes], LoginRecord]] = collections.deque(maxlen=1000)   # typed
         self.polled: Collection[str] | None = None  # who is asked: not who is gone, nor a bastion that is an address
 
     @property
@@ -4783,7 +4796,8 @@ class LoginGuard:
         """Seconds until `name` may try; 0 = now."""
         with self._turn:
             own, wrong = self._counted(self._refused.get(name, [])), self._counted(self._wrong)
-            most = REFUSALS_ASKED if name in self._asked else REFUSALS
+            most = REFUSALS_ASKED + (self.replaced == 1) if name in self._asked else REFUSALS
+            most = min(self.rows.journal.most, most)
             most = most if self.rows.journal.is_heard() else self.rows.journal.share(most)
             good = self._good if self.polled is None else self._good.intersection(self.polled)
             shared = max(1, most - (name not in good and bool(good) and name not in self._asked))
@@ -4864,7 +4878,7 @@ class LoginGuard:
         if not self._is_proven or self._clock() - self._accepted_mono >= ACCEPTED_LATELY:
             self.rows.tries[name] = self._clock()
             if not self.write(name, patience):
-                raise ProbeError("auth", f"{NOT_TRIED}another machine logs in with the same credential")
+                raise ProbeError("auth", f"{NOT_TRIED}somebody else logs in with the same credential")
             self.require_no_wait(name)
         with self._turn:
             self._asked.discard(name)
@@ -4927,18 +4941,49 @@ class LoginGuard:
             is_odd = bool(own) and own[-1] <= self._accepted_mono    # others were accepted since
             own[:] = sorted([*own, at])
             self._good.discard(name)
+            self.replaced = 2
             self._alone |= {name} if alone else set()
             if not (is_odd or alone) and at >= self._accepted_mono:
                 self._wrong = sorted([*self._counted(self._wrong), at])
 
 
-def count_with(guard: LoginGuard, other: LoginGuard) -> None:
-    """Has a guard count the refusals of another one, too: they are of the same user."""
-    with other._turn:
-        wrong = [*other._counted(other._wrong)]
+def count_with(guard: LoginGuard, wrong: Iterable[float]) -> None:
+    """Has a guard count refusals of the same user, at times of its clock; those that it knows are the same."""
     with guard._turn:
         both = collections.Counter(guard._counted(guard._wrong)) | collections.Counter(wrong)   # several at a time
         guard._wrong = sorted(both.elements())
+
+
+class TypedGuard(LoginGuard):
+    """Of what is typed for one user, who may guess: it counts with what is watched, and that with it."""
+
+    def __init__(self, watched: Callable[[], Mapping[tuple[str, bytes], LoginGuard]], user: str) -> None:
+        super().__init__()
+        self._watched, self._user = watched, user
+        self._tried: collections.deque[tuple[tuple[str, bytes], LoginRecord]] = collections.deque(maxlen=1000)
+
+    def trial(self, key: tuple[str, bytes], record: LoginRecord, name: str) -> TypedGuard:
+        self._tried.append((key, record))
+        self.ask(name)
+        return self
+
+    def knows(self, key: tuple[str, bytes]) -> bool:
+        """Whether that credential was refused."""
+        return any(tried == key and record.outcomes["refused"] for tried, record in list(self._tried))
+
+    def require_no_wait(self, name: str) -> None:
+        for (user, _), other in self._watched().items():
+            if user == self._user:
+                with other._turn:
+                    wrong = [*other._counted(other._wrong)]
+                count_with(self, wrong)
+        super().require_no_wait(name)
+
+    def _note(self, name: str, record: LoginRecord, *, accepted: bool, alone: bool = False) -> None:
+        super()._note(name, record, accepted=accepted, alone=alone)
+        for key in [key for key, tried in list(self._tried) if tried is record and not accepted]:
+            if saved := self._watched().get(key):       # meanwhile
+                count_with(saved, [self._clock()])
 
 
 class Guards:
@@ -4947,16 +4992,21 @@ class Guards:
     def __init__(self) -> None:
         self._salt = secrets.token_bytes(16)
         self._guards: dict[tuple[str, bytes], LoginGuard] = {}      # by user and credential
-        self._used: Collection[tuple[str, bytes]] = ()      # those of them that somebody has
-        self._typed: dict[str, LoginGuard] = {}     # by user: whoever guesses has a new password each time
+        self._used: Mapping[tuple[str, bytes], LoginGuard] = {}     # those of them that somebody has
+        self._typed: dict[str, TypedGuard] = {}     # by user: whoever guesses has a new password each time
         self._lock = threading.Lock()               # guards which ones there are
         self._journal = LoginJournal()
-        self._before: dict[str, str] = {}                   # what was written before the start, by row,
+        self._own: dict[str, str] = {}                      # what is written, by row, from before the start on,
         self._others: Mapping[str, Sequence[str]] = {}      # and by other machines
 
-    def begin(self, journal: LoginJournal, before: dict[str, str]) -> None:
+    def begin(self, journal: LoginJournal, before: Mapping[str, str]) -> None:
         """All that becomes known of logins is written down from now on."""
-        self._journal, self._before = journal, before
+        def keep(row: str, text: str, patience: float, rows: Collection[str]) -> bool:
+            self._own.pop(row, None)
+            self._own |= {row: text} if text else {}
+            return journal.keep(row, text, patience, rows)
+
+        self._journal, self._own = journal._replace(keep=keep), dict(before)
 
     def hear(self, others: Mapping[str, Sequence[str]]) -> None:
         """Takes up what other machines have written, by row."""
@@ -4969,22 +5019,39 @@ class Guards:
 
     def _key(self, target: Target) -> tuple[str, bytes]:
         """Equal for the same user with the same secret; does not give the secret away."""
-        user = target.settings.username or ""
         secret = length_prefixed(target.settings.secrets.get("password", ""))
-        return user, hashlib.blake2b(secret, key=self._salt).digest()
+        return plain_user(target.settings.username), hashlib.blake2b(secret, key=self._salt).digest()
 
     def of(self, target: Target) -> LoginGuard:
-        guard, row = self._shared(target), login_row(target.login_mark, target.name)
-        if not target.settings.locks_nothing and (known := guard.rows.of.get(target.name)) != row:
+        settings, guard = target.settings, self._shared(target)
+        row = login_row(target.login_mark, target.name, settings.hostname, settings.username)
+        if not settings.locks_nothing and (known := guard.rows.of.get(target.name)) != row:
             guard.rows.of[target.name] = row
-            older = login_row(target.credential_digest, target.name)      # as it was called before
-            if before := self._before.pop(row, None) or self._before.pop(older, None):
-                guard.hear(target.name, before, is_own=True)
-            for text in self._others.get(row, ()):
-                guard.hear(target.name, text, is_own=False)
-            if known:       # the same credential, sealed anew
+            if known:       # the same credential, sealed with another key
+                guard.rows.journal.keep(known, "", 0.0, ())
                 guard.write(target.name)
+            older = hashlib.sha256(length_prefixed(target.credential_digest, target.name)).hexdigest()[:ROW_LENGTH]
+            if before := self._own.get(row) or self._own.get(older):    # as the version before wrote it
+                guard.hear(target.name, before, is_own=True)
+            for text in (*self._others.get(row, ()), *self._others.get(older, ())):
+                guard.hear(target.name, text, is_own=False)
+            self._count_replaced(guard, target.name, row)
         return guard
+
+    def _count_replaced(self, guard: LoginGuard, name: str, row: str) -> None:
+        """What was refused before with another password counts, for the directory counts the account, and each wrong
+        one would have tries of its own. A new one has one all the same, also where somebody has asked for the last."""
+        account = row[:ACCOUNT_LENGTH]
+        written = [(one, text) for one, text in list(self._own.items()) if one.startswith(account)]
+        written += [(one, text) for one, texts in self._others.items() if one.startswith(account) for text in texts]
+        replaced = set[str]()
+        for other, text in written:
+            refused, alone = guard.rows.read(name, text, is_own=False)
+            if refused and not alone and other != row:
+                count_with(guard, [guard._clock() - ago for ago in refused])
+                guard.ask(name)
+                replaced.add(other)
+        guard.replaced = max(guard.replaced, len(replaced))
 
     def _shared(self, target: Target) -> LoginGuard:
         if target.settings.locks_nothing:
@@ -4994,25 +5061,21 @@ class Guards:
 
     def trial(self, target: Target, record: LoginRecord) -> LoginGuard:
         """The guard of what somebody tries now, and what comes of it: that of the credential if it is watched, else of
-        all tries of its user, which count together with what is watched."""
+        all tries of its user."""
         user, _ = key = self._key(target)
         with self._lock:
-            if target.settings.locks_nothing or key in self._guards:
-                guard = self._shared(target)
-            else:
-                guard = self._typed.setdefault(user, LoginGuard())
-                guard.tried.append((key, record))
-                for known, other in list(self._guards.items()):
-                    if known[0] == user and known in self._used:
-                        count_with(guard, other)
-            guard.ask(target.name)
+            if not (target.settings.locks_nothing or key in self._guards):
+                typed = self._typed.setdefault(user, TypedGuard(lambda: self._used, user))
+                return typed.trial(key, record, target.name)
+            guard = self._shared(target)
+        guard.ask(target.name)
         return guard
 
     def _begin(self, key: tuple[str, bytes]) -> LoginGuard:
         """That of a credential which is watched from now on: one that was typed and refused is saved all the same."""
         guard, typed = LoginGuard(journal=self._journal), self._typed.get(key[0])
-        if typed and any(tried == key and record.outcomes["refused"] for tried, record in typed.tried):
-            count_with(guard, typed)
+        if typed and typed.knows(key):
+            count_with(guard, typed._wrong)
         return guard
 
     def write_again(self) -> None:
@@ -5028,10 +5091,12 @@ class Guards:
         with self._lock:
             used = {key: self._guards.get(key) or self._begin(key) for key in map(self._key, shown)}
             gone = [(key, guard) for key, guard in self._guards.items() if key not in used and guard.is_used]
-            self._guards, self._used = dict(gone[-REMEMBERED:]) | used, used.keys()
+            self._guards, self._used = dict(gone[-REMEMBERED:]) | used, used
             for guard in self._guards.values():
                 guard.polled = watched.keys()
             self._typed = {user: guard for user, guard in self._typed.items() if guard.is_used}
+            for row in list(self._own)[:-REMEMBERED - len(shown)]:
+                self._own.pop(row, None)
 
 
 # === Sessions ================================================================
@@ -10987,7 +11052,7 @@ class Membership:
 # The one thread that writes what polls found and what the gate did: reports and transitions come from any thread,
 # rows go out, many in one transaction. A database that cannot be written is waited for, within a bounded memory. A loss
 # of power may take who was healthy, who is asked again then, and nothing else.
-# Gives: Recorder, written_logins
+# Gives: Recorder, tried_elsewhere, write_logins, written_logins
 FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
 WOKEN_INTERVAL = 0.05           # the same where something falls, for others may fall with it, and of logins
 PENDING_ROWS = 100_000          # rows that wait for a database that cannot be written; older ones are lost
@@ -10995,6 +11060,7 @@ QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to b
 STILL_ROUNDS = 7 * DAY // QUARTER   # of tidying that drop nothing, where the clock may have been set
 TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
 UNSURE = (*NO_ANSWER, "stale")  # causes that are this machine's, perhaps
+WAITING = 5                     # logins of one resource, at most, that wait until they are written down
 TRY_LASTS = 30.0                # seconds after which a login of another machine is over, or that machine is
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
 TURN = Origin("", 0, 0.0)       # of what has opened or closed
@@ -11048,6 +11114,15 @@ def written_logins(session: Session, machine: str) -> tuple[dict[str, str], dict
     return own, others
 
 
+def write_logins(session: Session, machine: str, texts: Mapping[str, str], now: float) -> None:
+    """What a machine has to say of logins, by row; where that is nothing there is no row."""
+    names = {own_name(f"{LOGINS}{row}", machine): text for row, text in texts.items()}
+    new = [{"name": name, "text": text, "value": int(now)} for name, text in names.items() if text]
+    session.execute(sqlalchemy.delete(Setting).where(Setting.name.in_(names)))
+    if new:
+        session.execute(sqlalchemy.insert(Setting), new)
+
+
 def prune_logins(session: Session, now: float) -> None:
     """Those of resources and machines that are no longer there."""
     old = Setting.name.startswith(LOGINS), Setting.value < now - DAY
@@ -11068,13 +11143,21 @@ def is_tried(text: str, now: float) -> bool:
     return False
 
 
+def tried_elsewhere(session: Session, machine: str, now: float,
+                    hear: Callable[[Mapping[str, Sequence[str]]], None]) -> set[str]:
+    """Has what others wrote of logins heard; gives the rows of which one of them is perhaps logging in."""
+    _, others = written_logins(session, machine)
+    hear(others)
+    return {row for row, texts in others.items() if any(is_tried(text, now) for text in texts)}
+
+
 class LoginWriter:
     """What guards have written: it comes from any thread, some of which wait until it goes out."""
 
     def __init__(self, store: Store, woken: threading.Event, ending: threading.Event, unwritten: Trouble) -> None:
         self._store, self._woken, self._ending, self._unwritten = store, woken, ending, unwritten
         self._given: queue.SimpleQueue[tuple[str, GivenRow]] = queue.SimpleQueue()
-        self._rows: dict[str, GivenRow] = {}    # the last of each
+        self._rows: dict[str, list[GivenRow]] = {}      # the last of each is what is written; others wait, too
         self.hear: Callable[[Mapping[str, Sequence[str]]], None] = lambda others: None    # takes what others wrote
 
     def keep(self, row: str, text: str, patience: float, rows: Collection[str]) -> bool:
@@ -11088,26 +11171,23 @@ class LoginWriter:
 
     def gather(self) -> bool:
         """Whether there is anything to write."""
-        self._rows.update(self._given.get() for _ in range(self._given.qsize()))
+        for _ in range(self._given.qsize()):
+            row, given = self._given.get()
+            self._rows[row] = [*self._rows.get(row, [])[-WAITING:], given]
         return bool(self._rows)
 
     def write(self, session: Session) -> None:
         """What was gathered, within the caller's transaction, of which all machines have one at a time."""
         if self._rows and self._store.machine:
-            _, others = written_logins(session, self._store.machine)
-            self.hear(others)
-            tried = {row for row, texts in others.items() if any(is_tried(text, self._store.wall()) for text in texts)}
-            for given in self._rows.values():
+            tried = tried_elsewhere(session, self._store.machine, self._store.wall(), self.hear)
+            for given in itertools.chain.from_iterable(self._rows.values()):
                 given.tried.extend(tried.intersection(given.rows))
-        names = {self._store.own(f"{LOGINS}{row}"): given.text for row, given in self._rows.items()}
-        new = [{"name": name, "text": text, "value": int(self._store.wall())} for name, text in names.items() if text]
-        session.execute(sqlalchemy.delete(Setting).where(Setting.name.in_(names)))
-        if new:
-            session.execute(sqlalchemy.insert(Setting), new)
+        texts = {row: given[-1].text for row, given in self._rows.items()}
+        write_logins(session, self._store.machine, texts, self._store.wall())
 
     def written(self) -> None:
         """That transaction is committed."""
-        for given in self._rows.values():
+        for given in itertools.chain.from_iterable(self._rows.values()):
             given.is_written.set()
         self._rows.clear()
 
@@ -11893,7 +11973,9 @@ class Exchange:
             self._share(pollers)
 
     def compare(self, session: Session) -> None:
-        """Says once that this machine's inventory differs from the one that is watched, and that it does no more."""
+        """Says once that this machine's inventory differs from the one that is watched, and that it does no more; takes
+        up what others have written of logins, if only `check --probe`."""
+        self._guards.hear(written_logins(session, self._store.machine)[1])
         before, self.differs_from = self.differs_from, differs_from(session, self._store.machine)
         if self.differs_from not in ("", before):
             log.error("inventory: that of %s is watched, and the one here differs from it", self.differs_from)
@@ -19829,7 +19911,7 @@ def make_connections(targets: Iterable[Target], access: ConnectionContext) -> No
         access.watched[target.name] = CONNECTIONS[target.settings.platform](target, access.guard_of(target), access)
 
 
-def probe(targets: Mapping[str, Target], chosen: Sequence[Target], access: ConnectionContext) -> int:
+def poll_each(targets: Mapping[str, Target], chosen: Sequence[Target], access: ConnectionContext) -> int:
     """Polls each once, PROBES_AT_ONCE at a time, and prints a table; 1 when a critical one is unhealthy."""
     room = threading.Semaphore(PROBES_AT_ONCE)
     make_connections(targets.values(), access)
@@ -19858,6 +19940,28 @@ def probe(targets: Mapping[str, Target], chosen: Sequence[Target], access: Conne
     heading = ["NAME", "STATE", "SECONDS", "CPU %", "MEMORY %", "DISK %", "WHY"]
     print_table([heading, *(rows[target.name] for target in chosen)])
     return int(bool(bad))
+
+
+def probe(installation: Installation, targets: Mapping[str, Target], chosen: Sequence[Target]) -> int:
+    """See poll_each. Logins count with those of the service and of earlier probes, and these with them. Where there is
+    no database of this version a credential is refused once, for neither the next probe nor the start will know."""
+    is_kept, access = installation.database.inspect(whole=False) == SCHEMA, installation.access()
+    with installation.store(scratch=True) as store:
+        machine = f"/{store.machine}"   # no machine is called that
+        with store.reading() as session:
+            before, others = written_logins(session, machine)
+
+        def keep(row: str, text: str, patience: float, rows: Collection[str]) -> bool:
+            tried = set[str]()
+            with contextlib.suppress(StorageError), store.writing() as session:
+                write_logins(session, machine, {row: text}, store.wall())
+                tried = tried_elsewhere(session, machine, store.wall(), access.guards.hear) if patience else tried
+            return tried.isdisjoint(rows)
+
+        journal = LoginJournal(keep, store.wall, store.wall())
+        access.guards.begin(journal if is_kept else journal._replace(most=1), before)
+        access.guards.hear(others)
+        return poll_each(targets, chosen, access)
 
 
 def find_target(targets: Mapping[str, Target], name: str) -> Target:
@@ -19984,7 +20088,7 @@ def check(arguments: argparse.Namespace) -> int:
                 print(f"{settings.name}: {missing}")
     polled = [name for name, target in targets.items() if target.settings.is_asked]
     chosen = [find_target(targets, name) for name in arguments.probe or polled]
-    return code or (0 if arguments.probe is None else probe(targets, chosen, installation.access()))
+    return code or (0 if arguments.probe is None else probe(installation, targets, chosen))
 
 
 def notify_test(arguments: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from conftest import wait_for
 from console import prepared_vault
 from rights import ROOT
 from service import PROGRAM, Program, Service, command, environment, prepared_keys, run_cheaply, write_inventory
-from sshd import make_key, write_private
+from sshd import ParamikoSshd, make_key, write_private
 
 import healthchecker
 from healthchecker import UsageError, Vault, binding, load_inventory, main
@@ -538,6 +538,42 @@ def test_probes_run_at_the_same_time(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert main(["--inventory", str(write_inventory(tmp_path, many)), "check", "--probe"]) == 1
     table = rows(capsys.readouterr().out)
     assert len(table) >= 41 and max(float(table[f"n{n}"][2]) for n in range(40)) < 20
+
+
+def test_a_probe_counts_with_the_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who looks again and again what is wrong with a password, before the start and beside it, locks no account."""
+    def inventory(password: str) -> list[str]:
+        path = write_inventory(tmp_path, "".join(
+            f"  - {{name: h{number}, hostname: 127.0.0.1, port: {host.port}, username: u, password: {password}}}\n"
+            for number, host in enumerate(hosts)))  # fmt: skip
+        return ["--inventory", str(path)]
+
+    def tried() -> int:
+        return sum((host.folder / "log").read_text("utf-8").count("Failed") for host in hosts)
+
+    def probed(password: str) -> int:
+        assert main([*inventory(password), "check", "--probe"]) == 1
+        said = capsys.readouterr().out
+        assert said.count("auth: ") == len(hosts) and "not tried: the same credential was refused before" in said
+        return tried()
+
+    with contextlib.ExitStack() as stack:
+        hosts = [stack.enter_context(ParamikoSshd()) for _ in range(3)]
+        assert probed("wrong") == 1, "neither the next one nor the start will know of it"
+        with Service(Path(inventory("wrong")[1])):
+            wait_for(lambda: tried() == 4)
+            with closing(sqlite3.connect(tmp_path / "healthchecker.db")) as database:
+                wait_for(lambda: sum(len(json.loads(text)["refused"]) for (text,) in database.execute(
+                    "SELECT text FROM setting WHERE name LIKE 'logins/%'")) == 3)  # fmt: skip
+            for _ in range(2):
+                assert probed("wrong") == 4
+            assert [probed("new") for _ in range(2)] == [5, 5], "a new one is tried once"
+            assert main([*inventory("new"), "reload"]) == 0
+            with closing(sqlite3.connect(tmp_path / "healthchecker.db")) as database:
+                begun_at = database.execute("SELECT max(at) FROM event WHERE kind = 'change'").fetchone()
+                wait_for(lambda: database.execute("SELECT count(*) FROM status WHERE polled_at > ?", begun_at)
+                         .fetchone() == (3,))  # fmt: skip
+        assert [probed("newest") for _ in range(2)] == [5, 5], "nor while it does not run"
 
 
 @pytest.mark.long

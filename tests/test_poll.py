@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import hashlib
 import heapq
 import itertools
 import json
@@ -1189,7 +1190,7 @@ def test_logins_of_the_last_day(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_test_of_other_settings_brings_no_old_refusals_back(house: House) -> None:
     """With the same password, of a host that refused before the start and was accepted since."""
     watched = one_target(house, "right")
-    row = healthchecker.login_row(watched.login_mark, "a")
+    row = healthchecker.login_row(watched.login_mark, "a", watched.settings.hostname, watched.settings.username)
     guards, record = Guards(), LoginRecord()
     guards.begin(healthchecker.LoginJournal(), {row: written(900.0, 600.0, 300.0)})
     guards.keep([watched])
@@ -1256,8 +1257,8 @@ def test_a_refused_password_that_comes_back_after_a_restart_is_known(
 def test_refusals_that_the_version_before_wrote_count(house: House) -> None:
     """It found them by the token, which no other seal of the password has."""
     target, guards = one_target(house, "wrong"), Guards()
-    guards.begin(healthchecker.LoginJournal(),
-                 {healthchecker.login_row(target.credential_digest, "a"): written(80.0, 70.0)})  # fmt: skip
+    row = hashlib.sha256(healthchecker.length_prefixed(target.credential_digest, "a")).hexdigest()[:32]
+    guards.begin(healthchecker.LoginJournal(), {row: written(80.0, 70.0)})
     assert guards.of(target).refusals == 2
 
 
@@ -2148,11 +2149,79 @@ def test_check_now_goes_through_the_guard(house: House, machines: Machines) -> N
             assert report and report.verdict.cause == "auth" and len(machines.logins) == count
         assert "not tried" in report.verdict.reason and "next attempt in 18" in report.verdict.reason
         assert "not tried" not in house.poller("a").standing.reason
-        house.write("name: a, interval: 1, password: right")
         machines.behaviours["a"] = machines.login("a")
+        house.write("name: a, interval: 1, password: right")
         house.monitor.catch_up()
         report = house.monitor.poll_now("a", 5)
         assert report and report.verdict.healthy
+
+
+@pytest.mark.parametrize("restarts", [False, True], ids=["reload", "restart"])
+def test_a_wrong_password_in_place_of_a_refused_one_is_tried_once(
+    house: House, machines: Machines, restarts: bool
+) -> None:
+    """The directory counts the account: a typo while the password is replaced would have three tries of its own."""
+    for name in NAMES:
+        machines.behaviours[name] = machines.login(name, refused)
+    counts = []
+    with contextlib.ExitStack() as stack:
+        for password in ("old", "typo", "slip", "blunder"):
+            house.write(*(f"name: {name}, interval: 1, password: {password}" for name in NAMES))
+            if restarts:
+                stack.close()
+            if restarts or not counts:
+                stack.enter_context(house.watching())
+            house.monitor.catch_up()
+            for name in NAMES:
+                house.monitor.poll_now(name, 5)
+                wait_for(lambda name=name: house.state(name)[0] == "unhealthy")
+            counts.append(len(machines.logins))
+        assert counts == [4, 5, 5, 5]
+
+
+def test_a_right_password_in_place_of_a_refused_one_is_tried_at_once(house: House, machines: Machines) -> None:
+    """Also where one of the hosts, whichever, does not answer."""
+    for name in NAMES:
+        machines.behaviours[name] = machines.login(name, refused)
+    house.write(*(f"name: {name}, interval: 1, critical: {name != NAMES[0]}, password: old" for name in NAMES))
+    with house.watching():
+        wait_for(lambda: len(machines.logins) == 3)
+        machines.behaviours = {name: machines.login(name) for name in NAMES} | {NAMES[0]: unreachable}
+        house.write(*(f"name: {name}, interval: 1, critical: {name != NAMES[0]}, password: new" for name in NAMES))
+        wait_for(house.aggregator.is_healthy)
+
+
+def test_an_account_is_one_however_it_is_spelled(house: House) -> None:
+    """An address list of Active Directory has both forms, and CredSSP's Kerberos takes but one of them."""
+    users = "EXAMPLE\\monitor", "monitor@example.com", "example\\Monitor", "monitor", "other"
+    targets = [Target(0, ResourceSettings(name=f"h{number}", hostname="h", username=user, password=SecretStr("word")),
+                      None, "", "") for number, user in enumerate(users)]  # fmt: skip
+    guards = Guards()
+    guards.keep(targets)
+    assert [len({id(guards.of(target)) for target in some}) for some in (targets[:4], targets)] == [1, 2]
+
+
+def test_what_was_tested_and_is_refused_after_it_was_saved_counts(house: House) -> None:
+    """The host takes three seconds to refuse, and somebody saves before."""
+    guards, target = Guards(), one_target(house, "wrong")
+    record = LoginRecord()
+    with contextlib.suppress(ProbeError), guards.trial(target, record).attempt("a", Deadline(5), record):
+        guards.keep([target])
+        assert guards.of(target).refusals == 0
+        raise ProbeError("auth", "refused")
+    assert guards.of(target).refusals == 1
+
+
+def test_what_is_refused_while_a_test_waits_counts_for_it(house: House) -> None:
+    """Both are asked about before either has an answer."""
+    guards, watched, typed = Guards(), one_target(house, "wrong"), one_target(house, "typed")
+    guards.keep([watched])
+    record = LoginRecord()
+    trial = guards.trial(typed, record)
+    for _ in range(healthchecker.REFUSALS + 1):
+        guards.of(watched).refuse("a")
+    with pytest.raises(ProbeError, match="not tried"), trial.attempt("a", Deadline(5), record):
+        pass
 
 
 @pytest.mark.parametrize("meanwhile", ["name: b, platform: simulated", "name: a, password: another"],
