@@ -280,6 +280,21 @@ def test_a_bad_first_result_waits_for_who_may_make_up_for_it() -> None:
     assert not aggregator.is_healthy(), "nobody can make up for a member of `all`"
 
 
+def test_a_bad_first_result_is_forgotten_with_its_resource() -> None:
+    """Or one that was removed, or is in maintenance, would close the gate as soon as nobody can make up for it."""
+    gates = gates_with([{"name": "g", "members": ["p", "q"], "healthy": "any"}])
+    aggregator, _ = make(gates)
+    aggregator.start()
+    for name in "pq":
+        aggregator.register(name)
+    aggregator.set_resource("p", False, "dead")
+    assert aggregator.is_healthy(), "q may be healthy"
+    aggregator.deregister("p")
+    aggregator.set_resource("q", True)
+    aggregator.deregister("q")
+    assert aggregator.is_healthy() and [group.members for group in aggregator.groups()] == [{}]
+
+
 def test_a_bad_first_result_waits_for_who_may_make_up_for_its_group() -> None:
     """Also where that stands further up: of two sites of which one is enough, the one that answers first is bad."""
     inner = [{"name": "p", "members": ["a", "b"]}, {"name": "q", "members": ["c"]}]
