@@ -386,6 +386,16 @@ def test_a_clock_that_is_set(diary: Diary) -> None:
     assert diary.states.split().count("begun") == diary.states.split().count("over") == 4
 
 
+def test_a_turn_that_somebody_ended_stays_so_when_the_clock_is_set_back(diary: Diary) -> None:
+    assert diary.write({}).look(SUNDAY + 600) == "ac"
+    with diary.store.writing() as session:
+        finish_work(session, session.scalars(sqlalchemy.select(Maintenance)).one(), "ended", SUNDAY + 600)
+    assert diary.look(SUNDAY + 600) == ""
+    with diary.store.writing() as session:
+        move_times(session, -120, SUNDAY + 600)
+    assert diary.look(SUNDAY + 480) == diary.look(SUNDAY + 600) == "" and diary.states == "begun over"
+
+
 def test_a_start_with_a_clock_that_is_ahead(diary: Diary) -> None:
     """And that is put right some minutes later, as without a battery: what it took for over goes on, or begins in time.
     What somebody ended stays so."""
