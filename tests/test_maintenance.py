@@ -421,6 +421,12 @@ def test_who_has_the_tag_then(diary: Diary) -> None:
     assert diary.look(SUNDAY + 60) == "d" and diary.states == "begun"
 
 
+def test_a_group_of_a_tag(diary: Diary) -> None:
+    """It has the members that count, in maintenance, too."""
+    diary.write(rows=f"{ROWS}groups: [{{name: pair, tags: [db]}}]\n").add(SUNDAY, SUNDAY + HOUR, groups=["pair"])
+    assert diary.look(SUNDAY) == "a"
+
+
 def test_names_that_go_and_change(diary: Diary) -> None:
     """What is planned for one by its name ends with it, and follows a new name."""
     diary.write().add(SUNDAY, SUNDAY + HOUR, resources=["a"])
