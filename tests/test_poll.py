@@ -707,6 +707,14 @@ def test_a_refusal_that_is_told_again_counts_once() -> None:
     assert guard.refusals == 2
 
 
+def test_two_refusals_at_nearly_the_same_time_are_two() -> None:
+    """Of which this machine knows one."""
+    guard = LoginGuard(lambda: 1000.0)
+    guard.refuse("a", 100.0)
+    guard.hear("a", written(100.0, 102.0), is_own=False)
+    assert guard.refusals == 2
+
+
 def test_a_key_locks_nothing() -> None:
     guard = LoginGuard(locks=False)
     for _ in range(20):
