@@ -48,6 +48,7 @@ from healthchecker import (
     LoginGuard,
     LoginRecord,
     Monitor,
+    NotAllowed,
     Output,
     Platform,
     PollContext,
@@ -713,6 +714,25 @@ def test_two_refusals_at_nearly_the_same_time_are_two() -> None:
     guard.refuse("a", 100.0)
     guard.hear("a", written(100.0, 102.0), is_own=False)
     assert guard.refusals == 2
+
+
+def test_nothing_is_tried_until_the_login_before_is_answered() -> None:
+    """Not even where the credential is proven. A late `not allowed` is no wrong password, and frees the next one."""
+    def log_in(answer: concurrent.futures.Future[bool | None]) -> None:
+        with guard.attempt("a", Deadline(5), record):
+            raise LateLogin(Deadline(5), answer)
+
+    guard, record, answer = LoginGuard(), LoginRecord(), concurrent.futures.Future[bool | None]()
+    guard.accept("a")
+    with pytest.raises(LateLogin):
+        log_in(answer)
+    with pytest.raises(ProbeError, match="not answered to the login before") as caught:
+        log_in(answer)
+    assert caught.value.cause == "timeout"
+    answer.set_exception(NotAllowed("auth", "it was right and does not suffice"))
+    assert (guard.refusals, guard.wait("a"), record.outcomes) == (0, 0, {})
+    with pytest.raises(LateLogin):
+        log_in(answer)
 
 
 def test_a_key_locks_nothing() -> None:
