@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import sqlalchemy
 from conftest import wait_for
-from console import Local, Reply, console, local_console
+from console import Client, Local, Reply, console, local_console, served
 
 import healthchecker
-from healthchecker import InventoryError, Platform, PushConnection, SecretError, load_inventory
+from healthchecker import InventoryError, Platform, PushConnection, Resource, SecretError, load_inventory, revise
 
 TOKEN = "0123456789abcdef"
 INVENTORY = f"""\
@@ -88,6 +88,21 @@ def test_nobody_else_reports(local: Local, name: str, token: str) -> None:
     reply = push(local, name, token.encode().decode("latin-1"), healthy=True)
     assert (reply.status, reply.json["detail"]) == (401, "no resource that pushes has this name and token")
     assert shown(local, "backup")[0] == shown(local, "twice")[0] == "unknown"
+
+
+def test_nobody_reports_where_the_token_cannot_be_opened(local: Local) -> None:
+    """Also not who shows an empty one, which is all that is known of it."""
+    with local.store.writing() as session:
+        session.execute(sqlalchemy.update(Resource).filter_by(name="backup").values(password="damaged"))
+        revise(session)
+    local.follow()
+    wait_for(lambda: shown(local)[:2] == ("unhealthy", "credential"), 10)
+    body, kind = json.dumps({"healthy": True}), {"Content-Type": "application/json"}
+    with served(local):
+        for login in ({"Authorization": "Bearer "}, {"Authorization": "Bearer"}, {}):
+            reply = Client(*local.console).ask("POST", "/-/api/push/backup", body, {**kind, **login})
+            assert reply.status == 401, login
+    assert shown(local)[:2] == ("unhealthy", "credential")
 
 
 def test_a_login_is_no_token_and_a_token_no_login(local: Local) -> None:
