@@ -42,11 +42,11 @@ VERDICTS: dict[str, tuple[dict[str, Any], Sample, str, list[str]]] = {
     "below both": ({"cpu_percent": BOTH}, sample({"cpu_percent": 79.9}), "healthy", []),
     "zero is a reading": ({"cpu_percent": BOTH}, sample({"cpu_percent": 0.0}), "healthy", []),
     "warn is not crossed when equal": ({"cpu_percent": BOTH}, sample({"cpu_percent": 80.0}), "healthy", []),
-    "above warn": ({"cpu_percent": BOTH}, sample({"cpu_percent": 80.1}), "degraded", ["cpu_percent", "80"]),
+    "above warn": ({"cpu_percent": BOTH}, sample({"cpu_percent": 80.1}), "degraded: limit", ["cpu_percent", "80"]),
     "fail is not crossed when equal": (
         {"cpu_percent": BOTH},
         sample({"cpu_percent": 95.0}),
-        "degraded",
+        "degraded: limit",
         ["80"],
     ),
     "a hair above fail": (
@@ -72,7 +72,7 @@ VERDICTS: dict[str, tuple[dict[str, Any], Sample, str, list[str]]] = {
     "warn alone never fails": (
         {"swap_percent": {"warn": 1}},
         sample({"swap_percent": 100.0}),
-        "degraded",
+        "degraded: limit",
         ["swap"],
     ),
     "fail alone never warns": ({"swap_percent": {"fail": 99}}, sample({"swap_percent": 98.0}), "healthy", []),
@@ -110,13 +110,13 @@ VERDICTS: dict[str, tuple[dict[str, Any], Sample, str, list[str]]] = {
     "a limit that cannot be read": (
         {"memory_percent": "90"},
         sample({"cpu_percent": 1.0}, {"memory_percent": "no MemAvailable"}),
-        "degraded",
+        "degraded: limit",
         ["memory_percent", "no MemAvailable"],
     ),
     "one filesystem that cannot be read": (
         {"disk_percent": "90"},
         sample({"disk_percent /": 10.0}, {"disk_percent": "df: /data: Input/output error"}),
-        "degraded",
+        "degraded: limit",
         ["/data", "Input/output error"],
     ),
     "the CPU at the first poll": ({"cpu_percent": "90"}, sample({"memory_percent": 5.0}), "healthy", []),
@@ -148,6 +148,12 @@ VERDICTS: dict[str, tuple[dict[str, Any], Sample, str, list[str]]] = {
         "unhealthy: limit",
         ["cpu_percent", "lag"],
     ),
+    "a warning beside a check that warns": (
+        {"cpu_percent": BOTH},
+        sample({"cpu_percent": 85.0}, checks={"lag": Outcome(True, "late", degraded=True)}),
+        "degraded: limit",
+        ["cpu_percent", "lag"],
+    ),
     "a warning beside a failed check": (
         {"cpu_percent": BOTH},
         sample({"cpu_percent": 85.0}, checks=outcomes(lag="late")),
@@ -160,9 +166,8 @@ VERDICTS: dict[str, tuple[dict[str, Any], Sample, str, list[str]]] = {
 @pytest.mark.parametrize(("limits", "read", "state", "named"), VERDICTS.values(), ids=VERDICTS)
 def test_verdict(limits: dict[str, Any], read: Sample, state: str, named: list[str]) -> None:
     verdict = evaluate(read, settings(limits=limits))
-    bad = state.startswith("unhealthy")
-    assert (f"{verdict.state}: {verdict.cause}" if bad else verdict.state) == state
-    assert verdict.healthy is not bad
+    assert ": ".join(filter(None, (verdict.state, verdict.cause))) == state
+    assert verdict.healthy is not state.startswith("unhealthy")
     assert bool(verdict.reason) == (state != "healthy")
     for word in named:
         assert (word.lstrip("!") in verdict.reason) is not word.startswith("!"), verdict.reason
