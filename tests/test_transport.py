@@ -567,10 +567,12 @@ def test_known_hosts(three_keys: Server, tmp_path: Path, name: str) -> None:
 
 
 def test_known_hosts_that_is_written_in_place(tmp_path: Path) -> None:
-    """As `rsync -t --inplace` does: it has its old time again in the end. What is revoked meanwhile stays so."""
+    """As `rsync -t --inplace` does: it has its old time again in the end. What is revoked meanwhile stays so, and an
+    authority is one."""
     known, stray, key = tmp_path / "known_hosts", public_line(make_key("ed25519")), public_line(make_key("ed25519"))
+    marked = "".join(f"@{marker} a.example.com {stray}\n" for marker in ("revoked", "cert-authority"))
     hosts = KnownHosts(known)
-    for text in ("", f"a.example.com {key}\n@revoked a.example.com {stray}\nb.example.com {key}\n"):
+    for text in ("", f"a.example.com {key}\n{marked}b.example.com {key}\n"):
         known.write_text(text, encoding="ascii")
         if text:
             os.utime(known, (0, 0))
