@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import paramiko
 import pytest
@@ -54,6 +54,7 @@ from healthchecker import (
     KnownHosts,
     LoginGuard,
     Metrics,
+    ProbeError,
     Resolver,
     ServingMetrics,
     SessionKeeper,
@@ -195,6 +196,24 @@ def test_the_cap_of_bytes_is_for_each_poll(server: Sshd) -> None:
 
 
 # --- a login that is refused while the old one lives ------------------------------
+
+
+def test_the_old_one_that_ends_meanwhile_serves_no_more(server: Sshd) -> None:
+    """What the new login ran into is the answer, and nothing is asked over what is dead."""
+    watched = on(server)
+    with keeping(watched) as connection:
+        assert healthy(poll(watched, connection))
+        old = session(connection)
+        is_due(connection)
+
+        def fails(_deadline: Deadline) -> NoReturn:
+            send(server._sessions(), "SIGKILL")
+            wait_for(lambda: not old.alive)
+            raise ProbeError("unreachable", "connection refused")
+
+        with pytest.raises(ProbeError, match="connection refused"):
+            connection.keeper.get(fails, Deadline(AMPLE))
+        assert logins(server) == 1
 
 
 def test_a_key_that_is_taken_away(server: Sshd) -> None:
