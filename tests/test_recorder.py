@@ -212,6 +212,20 @@ def test_all_refusals_of_another_machine_are_heard(two: Two) -> None:
 
 
 @pytest.mark.long
+def test_what_was_found_before_the_clock_of_the_database_was_set_back(two: Two) -> None:
+    """Nobody knows how old it is: taken for new it would count for a dead host, and open the gate."""
+    [name] = owned_by("b", 1)
+    a, b = two(name)
+    b.find(name, GOOD)
+    with a.store.writing() as session:
+        session.connection().exec_driver_sql("UPDATE result SET found_at = found_at + 3600")
+    a.look()
+    assert a.pollers[name].standing.state == "unknown" and not a.aggregator.is_healthy()
+    b.find(name, GOOD)
+    a.look()
+    assert a.aggregator.is_healthy()
+
+
 def test_what_was_refuted_elsewhere_is_not_known_again_after_a_start(two: Two) -> None:
     """Its row would last until the machine that wrote it logs in again."""
     [name] = owned_by("b", 1)
