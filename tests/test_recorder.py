@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,7 @@ from healthchecker import (
     KnownHosts,
     LoginRecord,
     Membership,
+    Platform,
     PollContext,
     Poller,
     PostgresServer,
@@ -211,7 +213,20 @@ def test_all_refusals_of_another_machine_are_heard(two: Two) -> None:
     assert guard.refusals == 4 and guard.wait(second) > 1800
 
 
-@pytest.mark.long
+@pytest.mark.parametrize("platform", [Platform.PUSH, Platform.LINUX])
+def test_what_was_said_in_a_life_that_is_over(platform: Platform, two: Two) -> None:
+    """By a resource itself, which will not say it again; who is asked is asked again."""
+    [name] = owned_by("a", 1)
+    a, b = two(name)
+    poller = a.pollers[name]
+    poller.target = replace(poller.target, settings=poller.target.settings.model_copy(update={"platform": platform}))
+    poller._epoch = "the one before"
+    poller._report(GOOD, 0.1, READ)
+    a.recorder.flush()
+    b.look()
+    assert b.pollers[name].standing.healthy is (platform is Platform.PUSH)
+
+
 def test_what_was_found_before_the_clock_of_the_database_was_set_back(two: Two) -> None:
     """Nobody knows how old it is: taken for new it would count for a dead host, and open the gate."""
     [name] = owned_by("b", 1)
@@ -226,6 +241,7 @@ def test_what_was_found_before_the_clock_of_the_database_was_set_back(two: Two) 
     assert a.aggregator.is_healthy()
 
 
+@pytest.mark.long
 def test_what_was_refuted_elsewhere_is_not_known_again_after_a_start(two: Two) -> None:
     """Its row would last until the machine that wrote it logs in again."""
     [name] = owned_by("b", 1)
