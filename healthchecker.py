@@ -10592,15 +10592,19 @@ def closer(session: Session, why: str) -> str:
     return override.actor if override and override.action == "close" and why.startswith(override.why) else ""
 
 
-def actors(session: Session, aggregator: HealthAggregator, one: Incident) -> str:
-    """Who closed it, and who did something while it lasted about what it counts on."""
+def add_actors(session: Session, aggregator: HealthAggregator, opened: Sequence[Incident]) -> None:
+    """To those who closed what has opened, who did something while it lasted about what it counts on. Of all at once: a
+    hundred groups that open together were closed for the same days."""
     is_about = sqlalchemy.or_(Event.kind != "change", Event.resource != "", Event.text.startswith("gate "))
-    found = session.execute(sqlalchemy.select(Event.actor, Event.resource, Event.group).where(
-        Event.kind.in_(("acknowledgement", "change", "maintenance")), is_about,
-        Event.at.between(one.from_at, one.to_at)).order_by(Event.id))
-    acted = [actor for actor, resource, group in found
-             if not (name := resource or group) or one.group in counting_on(aggregator, name)]
-    return one_line(", ".join(filter(None, dict.fromkeys([*one.actor.split(", "), *acted]))))
+    acts = session.execute(sqlalchemy.select(Event.at, Event.actor, Event.resource, Event.group).where(
+        Event.kind.in_(("acknowledgement", "change", "maintenance")), is_about, Event.actor != "",
+        Event.at.between(min(one.from_at for one in opened), max(one.to_at for one in opened))
+    ).order_by(Event.id)).all() if opened else ()
+    counting = {name: counting_on(aggregator, name) for name in {resource or group for *_, resource, group in acts}}
+    for one in opened:
+        acted = [actor for at, actor, resource, group in acts if one.from_at <= at <= one.to_at
+                 and (not (name := resource or group) or one.group in counting[name])]
+        one.actor = one_line(", ".join(filter(None, dict.fromkeys([*one.actor.split(", "), *acted]))))
 
 
 def seen_by_others(session: Session, since: float) -> list[tuple[float, float]]:
@@ -10751,16 +10755,17 @@ class IncidentLog:
         self._numbered.clear()
         if not self._begun:
             self._begin_to_write(session)
-        for one in (*self._over, *self._lasting.values(), *filter(None, [self._watched])):
+        rows = [*self._over, *self._lasting.values(), *filter(None, [self._watched])]
+        told = [one for one in rows if isinstance(one, Incident)]
+        for one in told:
             if one.id is None:
-                self._numbered.append(one)
-                if isinstance(one, Incident):
-                    one.actor = closer(session, one.why)
-                    one.before = changes_before(session, one.from_at)
-                one.id = 1 + (session.scalar(sqlalchemy.select(func.max(type(one).id))) or 0)
-            if isinstance(one, Incident) and one.end == "opened":
-                one.actor = actors(session, self._aggregator, one)
-            session.merge(one)
+                one.actor, one.before = closer(session, one.why), changes_before(session, one.from_at)
+        add_actors(session, self._aggregator, [one for one in told if one.end == "opened"])
+        for row in rows:
+            if row.id is None:
+                self._numbered.append(row)
+                row.id = 1 + (session.scalar(sqlalchemy.select(func.max(type(row).id))) or 0)
+            session.merge(row)
             session.flush()
 
     def written(self) -> None:

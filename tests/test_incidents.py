@@ -173,6 +173,36 @@ def test_from_to_why_and_by_whom(bench: Bench) -> None:
     assert incident.before == "tag db: maintenance is over; adam: b changed: limits"
 
 
+def test_who_acted_is_read_once_for_all_that_opens(bench: Bench) -> None:
+    """However many groups open together, and however much was done meanwhile: no other write waits for it."""
+    bench.report(a=True, b=True, c=True)
+    bench.look(100)
+    bench.report(a=False, c=False)
+    with bench.store.writing() as session:
+        for number, (name, group) in enumerate([("a", ""), ("b", ""), ("", "lone"), ("", "")] * 50):
+            record_event(session, "maintenance", "begun", resource=name, group=group, at=bench.wall.now + number / 10,
+                         actor=f"{name or group or 'all'} {number % 2}")  # fmt: skip
+        record_event(session, "change", "before", resource="a", actor="adam", at=bench.wall.now - 1)
+    bench.look(60)
+    reads, asked = list[str](), list[str]()
+    real = bench.aggregator._tree.counting_on
+
+    def note(*call: Any) -> None:
+        reads.extend([call[2]] if "event.actor" in call[2] and "BETWEEN" in call[2] else [])
+
+    def counting_on(name: str, now: float) -> frozenset[str]:
+        asked.append(name)
+        return real(name, now)
+
+    bench.aggregator._tree.counting_on = counting_on  # type: ignore[method-assign]  # which goes on as it was
+    sqlalchemy.event.listen(bench.store.engine, "before_cursor_execute", note)
+    bench.report(a=True, c=True)
+    sqlalchemy.event.remove(bench.store.engine, "before_cursor_execute", note)
+    assert {one.group: one.actor for one in bench.found(None)} == {
+        "": "a 0, b 1, all 1", "/r": "a 0, b 1, lone 0, all 1", "lone": "lone 0, all 1", "g": "a 0, all 1"}  # fmt: skip
+    assert len(reads) == 1 and sorted(filter(None, asked)) == ["a", "b", "lone"]
+
+
 def test_what_maintenance_opens_is_no_recovery(bench: Bench) -> None:
     """It is said what has opened it, of each that counts on what is in maintenance; who acted is who did something
     about that while it lasted."""
