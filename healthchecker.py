@@ -18643,10 +18643,12 @@ class Announcer:
 # Tells the receivers. The source is the table of events; all of it is kept in rows before anything is sent, so that a
 # message is delivered at least once, and once where nobody is killed. The Notifier's thread looks every second and
 # waits for nobody: each message is on its way in a thread and a child process of its own, which alone imports apprise.
+# Of these there are a few at a time, and the others wait for their turn.
 # Gives: check_receivers, ChildProcess, deliver, has_apprise, Heartbeat, is_service_well, NO_APPRISE, Notifier,
 # service_problems
 NOTIFY_INTERVAL = 1.0           # seconds between two looks at the events
 NOTIFY_IDLE = 30.0              # seconds between two looks at all resources while there is nothing to be said
+NOTIFY_AT_ONCE = 8              # messages on their way, for each of which a process takes 35 MB
 NOTIFY_END = 1.0                # seconds that the end of the service leaves to messages on their way
 DELIVERY_TIMEOUT = 30.0         # seconds, a message from the start of its process to the end of it
 ANSWER_BYTES = 1 << 20          # of what a receiver answers
@@ -19010,17 +19012,17 @@ class Notifier(threading.Thread):
                 log.warning("%s was not told: %s", name, came.why)
 
     def _dispatch(self, now: float) -> None:
-        """Sends what is to be sent, each in a thread of its own."""
-        for number, announcer in self._announcers.items():
-            row = announcer.row
-            if row.message and number not in self._threads and now >= row.next_at:
-                title, body, kind, _ = json.loads(row.message)
-                if now - row.made_at > RETRY_FIRST:
-                    body += f"\nThis is of {written(row.made_at)} and could not be delivered before."
-                thread = threading.Thread(None, self._send, f"notify {row.name}", (
-                    row.id, row.url, row.bound, Message(title, body, kind)), daemon=True)
-                thread.start()      # which may be refused, and is tried again then
-                self._threads[number] = thread
+        """Sends what is to be sent, each in a thread of its own; who is due longest goes first."""
+        due = [row for number, announcer in self._announcers.items()
+               if (row := announcer.row).message and number not in self._threads and now >= row.next_at]
+        for row in sorted(due, key=lambda row: row.next_at)[:NOTIFY_AT_ONCE - len(self._threads)]:
+            title, body, kind, _ = json.loads(row.message)
+            if now - row.made_at > RETRY_FIRST:
+                body += f"\nThis is of {written(row.made_at)} and could not be delivered before."
+            thread = threading.Thread(None, self._send, f"notify {row.name}", (
+                row.id, row.url, row.bound, Message(title, body, kind)), daemon=True)
+            thread.start()      # which may be refused, and is tried again then
+            self._threads[row.id] = thread
 
     def _send(self, number: int, token: str, bound: Sequence[str], message: Message) -> None:
         came = Delivery(False, "the service ended")

@@ -1121,6 +1121,31 @@ def test_a_receiver_that_hangs_holds_nobody_up(tmp_path: Path, store: Store, hoo
 
 
 @pytest.mark.long
+def test_few_are_told_at_a_time(tmp_path: Path, store: Store, hook: Hook) -> None:
+    """Each of them takes a process. Those that hang leave their places in the end, and who is due longest has them."""
+    names = [f"r{number}" for number in range(12)]
+    take_over(store, tmp_path, *(
+        f"{{name: {name}, url: 'json://{hook.place}/{name}?rto=60', wait: 0}}" for name in names))
+    happen(store, "gate", "closed")
+    notifier, hook.way = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE), "hang"
+    notifier.look(NOON)
+    first = {*notifier._threads}
+    wait_for(lambda: len(hook.requests) == len(first))
+    notifier.look(NOON + 1)
+    assert {*notifier._threads} == {*notifier._running} == first and len(first) == 8
+    hook.way = "drop"
+    hook.released.set()
+    wait_for(lambda: notifier._results.qsize() == 8)
+    hook.way = ""
+    notifier._take_results(NOON + 2)
+    notifier.look(NOON + 30)        # when all of them are due
+    assert len(notifier._threads) == 8 and len({*notifier._threads} - first) == 4
+    look_until(notifier, hook, 20, NOON + 30)
+    notifier.close()
+    assert {row.delivered for row in receivers(store).values()} == {1}
+
+
+@pytest.mark.long
 def test_a_database_that_cannot_be_written_is_told(tmp_path: Path, store: Store, hook: Hook) -> None:
     """Although nothing of it can be kept, and once."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0, on: [problem]}}")
