@@ -18839,6 +18839,59 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
                    running_works(more, tags))
 
 
+class Deliveries:
+    """Messages on their way, by the receiver's id, each in a thread of its own; none begins once `ending` is set."""
+
+    def __init__(self, vault: Vault, ending: threading.Event) -> None:
+        self._vault, self._ending = vault, ending
+        self.threads: dict[int, threading.Thread] = {}      # of what has no result yet
+        self.results: queue.SimpleQueue[tuple[int, Delivery]] = queue.SimpleQueue()
+        self._lock = threading.Lock()       # guards the next, and that none begins after the end
+        self.running: dict[int, ChildProcess] = {}
+
+    def begin(self, row: Receiver, now: float) -> None:
+        """Raises RuntimeError where no thread can be started: it is tried again then."""
+        title, body, kind, _ = json.loads(row.message)
+        if now - row.made_at > RETRY_FIRST:
+            body += f"\nThis is of {written(row.made_at)} and could not be delivered before."
+        thread = threading.Thread(None, self._send, f"notify {row.name}", (
+            row.id, row.url, row.bound, Message(title, body, kind)), daemon=True)
+        thread.start()
+        self.threads[row.id] = thread
+
+    def take(self) -> Iterator[tuple[int, Delivery]]:
+        """What became of those that are over."""
+        for number, came in (self.results.get() for _ in range(self.results.qsize())):
+            del self.threads[number]
+            yield number, came
+
+    def close(self, deadline: Deadline) -> None:
+        """Ends those that are still on their way then."""
+        for thread in (threads := [*self.threads.values()]):
+            thread.join(max(0.0, deadline.remaining))
+        with self._lock:
+            for child in self.running.values():
+                child.end()
+        for thread in threads:
+            thread.join(NOTIFY_END)
+
+    def _send(self, number: int, token: str, bound: Sequence[str], message: Message) -> None:
+        came = Delivery(False, "the service ended")
+        try:
+            url = self._vault.open(token, *bound)
+            with self._lock:
+                if not self._ending.is_set():
+                    self.running[number] = ChildProcess()
+            if child := self.running.get(number):
+                came = deliver(url, message, child)
+        except (HealthCheckerError, OSError) as error:
+            came = Delivery(False, one_line(str(error)))
+        finally:
+            with self._lock:
+                self.running.pop(number, None)
+            self.results.put((number, came))
+
+
 class Notifier(threading.Thread):
     """Tells the receivers of the rows. A message is written down before it is sent and again when it was: who is killed
     in between sends it once more, for one that comes twice is better than one that never comes. Who is cut off from the
@@ -18848,8 +18901,9 @@ class Notifier(threading.Thread):
                  monitor: Monitor) -> None:
         super().__init__(name="notifier", daemon=True)
         self._members, self._monitor, self._life = monitor.members, monitor, ("", False)    # of which the rows are
-        self._store, self._vault, self._problems, self._console = store, vault, problems, console
+        self._store, self._problems, self._console = store, problems, console
         self._ending, self._trouble = threading.Event(), Trouble("nobody can be told")
+        self._deliveries = Deliveries(vault, self._ending)
         self._unread, self._unkept = Trouble("what to tell cannot be read"), Trouble("what was told cannot be kept")
         self._announcers: dict[int, Announcer] = {}     # by the receiver's id; the rows are a copy of them
         self._saved: dict[int, object] = {}
@@ -18857,10 +18911,6 @@ class Notifier(threading.Thread):
         self._revision, self._looked_at = -1, 0.0
         self._picture: Picture | None = None                    # the last one
         self._told: list[Notice] = []       # of problems in a life before, while the database was away
-        self._results: queue.SimpleQueue[tuple[int, Delivery]] = queue.SimpleQueue()
-        self._threads: dict[int, threading.Thread] = {}         # those that send, by the receiver's id
-        self._lock = threading.Lock()       # guards the next, and that none begins after the end
-        self._running: dict[int, ChildProcess] = {}
 
     def run(self) -> None:
         ended = False
@@ -18887,7 +18937,7 @@ class Notifier(threading.Thread):
         if is_cut_off and self._life == (epoch, False) and self._picture:
             self._picture = self._picture._replace(unhealthy={}, works={})
             self._announcers = {number: announcer.left() for number, announcer in self._announcers.items()
-                                if number not in self._threads}
+                                if number not in self._deliveries.threads}
         else:
             self._told += [notice for announcer in self._announcers.values() for notice in announcer.notices.values()
                            if notice.kind == "problem" and notice.told_at]
@@ -18911,14 +18961,9 @@ class Notifier(threading.Thread):
         """Ends the thread; messages on their way have NOTIFY_END seconds, and are sent again after the next start."""
         self._ending.set()
         deadline = Deadline(NOTIFY_END)
-        for thread in (self, *self._threads.values()):
-            if thread.is_alive():
-                thread.join(max(0.0, deadline.remaining))
-        with self._lock:
-            for child in self._running.values():
-                child.end()
-        for thread in self._threads.values():
-            thread.join(NOTIFY_END)
+        if self.is_alive():
+            self.join(deadline.remaining)
+        self._deliveries.close(deadline)
         if not (self.is_alive() or self._life[1]):
             self._take_results(self._store.wall())
             self._save()
@@ -18999,8 +19044,7 @@ class Notifier(threading.Thread):
         return True
 
     def _take_results(self, now: float) -> None:
-        for number, came in (self._results.get() for _ in range(self._results.qsize())):
-            del self._threads[number]
+        for number, came in self._deliveries.take():
             if not (announcer := self._announcers.get(number)):
                 continue
             name = announcer.row.name
@@ -19013,32 +19057,11 @@ class Notifier(threading.Thread):
 
     def _dispatch(self, now: float) -> None:
         """Sends what is to be sent, each in a thread of its own; who is due longest goes first."""
+        on_way = self._deliveries.threads
         due = [row for number, announcer in self._announcers.items()
-               if (row := announcer.row).message and number not in self._threads and now >= row.next_at]
-        for row in sorted(due, key=lambda row: row.next_at)[:NOTIFY_AT_ONCE - len(self._threads)]:
-            title, body, kind, _ = json.loads(row.message)
-            if now - row.made_at > RETRY_FIRST:
-                body += f"\nThis is of {written(row.made_at)} and could not be delivered before."
-            thread = threading.Thread(None, self._send, f"notify {row.name}", (
-                row.id, row.url, row.bound, Message(title, body, kind)), daemon=True)
-            thread.start()      # which may be refused, and is tried again then
-            self._threads[row.id] = thread
-
-    def _send(self, number: int, token: str, bound: Sequence[str], message: Message) -> None:
-        came = Delivery(False, "the service ended")
-        try:
-            url = self._vault.open(token, *bound)
-            with self._lock:
-                if not self._ending.is_set():
-                    self._running[number] = ChildProcess()
-            if child := self._running.get(number):
-                came = deliver(url, message, child)
-        except (HealthCheckerError, OSError) as error:
-            came = Delivery(False, one_line(str(error)))
-        finally:
-            with self._lock:
-                self._running.pop(number, None)
-            self._results.put((number, came))
+               if (row := announcer.row).message and number not in on_way and now >= row.next_at]
+        for row in sorted(due, key=lambda row: row.next_at)[:NOTIFY_AT_ONCE - len(on_way)]:
+            self._deliveries.begin(row, now)
 
 
 class Heartbeat(threading.Thread):

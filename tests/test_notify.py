@@ -969,7 +969,7 @@ def look_until(notifier: Notifier, hook: Hook, count: int, now: float) -> None:
     """Looks with this clock until so many requests came and were taken up."""
     def is_done() -> bool:
         notifier.look(now)
-        return len(hook.requests) >= count and not notifier._threads
+        return len(hook.requests) >= count and not notifier._deliveries.threads
     wait_for(is_done)
     assert len(hook.requests) == count
 
@@ -1030,7 +1030,7 @@ def test_an_event_is_told_once(tmp_path: Path, store: Store, hook: Hook) -> None
     second = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     second.look(NOON + 10)
     second.look(NOON + 11)
-    assert not second._threads
+    assert not second._deliveries.threads
     happen(store, "gate", "open", "closed -> open")
     look_until(second, hook, 2, NOON + 60)
     second.close()
@@ -1129,17 +1129,17 @@ def test_few_are_told_at_a_time(tmp_path: Path, store: Store, hook: Hook) -> Non
     happen(store, "gate", "closed")
     notifier, hook.way = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE), "hang"
     notifier.look(NOON)
-    first = {*notifier._threads}
+    first = {*notifier._deliveries.threads}
     wait_for(lambda: len(hook.requests) == len(first))
     notifier.look(NOON + 1)
-    assert {*notifier._threads} == {*notifier._running} == first and len(first) == 8
+    assert {*notifier._deliveries.threads} == {*notifier._deliveries.running} == first and len(first) == 8
     hook.way = "drop"
     hook.released.set()
-    wait_for(lambda: notifier._results.qsize() == 8)
+    wait_for(lambda: notifier._deliveries.results.qsize() == 8)
     hook.way = ""
     notifier._take_results(NOON + 2)
     notifier.look(NOON + 30)        # when all of them are due
-    assert len(notifier._threads) == 8 and len({*notifier._threads} - first) == 4
+    assert len(notifier._deliveries.threads) == 8 and len({*notifier._deliveries.threads} - first) == 4
     look_until(notifier, hook, 20, NOON + 30)
     notifier.close()
     assert {row.delivered for row in receivers(store).values()} == {1}
@@ -1239,12 +1239,12 @@ def test_who_is_cut_off_leaves_the_rows_to_others(tmp_path: Path, store: Store, 
     problems["database"] = "it is away"
     notifier.look(NOON + 40)
     closed, away = "the gate is closed", "HealthChecker's database is in trouble"
-    wait_for(lambda: titles(NOON + 100)[-1] == away and not notifier._threads)
+    wait_for(lambda: titles(NOON + 100)[-1] == away and not notifier._deliveries.threads)
     assert titles(NOON + 101) == ([closed, away] if others else [closed, closed, away])
     lives.is_cut_off = False
     problems.clear()
     well = "HealthChecker's database is well again"
-    wait_for(lambda: titles(NOON + 200)[-1] == well and not notifier._threads)
+    wait_for(lambda: titles(NOON + 200)[-1] == well and not notifier._deliveries.threads)
     notifier.close()
     assert titles(NOON + 201) == ([closed, away, closed, well] if others else [closed, closed, away, well])
 
@@ -1314,7 +1314,7 @@ def test_a_receiver_that_is_corrected_is_tried_at_once(tmp_path: Path, store: St
     notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     happen(store, "gate", "closed")
     notifier.look(NOON)
-    wait_for(lambda: notifier._results.qsize() == 1)
+    wait_for(lambda: notifier._deliveries.results.qsize() == 1)
     notifier.look(NOON)
     assert receivers(store)["ops"].next_at == NOON + 10
     take_over(store, tmp_path, entry)
@@ -1384,10 +1384,10 @@ def test_a_reload_while_a_message_arrives(tmp_path: Path, store: Store, hook: Ho
     notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     happen(store, "gate", "closed")
     notifier.look(NOON)
-    wait_for(lambda: notifier._results.qsize() == 1)
+    wait_for(lambda: notifier._deliveries.results.qsize() == 1)
     take_over(store, tmp_path, entry, "{name: new, url: 'json://h'}")
     notifier.look(NOON + 1)
-    assert receivers(store)["ops"].delivered == 1 and not notifier._threads
+    assert receivers(store)["ops"].delivered == 1 and not notifier._deliveries.threads
     notifier.close()
     assert len(hook.requests) == 1
 
@@ -1405,7 +1405,7 @@ def test_a_reload_after_what_could_not_be_kept(tmp_path: Path, store: Store, hoo
     look_until(notifier, hook, 1, NOON + 2)
     notifier.look(NOON + 30)
     notifier.look(NOON + 60)
-    assert not notifier._threads and receivers(store)["ops"].delivered == 1
+    assert not notifier._deliveries.threads and receivers(store)["ops"].delivered == 1
     notifier.close()
     assert len(hook.requests) == 1
 
