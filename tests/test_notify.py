@@ -1158,6 +1158,53 @@ def test_a_database_that_cannot_be_written_is_told(tmp_path: Path, store: Store,
     assert len(hook.requests) == 1 and "it is full" in hook.requests[0].json["message"]
 
 
+def test_a_look_without_a_change_costs_little(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many have been told of however much; and only what changes is written."""
+    names = [f"db{number:03}" for number in range(200)]
+    rows = [f"  - {{name: {name}, platform: simulated}}\n" for name in names]
+    told = [f"  - {{name: r{number}, url: 'json://127.0.0.1:9', on: [state], after: {after}}}\n"
+            for number, after in enumerate([60, 60, 1])]  # fmt: skip
+    path = write_inventory(tmp_path, "".join([*rows, "notify:\n", *told]))
+    written, settled = list[tuple[str, int]](), list[float]()
+    with store.writing() as session:
+        import_inventory(session, load_inventory(path), prepared_vault(tmp_path))
+        for number, name in session.execute(sqlalchemy.select(Resource.id, Resource.name)).all():
+            session.merge(Status(resource_id=number, settings_digest="", credential_digest="", state="unhealthy",
+                                 cause="check", reason="", since_at=NOON, polled_at=NOON, good=0, bad=1, seconds=0,
+                                 sample="null"))  # fmt: skip
+            record_event(session, "state", "it is so", state="unhealthy", at=NOON, resource=name)
+
+    def note(_connection: object, _cursor: object, statement: str, given: Any, _context: object, many: bool) -> None:
+        if statement.startswith(("INSERT INTO notice", "DELETE FROM notice", "UPDATE receiver")):
+            written.append((statement[:6], len(given) if many else 1))
+
+    real = Announcer.settle
+    monkeypatch.setattr(Announcer, "settle", lambda self, picture, now: settled.append(now) or real(self, picture, now))
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
+    notifier.look(NOON + 1)
+    sqlalchemy.event.listen(store.engine, "before_cursor_execute", note)
+    settled.clear()
+    for second in range(2, 20):
+        notifier.look(NOON + second)
+    assert not written and not settled, "nothing has changed"
+    with store.writing() as session:
+        session.execute(sqlalchemy.update(Status).where(Status.resource_id == 1).values(
+            state="healthy", polled_at=NOON + 19))
+        record_event(session, "state", "again", state="healthy", at=NOON + 19, resource=names[0])
+    notifier.look(NOON + 20)
+    assert sorted(written) == [("DELETE", 1)] * 3 + [("UPDATE", 1)] * 3, "what was too short is forgotten"
+    with store.reading() as session:
+        assert session.scalar(sqlalchemy.select(sqlalchemy.func.count()).select_from(Notice)) == 3 * 199
+    settled.clear()
+    for second in (21, 40, 49, 50, 79):
+        notifier.look(NOON + second)
+    assert settled == [NOON + 50] * 3, "all are looked at from time to time"
+    assert not receivers(store)["r2"].message
+    notifier.look(NOON + 80)
+    notifier.close()
+    assert receivers(store)["r2"].message, "its minute and the wait are over"
+
+
 def test_a_name_that_another_one_had_takes_its_place(tmp_path: Path, store: Store) -> None:
     """Also where a receiver was not told of the end of that yet: or no start would come up any more."""
     rows = "  - {{name: {}, platform: simulated}}\n"
