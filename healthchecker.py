@@ -18661,6 +18661,7 @@ NOTIFY_IDLE = 30.0              # seconds between two looks at all resources whi
 NOTIFY_AT_ONCE = 8              # messages on their way, for each of which a process takes 35 MB
 NOTIFY_END = 1.0                # seconds that the end of the service leaves to messages on their way
 DELIVERY_TIMEOUT = 30.0         # seconds, a message from the start of its process to the end of it
+DELIVERY_CLAIM = DELIVERY_TIMEOUT + 10.0    # seconds for which no other machine sends what is on its way from one
 ANSWER_BYTES = 1 << 20          # of what a receiver answers
 CHILD_BYTES = 1 << 28           # of memory for a process that sends; apprise alone takes 55 MB
 HEARTBEAT_INTERVAL = 60.0       # seconds
@@ -18822,8 +18823,8 @@ def kept_of(row: Receiver, notices: Iterable[Notice]) -> Kept:
 
 def keep(session: Session, number: int, old: Kept, new: Kept) -> None:
     """Writes what has changed of a receiver."""
-    if new[0] != old[0]:
-        session.execute(sqlalchemy.update(Receiver).where(Receiver.id == number).values(**new[0]))
+    if values := {name: value for name, value in new[0].items() if value != old[0][name]}:
+        session.execute(sqlalchemy.update(Receiver).where(Receiver.id == number).values(**values))
     gone, made = ({key: one for key, one in these.items() if those.get(key) != one}
                   for these, those in ((old[1], new[1]), (new[1], old[1])))
     table, key = cast("sqlalchemy.Table", Notice.__table__), ("receiver_id", "kind", "name")
@@ -18878,6 +18879,7 @@ class Deliveries:
     def __init__(self, vault: Vault, ending: threading.Event) -> None:
         self._vault, self._ending = vault, ending
         self.threads: dict[int, threading.Thread] = {}      # of what has no result yet
+        self._letters: dict[int, str] = {}                  # what they send
         self.results: queue.SimpleQueue[tuple[int, Delivery]] = queue.SimpleQueue()
         self._lock = threading.Lock()       # guards the next, and that none begins after the end
         self.running: dict[int, ChildProcess] = {}
@@ -18890,13 +18892,13 @@ class Deliveries:
         thread = threading.Thread(None, self._send, f"notify {row.name}", (
             row.id, row.url, row.bound, Message(title, body, kind)), daemon=True)
         thread.start()
-        self.threads[row.id] = thread
+        self.threads[row.id], self._letters[row.id] = thread, row.message
 
-    def take(self) -> Iterator[tuple[int, Delivery]]:
+    def take(self) -> Iterator[tuple[int, str, Delivery]]:
         """What became of those that are over."""
         for number, came in (self.results.get() for _ in range(self.results.qsize())):
             del self.threads[number]
-            yield number, came
+            yield number, self._letters.pop(number), came
 
     def close(self, deadline: Deadline) -> None:
         """Ends those that are still on their way then."""
@@ -18958,14 +18960,18 @@ class Notifier(threading.Thread):
         """Takes up what happened since the last look, and sends what is to be said, if it is this machine that does."""
         if self._life != (life := self._members.life) or not self._members.speaks:
             self._begin(*life)
-        if not self._members.speaks:
-            return self._take_results(now)
+        if not self._members.speaks:        # of what was on its way when another one began to, the result is written
+            self._take_results(now)
+            if not life[1]:
+                self._save()
+            return
         if (life[1] or not self._tell(now)) and self._picture:  # that the database is away can be told all the same
             problems = {**self._picture.problems, **self._problems()}
             self._announce([], self._picture._replace(problems=problems), now)
         self._take_results(now)
+        rows = self._claim(now)
         if (life[1] or self._save()) and life == self._members.life:    # both may have waited for a silent database
-            self._dispatch(now)
+            self._dispatch(rows, now)
 
     def _begin(self, epoch: str, is_cut_off: bool) -> None:
         """Has the rows read anew; or leaves to others what is in them, or on its way, but for problems."""
@@ -18976,7 +18982,9 @@ class Notifier(threading.Thread):
         else:
             self._told += [notice for announcer in self._announcers.values() for notice in announcer.notices.values()
                            if notice.kind == "problem" and notice.told_at]
-            self._announcers, self._saved, self._revision, self._picture = {}, {}, -1, None
+            self._announcers = {number: announcer for number, announcer in self._announcers.items()
+                                if number in self._deliveries.threads and not is_cut_off}
+            self._revision, self._picture = -1, None
         self._life, self._seen = (epoch, is_cut_off), None
 
     def _tell(self, now: float) -> bool:
@@ -19070,9 +19078,15 @@ class Notifier(threading.Thread):
             with self._store.writing() as session:
                 if not self._members.lives(session):
                     return False
-                there = {*session.scalars(sqlalchemy.select(Receiver.id))}      # else it was removed just now
-                for number in changed.keys() & there:
-                    keep(session, number, self._saved[number], changed[number])
+                there = {number: rest for number, *rest in session.execute(
+                    sqlalchemy.select(Receiver.id, Receiver.message, Receiver.next_at))}
+                for number, new in changed.items():
+                    old, (message, next_at) = self._saved[number], there.get(number, ("", math.inf))
+                    if message == old[0]["message"] and next_at <= old[0]["next_at"]:
+                        keep(session, number, old, new)
+                    else:       # it was removed just now, or another machine tells it, or has told it
+                        self._revision = -1
+                        del self._announcers[number]
                 for text in self._lost:
                     record_event(session, "service", text)
             self._saved |= changed
@@ -19081,9 +19095,9 @@ class Notifier(threading.Thread):
         return True
 
     def _take_results(self, now: float) -> None:
-        for number, came in self._deliveries.take():
+        for number, letter, came in self._deliveries.take():
             self._is_kept, self._seen = False, None     # something else may be due by that
-            if not (announcer := self._announcers.get(number)):
+            if not (announcer := self._announcers.get(number)) or announcer.row.message != letter:
                 continue
             name = announcer.row.name
             if not announcer.take_result(came, now):
@@ -19093,13 +19107,21 @@ class Notifier(threading.Thread):
             else:
                 log.warning("%s was not told: %s", name, came.why)
 
-    def _dispatch(self, now: float) -> None:
-        """Sends what is to be sent, each in a thread of its own; who is due longest goes first."""
+    def _claim(self, now: float) -> list[Receiver]:
+        """What is to be sent now; who is due longest goes first. Others on the database leave it alone for a while."""
         on_way = self._deliveries.threads
         due = [row for number, announcer in self._announcers.items()
                if (row := announcer.row).message and number not in on_way and now >= row.next_at]
-        for row in sorted(due, key=lambda row: row.next_at)[:NOTIFY_AT_ONCE - len(on_way)]:
-            self._deliveries.begin(row, now)
+        chosen = sorted(due, key=lambda row: row.next_at)[:NOTIFY_AT_ONCE - len(on_way)]
+        for row in chosen if self._members.is_shared else ():
+            row.next_at, self._is_kept = now + DELIVERY_CLAIM, False
+        return chosen
+
+    def _dispatch(self, rows: Sequence[Receiver], now: float) -> None:
+        """Sends what is claimed, each in a thread of its own."""
+        for row in rows:
+            if row.id in self._announcers:
+                self._deliveries.begin(row, now)
 
 
 class Heartbeat(threading.Thread):

@@ -1229,9 +1229,11 @@ def test_a_name_that_another_one_had_takes_its_place(tmp_path: Path, store: Stor
 class Lives:
     """As Alone, of a machine of several whose life changes."""
 
-    def __init__(self) -> None:
+    is_shared = True
+
+    def __init__(self, *, speaks: bool = True) -> None:
         self.members = self
-        self.epoch, self.speaks, self.is_cut_off, self.names = "first", True, False, frozenset("ab")
+        self.epoch, self.speaks, self.is_cut_off, self.names = "first", speaks, False, frozenset("ab")
         self.blames, self.aggregator = Alone.blames, Alone.aggregator
 
     @property
@@ -1263,6 +1265,66 @@ def test_a_database_that_is_away_is_told(tmp_path: Path, store: Store, hook: Hoo
     notifier.close()
     first, second = (request.json for request in hook.requests)
     assert "it is away" in first["message"] and "again" in second["title"], second
+
+
+def two_machines(folder: Path, store: Store, place: str, **speak: bool) -> Iterator[tuple[Lives, Notifier]]:
+    """Each with its notifier, on the same database."""
+    take_over(store, folder, f"{{name: ops, url: 'json://{place}/x', wait: 0}}")
+    for speaks in speak.values():
+        lives = Lives(speaks=speaks)
+        yield lives, Notifier(store, prepared_vault(folder), dict, "", cast("healthchecker.Monitor", lives))
+
+
+@pytest.mark.parametrize("end", ["told", "refused", "killed"])
+def test_what_is_on_its_way_when_another_one_speaks(tmp_path: Path, store: Store, hook: Hook, end: str) -> None:
+    """Who began to send it says what became of that; a try that failed is made up for, and of one who was killed, too,
+    once it would be over."""
+    (lives, first), (others, second) = two_machines(tmp_path, store, hook.place, first=True, second=False)
+    happen(store, "gate", "closed")
+    hook.way = "slow"
+    first.look(NOON)
+    wait_for(lambda: len(hook.requests) == 1)
+    lives.speaks, others.speaks = False, True
+    for now in (NOON + 1, NOON + 2):
+        first.look(now)
+        second.look(now)
+    assert not second._deliveries.threads and receivers(store)["ops"].message
+    hook.way, hook.status = "", 200 if end == "told" else 500
+    hook.released.set()
+    wait_for(lambda: first._deliveries.results.qsize() == 1)
+    hook.status = 200
+    if end != "killed":
+        first.look(NOON + 3)
+        assert receivers(store)["ops"].delivered == (end == "told")
+        first.look(NOON + 4)
+        assert not first._announcers
+    happen(store, "gate", "open", "closed -> open")
+    for now in (NOON + 5, NOON + 6):
+        second.look(now)
+    look_until(second, hook, 2 if end == "told" else 3, NOON + 60)
+    second.look(NOON + 120)
+    first.close()
+    second.close()
+    assert [request.json["title"].rpartition(" is ")[2] for request in hook.requests] == (
+        ["closed", "open again"] if end == "told" else ["closed", "closed", "open again"])
+
+
+def test_who_speaks_beside_another_one_tells_nothing_twice(tmp_path: Path, store: Store, hook: Hook) -> None:
+    """For a moment both do, and have read the rows before either has written."""
+    (_, first), (_, second) = two_machines(tmp_path, store, hook.place, first=True, second=True)
+    first.look(NOON - 1)
+    second.look(NOON - 1)
+    happen(store, "gate", "closed")
+    first.look(NOON)
+    for now in (NOON, NOON + 1, NOON + 2):
+        second.look(now)
+        assert not second._deliveries.threads
+    look_until(first, hook, 1, NOON + 3)
+    second.look(NOON + 60)
+    second.look(NOON + 61)
+    look_until(second, hook, 1, NOON + 62)
+    first.close()
+    second.close()
 
 
 @pytest.mark.parametrize("others", ["", "b"], ids=["alone", "others"])
@@ -1748,7 +1810,7 @@ def test_work_of_many_by_name(tmp_path: Path) -> None:
             session.add(row)
             healthchecker.begin_work(session, row, now)
         notifier, told = Notifier(store, cast(Any, None), dict, "http://127.0.0.1/", ALONE), []
-        notifier._dispatch = lambda now: None  # type: ignore[method-assign]  # nothing is sent
+        notifier._dispatch = lambda *_: None  # type: ignore[method-assign]  # nothing is sent
         for _ in range(2):
             notifier._looked_at = 0.0
             notifier.look(store.wall())
