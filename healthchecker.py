@@ -11048,7 +11048,7 @@ class Membership:
                 continue        # of before the database's clock was set back: nobody knows how old it is
             standing = Standing(row.state, row.cause, row.reason, row.since_at, row.good, row.bad)
             found.append(Found(row.resource_id, row.settings_digest, standing, asked_mono - max(0.0, row.age),
-                               row.counts + TAKE_OVER, row.opens, row))
+                               row.counts, row.opens, row))
         self._serial, self._read_epoch = current, epoch
         return found
 
@@ -11565,6 +11565,8 @@ class ResourceLease:
         self.ends_mono = 0.0        # until when its last poll may take; 0: it goes on
         self.rests = context.members.is_shared      # another machine polls it, until this one is said to
         self._found_mono, self._spare = -math.inf, 0.0      # when the standing was found, and how much longer it counts
+        # than where it was found; of what is not asked that is for the way, for nobody takes over
+        self._longer = TAKE_OVER if target.settings.is_asked else LEASE_GRACE
         self._alone = False     # it polls although it rests, for nothing is heard of the others
         self._lock = threading.Lock()       # guards the next four and the order of reports: the monitor sets stale
         self.standing, self._stopped, self._is_held, self._opens_mono = Standing(), False, False, 0.0
@@ -11610,15 +11612,15 @@ class ResourceLease:
                 self._context.recorder.tell(report)
             self._leave_to_others()
             if self.standing.state != "unknown" and lease_clock() < self.expires_mono:
-                self.expires_mono += TAKE_OVER - self._spare
-                self._spare = TAKE_OVER
+                self.expires_mono += self._longer - self._spare
+                self._spare = self._longer
                 self._set_resource(self.expires_mono - lease_clock())
         self.doubt.woken.set()
 
     def adopt(self, found: Found) -> None:
         """Takes over what another machine found, whoever is to poll it, unless its own result is newer."""
         with self._lock:
-            left, standing = found.found_mono + found.counts - lease_clock(), found.standing
+            left, standing = found.found_mono + found.counts + self._longer - lease_clock(), found.standing
             if self._alone and left > 0:
                 self._leave_to_others()
             if self._stopped or left <= 0 or found.found_mono <= self._found_mono:
@@ -11630,7 +11632,7 @@ class ResourceLease:
             if is_late or (lasts and counts and standing.good and not standing.healthy):
                 return      # a good result closes nothing: only for that machine it was unhealthy until then
             self.outage.disregard()
-            self.standing, self._found_mono, self._spare = standing, found.found_mono, TAKE_OVER
+            self.standing, self._found_mono, self._spare = standing, found.found_mono, self._longer
             self.expires_mono = lease_clock() + left
             self._opens_mono = found.found_mono + found.opens
             if self.rests:      # or it tells of that itself, by its next result
@@ -12017,7 +12019,7 @@ class Exchange:
             if found and found.settings_digest == poller.target.settings_digest:
                 poller.adopt(self._found.pop(poller.target.id))
         self._found = {number: found for number, found in self._found.items()
-                       if found.found_mono + found.counts > lease_clock()}
+                       if found.found_mono + found.counts + TAKE_OVER > lease_clock()}
 
     def _take_logins(self, poller: Poller, found: Found) -> None:
         """Or each machine would try a password that is refused, and none again what another one was accepted with."""

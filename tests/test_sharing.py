@@ -32,6 +32,7 @@ from test_notify import Hook, hook  # noqa: F401  # a fixture
 from test_poll import House, Machines, house, machines, unreachable, vault
 
 from healthchecker import (
+    LEASE_GRACE,
     LIVING,
     SCHEMA,
     TAKE_OVER,
@@ -313,6 +314,23 @@ def test_results_that_do_not_get_through(site: Site, what: str) -> None:
     open_until(site, "ab", lambda: site.shared_by("a", "b"))
 
 
+@pytest.mark.long
+def test_what_falls_silent_closes_every_gate(tmp_path: Path, postgres: Postgres) -> None:
+    """Soon after each other, whichever machine it reports to: from that one nobody takes it over."""
+    token = "0123456789abcdef"
+    made = Site(tmp_path, postgres, f"  - {{name: job, platform: push, password: {token}, interval: 4}}\n")
+    with contextlib.closing(made):
+        made.begin("a", "b")
+        wait_for(lambda: made.shared_by("a", "b"), 60)
+        for machine in made.machines.values():
+            client, said_mono = Client(*machine.console), time.monotonic()
+            client.token = token
+            assert client.api("POST", "push/job", {"healthy": True}).status == 204
+            wait_for(lambda: made.answers() == {200}, 60)
+            wait_for(lambda: made.answers() == {503}, 60)
+            assert time.monotonic() - said_mono < 4 + TAKE_OVER
+
+
 MACHINE = ResourceSettings(name="one", platform="linux", hostname="192.0.2.1", username="u", password="p")
 PUSHED = ResourceSettings(name="one", platform="push", hostname="one", password="x" * 32)
 
@@ -358,8 +376,8 @@ def test_who_reports_no_more_is_late_everywhere() -> None:
     but for what was reported here since."""
     lease = watched(Uplink(), PUSHED)
     lease.rest()
-    lease.adopt(found("healthy", good=1)._replace(counts=TAKE_OVER))
-    assert is_open(lease)
+    lease.adopt(found("healthy", good=1)._replace(counts=0.0))
+    assert is_open(lease) and lease.expires_mono < lease_clock() + LEASE_GRACE, "which is for the way of the next one"
     lease.adopt(found("unhealthy", "stale", bad=1))
     assert not is_open(lease)
     lease.adopt(found("healthy", good=1))
