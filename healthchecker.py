@@ -9781,6 +9781,7 @@ class Cut(NamedTuple):
     ends_mono: float        # of the hold
     calm_mono: float
     text: str
+    first_mono: float       # it may have begun then: the question that shows it waited for its turn and for an answer
     over_mono: float = math.inf     # when it was over
 
 
@@ -9877,7 +9878,8 @@ class Uplink:
         self.is_cut = is_cut = self._silent_mono <= now and 2 * count > total
         if is_cut and self.cut is None and now - self._asked_mono < UPLINK_FRESH:
             text = f"cut off: {count} of {total} machines do not answer, nor does an uplink"
-            self.cut = self.last = Cut(now, self._wall(), now + self.hold, self.calm_mono, text)
+            first_mono = self._asked_mono - UPLINK_INTERVAL if self._silent_mono == self._asked_mono else now
+            self.cut = self.last = Cut(now, self._wall(), now + self.hold, self.calm_mono, text, first_mono)
         elif self.cut and (self._silent_mono == math.inf or (not is_cut and now >= self.cut.ends_mono)):
             self.last, self.cut = self.cut._replace(over_mono=now), None
             self.calm_mono = now        # not before, or a machine that answers again would close the gate
@@ -10022,7 +10024,8 @@ class Outage:
         return max(0.0, ends_mono - uplink.clock()) if self._was_healthy else 0.0
 
     def _is_of(self, cut: Cut) -> bool:
-        return abs(cut.begun_mono - self._since_mono) <= self._settings.interval + self._settings.timeout
+        polls = self._settings.interval + self._settings.timeout
+        return min(cut.first_mono, cut.begun_mono - polls) <= self._since_mono <= cut.begun_mono + polls
 
     @property
     def is_cut_off(self) -> bool:

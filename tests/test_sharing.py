@@ -357,7 +357,7 @@ def test_what_another_one_found_is_not_held_against() -> None:
     uplink = Uplink(["192.0.2.1:22"], 300)
     lease = watched(uplink)
     lease.outage._since_mono, lease.outage._was_healthy = lease_clock(), True
-    cut = uplink.cut = uplink.last = Cut(lease_clock(), time.time(), lease_clock() + 300, -math.inf, "cut off")
+    cut = uplink.cut = uplink.last = Cut(lease_clock(), time.time(), lease_clock() + 300, -math.inf, "cut", math.inf)
     assert lease.held > 0, "or it shows nothing"
     lease.rest()
     uplink.cut, uplink.last = None, cut._replace(over_mono=lease_clock())

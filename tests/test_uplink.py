@@ -321,8 +321,10 @@ class Names(Resolver):
     """The way to an uplink that refuses, which is an answer, as long as there is no fault."""
 
     fault: Exception | None = None
+    clock, seconds = Clock(), 0.0   # which it takes
 
     def resolve(self, host: str, port: int, deadline: Deadline) -> list[Any]:
+        self.clock.now += self.seconds
         if self.fault:
             raise self.fault
         return super().resolve(host, port, deadline)
@@ -335,12 +337,13 @@ def settings_of(name: str, **more: Any) -> ResourceSettings:
 class Site:
     """Healthy machines with default settings and an uplink, which is asked when a test says so."""
 
-    def __init__(self, hold: float = 600.0, *names: str) -> None:
+    def __init__(self, hold: float = 600.0, *names: str, **more: Any) -> None:
         with contextlib.closing(Gateway()) as gateway:
             self.clock, self.names = Clock(), Names()
             self.uplink = Uplink([gateway.address], hold, self.names, self.clock)
         self.clock.now += 100
-        self.settings = {name: settings_of(name) for name in names or NAMES}
+        self.names.clock = self.clock
+        self.settings = {name: settings_of(name, **more) for name in names or NAMES}
         self.outages = {name: Outage(settings, self.uplink) for name, settings in self.settings.items()}
         self.standings = dict.fromkeys(self.settings, Standing("healthy", good=2))
         self.poll(FINE, *self.settings)
@@ -351,8 +354,8 @@ class Site:
             self.standings[name] = settle(before, verdict, self.settings[name], 0.0)
             self.outages[name].take(before, verdict, self.standings[name])
 
-    def ask(self, fault: Exception | None = None) -> list[str]:
-        self.names.fault = fault
+    def ask(self, fault: Exception | None = None, seconds: float = 0.0) -> list[str]:
+        self.names.fault, self.names.seconds = fault, seconds
         return self.uplink._ask()
 
     def cut(self) -> None:
@@ -462,6 +465,41 @@ def test_an_outage() -> None:
         site.poll(verdict, "m0")
         site.cut()
         assert (site.outages["m0"].held > 0) is verdict.healthy and site.outages["m1"].held > 0
+
+
+OFTEN: dict[str, Any] = {"interval": 2.0, "timeout": 1.0, "retry_interval": 1.0, "fall": 1, "rise": 1}
+
+
+@pytest.mark.parametrize("waits", [0.0, 4.9])
+def test_what_is_polled_often_is_held(waits: float) -> None:
+    """It fails as long before the cut as the question took, which came after the one before it was answered."""
+    site = Site(600, *NAMES, "dead", **OFTEN)
+    site.poll(DOWN, "dead")
+    site.clock.now += 1
+    site.ask()
+    site.clock.now += 5 - waits
+    site.poll(DOWN, *NAMES)
+    assert site.held() == [30.0, 30.0, 30.0, 0.0]
+    site.clock.now += waits
+    site.ask(ProbeError("timeout", "x"), 3.1)
+    assert site.uplink.cut and site.held() == [600.0, 600.0, 600.0, 0.0]
+    assert [outage.is_cut_off for outage in site.outages.values()] == [True] * 4
+
+
+@pytest.mark.parametrize(("seconds", "held"), [(3.0, 600.0), (3.1, 0.0)])
+def test_what_fails_by_itself_before_a_cut_is_not_held(seconds: float, held: float) -> None:
+    """The uplink is dead since long: no question is waited for, and a cut shows within a round of polls."""
+    site, silence = Site(600, *NAMES, "dead", **OFTEN), ProbeError("timeout", "x")
+    site.poll(DOWN, "dead")
+    site.ask(silence, 3.1)
+    site.poll(FINE, *NAMES)
+    site.clock.now += 60
+    site.poll(DOWN, "m0")
+    site.ask(silence)
+    site.clock.now += seconds
+    assert site.uplink.cut is None
+    site.poll(DOWN, "m1", "m2")
+    assert site.uplink.cut and site.held() == [held, 600.0, 600.0, 0.0]
 
 
 def test_who_is_no_machine_any_more() -> None:
