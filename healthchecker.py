@@ -9861,11 +9861,12 @@ class Uplink:
 
     def is_doubtful(self, since_mono: float) -> bool:
         """Whether it may soon turn out that this machine is cut off, and an outage due to that."""
-        if self.cut or not self._addresses or since_mono == math.inf:
-            return False
-        may_be = self._silent_mono < math.inf and self.clock() - self._urged_mono < UPLINK_DOUBT
-        most = may_be and 2 * (len(self.failing) + len(self._unsure)) > len(self._machines)
-        return most or since_mono > self._asked_mono
+        with self._lock:    # or the doubt would be over a moment before the cut begins
+            if self.cut or not self._addresses or since_mono == math.inf:
+                return False
+            may_be = self._silent_mono < math.inf and self.clock() - self._urged_mono < UPLINK_DOUBT
+            most = may_be and 2 * (len(self.failing) + len(self._unsure)) > len(self._machines)
+            return most or since_mono > self._asked_mono
 
     def _judge(self) -> None:
         """Takes up whether this machine is cut off; the caller holds the lock."""
@@ -9879,7 +9880,7 @@ class Uplink:
         if is_cut and self.cut is None and now - self._asked_mono < UPLINK_FRESH:
             text = f"cut off: {count} of {total} machines do not answer, nor does an uplink"
             first_mono = self._asked_mono - UPLINK_INTERVAL if self._silent_mono == self._asked_mono else now
-            self.cut = self.last = Cut(now, self._wall(), now + self.hold, self.calm_mono, text, first_mono)
+            self.last = self.cut = Cut(now, self._wall(), now + self.hold, self.calm_mono, text, first_mono)
         elif self.cut and (self._silent_mono == math.inf or (not is_cut and now >= self.cut.ends_mono)):
             self.last, self.cut = self.cut._replace(over_mono=now), None
             self.calm_mono = now        # not before, or a machine that answers again would close the gate
@@ -9911,39 +9912,39 @@ class Uplink:
         return max(0.0, self._asked_mono + UPLINK_INTERVAL - self.clock()) if has_question else None
 
     def _ask(self) -> list[str]:
-        """Asks the uplinks, all at once. Gives who is to be polled then: when they fall silent, or a machine does so
-        meanwhile, the others, whoever polls them, and when one is heard again, those that did not answer."""
-        before_mono, begun_mono, urged = self._asked_mono, self.clock(), list[str]()
-        answered = self._is_answered(begun_mono)
-        with self._lock:
-            was_calm = self._silent_mono == math.inf
-            if answered:
-                urged = [] if was_calm else [*self.failing]
-                self._end_silence()
-                self.calm_mono = self.clock()
-            elif was_calm or self._fell_mono > before_mono:
-                urged = [*self._machines - self.failing, *self._others - self._machines]
-                self._extra |= {*urged[:URGED_MAX]} - self._machines
-                self._machines |= self._extra
-                self._unsure, self._urged_mono = self._machines - self.failing, self.clock()
-            self._silent_mono = math.inf if answered else min(self._silent_mono, begun_mono)
-            self._judge()
-        return urged[:URGED_MAX]
-
-    def _is_answered(self, begun_mono: float) -> bool:
-        """Whether any uplink does. Where they cannot be asked, nobody knows: that is no silence, and the next question
-        comes no sooner."""
-        asked = False
+        """Asks the uplinks, all at once. Gives who is to be polled then."""
+        begun_mono, answered = self.clock(), None
         try:
             with concurrent.futures.ThreadPoolExecutor(len(self._addresses)) as pool:
                 answered = any(pool.map(self._answers, self._addresses))
-            asked = True
-            return answered
         finally:
             with self._lock:
-                self._asked_mono = begun_mono
-                if not (asked or self.cut):
-                    self._end_silence()
+                urged = self._hear(begun_mono, answered)
+        return urged[:URGED_MAX]
+
+    def _hear(self, begun_mono: float, answered: bool | None) -> list[str]:
+        """Takes up whether an uplink answered. Where they could not be asked, nobody knows: that is no silence, and the
+        next question comes no sooner. Gives who is to be polled: when they fall silent, or a machine does so meanwhile,
+        the others, whoever polls them, and when one is heard again, those that did not answer. The caller holds the
+        lock."""
+        before_mono, self._asked_mono, urged = self._asked_mono, begun_mono, list[str]()
+        was_calm = self._silent_mono == math.inf
+        if answered is None:
+            if not self.cut:
+                self._end_silence()
+            return urged
+        if answered:
+            urged = [] if was_calm else [*self.failing]
+            self._end_silence()
+            self.calm_mono = self.clock()
+        elif was_calm or self._fell_mono > before_mono:
+            urged = [*self._machines - self.failing, *self._others - self._machines]
+            self._extra |= {*urged[:URGED_MAX]} - self._machines
+            self._machines |= self._extra
+            self._unsure, self._urged_mono = self._machines - self.failing, self.clock()
+        self._silent_mono = math.inf if answered else min(self._silent_mono, begun_mono)
+        self._judge()
+        return urged
 
     def _answers(self, address: str) -> bool:
         """Whether an uplink does; who refuses is there, too."""

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -500,6 +501,27 @@ def test_what_fails_by_itself_before_a_cut_is_not_held(seconds: float, held: flo
     assert site.uplink.cut is None
     site.poll(DOWN, "m1", "m2")
     assert site.uplink.cut and site.held() == [held, 600.0, 600.0, 0.0]
+
+
+def test_nothing_is_let_go_while_a_cut_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor while its end is: whoever looks as soon as anything was noted finds a doubt, a cut, or that it is over."""
+    site, seen, looks = Site(), list[float](), list[threading.Thread]()
+    site.poll(DOWN, *NAMES)
+    site.clock.now += 1
+
+    def note(uplink: Uplink, name: str, value: object) -> None:
+        object.__setattr__(uplink, name, value)
+        looks.append(threading.Thread(target=lambda: seen.extend(site.held())))
+        looks[-1].start()
+        looks[-1].join(0.1)     # unless it waits for the rest
+
+    monkeypatch.setattr(Uplink, "__setattr__", note)
+    for answer in (ProbeError("timeout", "x"), None):
+        site.ask(answer)
+        for look in looks:
+            look.join(60)
+        assert seen and min(seen) > 0
+    assert site.uplink.last and site.uplink.cut is None
 
 
 def test_who_is_no_machine_any_more() -> None:
