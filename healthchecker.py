@@ -11830,8 +11830,8 @@ class Poller(ResourceLease, threading.Thread):
                 self._leave_to_others()
                 if after.good and not after.healthy:    # for this machine alone, perhaps: nobody else polls again soon
                     self.doubt.urge()
-        if not stopped and not (self.rests and verdict.cause == "stale"):   # that another one writes, or lives no more
-            self._context.recorder.put(report)
+            if not stopped and not (self.rests and verdict.cause == "stale"):   # that another one writes, or is dead
+                self._context.recorder.put(report)      # in turn: a start goes on from the last one
         return report
 
     def tell_late(self, *, is_last: bool = False) -> None:

@@ -49,6 +49,7 @@ from healthchecker import (
     LoginRecord,
     Monitor,
     NotAllowed,
+    Outcome,
     Output,
     Platform,
     PollContext,
@@ -59,6 +60,7 @@ from healthchecker import (
     Resolver,
     Resource,
     ResourceSettings,
+    Sample,
     SimulatedConnection,
     Status,
     Target,
@@ -1954,6 +1956,29 @@ def test_after_a_suspension_everything_is_polled_at_once(house: House, machines:
         house.poller("db1").expires_mono = 0.0
         wait_for(lambda: house.stored("db1") == ("unhealthy", "stale"))
         wait_for(house.aggregator.is_healthy)
+
+
+def test_the_result_that_counts_is_the_one_that_is_stored(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever says another thing meanwhile: a poll, the monitor of a lease that ends, what reports by itself."""
+    house.write("name: job, platform: push, password: 0123456789abcdef")
+    with house.watching():
+        wait_for(lambda: "job" in house.monitor.pollers)
+        poller = house.poller("job")
+        recorder, sample = poller._context.recorder, Sample({}, {}, None, {}, {}, {})
+        put, bad = recorder.put, replace(sample, checks={"report": Outcome(False, "x")})
+        later = threading.Thread(target=poller.take, args=(bad,))
+
+        def put_late(report: Report) -> None:
+            monkeypatch.setattr(recorder, "put", put)
+            later.start()
+            later.join(1)   # unless it waits for this one
+            put(report)
+
+        monkeypatch.setattr(recorder, "put", put_late)
+        poller.take(sample)
+        later.join(60)
+        recorder.flush()
+        assert house.state("job") == house.stored("job") == ("unhealthy", "check")
 
 
 def test_a_suspension_during_a_poll(house: House, machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
