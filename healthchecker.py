@@ -8421,8 +8421,11 @@ def expected_value(wanted: str, body: bytes, path: str) -> Outcome:
 class PushConnection(Connection):
     """A resource that reports by itself, to its poller's `take`."""
 
-    heard: bool | None = None       # what the last report said
-    heard_mono = -math.inf
+    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
+        super().__init__(target, guard, context)
+        self.taking = threading.Lock()      # guards these, and the order of reports
+        self.heard: bool | None = None      # what the last one said
+        self.heard_mono = -math.inf
 
     def sample(self, deadline: Deadline) -> Sample:
         raise ProbeError("protocol", f"{NOT_TRIED}it reports by itself")
@@ -15575,13 +15578,14 @@ def push(who: Principal, name: str, body: Mapping[str, Any]) -> None:
         if not isinstance(connection, PushConnection) or not known or not hmac.compare_digest(
                 known, who.bearer.encode()):
             break
-        if time.monotonic() - connection.heard_mono < PUSH_PAUSE and (given.healthy or not connection.heard):
-            if given.healthy is connection.heard:
+        with connection.taking:
+            if time.monotonic() - connection.heard_mono < PUSH_PAUSE and (given.healthy or not connection.heard):
+                if given.healthy is connection.heard:
+                    return
+                raise ApiError("it was unhealthy a moment ago; say that again in a second", 429, retry=PUSH_PAUSE)
+            if poller.take(without_secrets(sample, connection.blank)):
+                connection.heard, connection.heard_mono = given.healthy, time.monotonic()
                 return
-            raise ApiError("it was unhealthy a moment ago; say that again in a second", 429, retry=PUSH_PAUSE)
-        if poller.take(without_secrets(sample, connection.blank)):
-            connection.heard, connection.heard_mono = given.healthy, time.monotonic()
-            return
         time.sleep(TAKE_AGAIN)      # it was replaced just then
     raise ApiError("no resource that pushes has this name and token", 401)
 

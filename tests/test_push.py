@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def push(local: Local, name: str = "backup", token: str = TOKEN, **body: Any) ->
 
 @pytest.fixture(autouse=True)
 def _any_pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.function is not test_who_says_too_much:
+    if request.function not in (test_who_says_too_much, test_two_reports_at_once):
         monkeypatch.setattr(healthchecker, "PUSH_PAUSE", 0.0)
 
 
@@ -152,6 +153,28 @@ def test_who_says_too_much(local: Local) -> None:
     connection.heard_mono = -math.inf
     assert push(local, healthy=True).status == 204
     assert shown(local)[0] == "healthy"
+
+
+def test_two_reports_at_once(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The good one that comes while a bad one is taken is behind that, and what is said after both is compared with
+    the one that counts."""
+    poller, found = local.context.monitor.pollers["backup"], list[int]()
+    take, good = poller.take, threading.Thread(target=lambda: found.append(push(local, healthy=True).status))
+    monkeypatch.setattr(healthchecker, "PUSH_PAUSE", 60.0)
+
+    def take_late(sample: Any) -> bool:
+        monkeypatch.setattr(poller, "take", take)
+        taken = take(sample)
+        good.start()
+        good.join(1)    # unless it waits for this one
+        return taken
+
+    monkeypatch.setattr(poller, "take", take_late)
+    assert push(local, healthy=False, reason="first").status == 204
+    good.join(60)
+    assert found == [429]
+    assert push(local, healthy=False).status == 204
+    assert shown(local) == ("unhealthy", "check", "check report: first")
 
 
 def test_a_report_meets_new_settings(local: Local) -> None:
