@@ -3931,8 +3931,9 @@ class Store:
 # The rows follow the inventory. In come an Inventory and a Vault, out go rows and, for pollers, Targets with their
 # secrets opened. Within the transaction of whoever calls: a start, a reload, a change by the console.
 # Gives: Changes, forget_behind, import_inventory, import_receivers, imported_gates, is_still, keeping_word,
-# load_targets, named_by, open_stated, open_vault, rename_row, reseal, sealed_tokens, stored_gates, Target, target_of,
-# update_row
+# load_targets, named_by, open_stated, open_vault, rename_events, rename_row, reseal, sealed_tokens, stored_gates,
+# Target, target_of, update_row
+RENAMED = "renamed/"            # begins the name of a setting that lasts for a moment: of a name, the one after it
 THE_REST = GATES_CHANGED, PLANS_CHANGED, RECEIVERS_CHANGED = "groups and routes", "planned maintenance", "who is told"
 
 
@@ -4136,15 +4137,28 @@ def follow_name(session: Session, old: str, name: str) -> None:
                 "depends_on": tuple(name if each == old else each for each in settings.depends_on)}))
 
 
+def rename_events(session: Session, names: Mapping[str, str]) -> None:
+    """Events follow what has another name now, by that before, of which none is a new one: by one UPDATE, for it reads
+    all events, while nobody else writes; it looks the names up where an index finds them."""
+    if names:
+        before = RENAMED + Event.resource
+        new = sqlalchemy.select(Setting.text).where(Setting.name == before).scalar_subquery()
+        session.execute(sqlalchemy.insert(Setting), [
+            {"name": RENAMED + old, "value": 0, "text": name} for old, name in names.items()])
+        is_renamed = before.in_(sqlalchemy.select(Setting.name))
+        session.execute(sqlalchemy.update(Event).values(resource=new).where(is_renamed),
+                        execution_options={"synchronize_session": False})
+        session.execute(sqlalchemy.delete(Setting).where(Setting.name.startswith(RENAMED)))
+
+
 def rename_row(session: Session, row: Resource, vault: Vault, name: str, *, moved: bool = False) -> None:
-    """Gives a row another name: its secrets are sealed for that; its events, what is planned for it and what the API
-    put behind it follow, without their passwords where it has `moved` to another host or account."""
+    """Gives a row another name: its secrets are sealed for that; what is planned for it and what the API put behind it
+    follow, without their passwords where it has `moved` to another host or account; its events see rename_events."""
     # plans of the inventory say it themselves
     for work in session.scalars(sqlalchemy.select(Maintenance).where(Maintenance.plan == "")):
         if row.name in (scope := work.chosen).resources:
             names = tuple(name if each == row.name else each for each in scope.resources)
             work.scope = scope.model_copy(update={"resources": names}).scope_json
-    session.execute(sqlalchemy.update(Event).values(resource=name).where(Event.resource == row.name))
     named = sqlalchemy.select(Notice).where(Notice.kind.in_(("state", "maintenance")), Notice.name == row.name)
     for notice in session.scalars(named).all():
         if before := session.get(Notice, (notice.receiver_id, notice.kind, name)):      # of what had the name until now
@@ -4238,7 +4252,7 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
     every = sqlalchemy.select(Resource).execution_options(removed=True)
     rows = {row.name: row for row in session.scalars(every)}
     bind_ports(session, rows.values(), vault)
-    changes = Changes([], [], [], [])
+    changes, renamed = Changes([], [], [], []), dict[str, str]()
     shared = [name for name in inventory.gates.members({}) if name in rows and rows[name].origin == "api"]
     faults: list[HealthCheckerError] = [InventoryError(f"{name} is a group, and a row of the API") for name in shared]
     for settings in inventory.resources:
@@ -4250,6 +4264,7 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
                 moved = (row.hostname, row.port, row.username) != (
                     settings.hostname, settings.connect_port, settings.username)
                 rename_row(session, row, vault, name, moved=moved)
+                renamed[old] = name
             row.origin, row.place = "inventory", inventory.places[name]
             with keeping_word(session, row):
                 changed = update_row(row, settings, vault) or old != name
@@ -4259,6 +4274,7 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
             faults.append(type(error)(f"{inventory.places[name]}: {name}: {error}"))
     if faults:
         raise type(faults[0])("\n".join(map(str, faults)))
+    rename_events(session, renamed)
     for name, row in rows.items():
         if row.origin == "inventory":   # it is not watched, and its secrets go; the rest stays as long as history
             row.origin, row.place, row.password, row.key_passphrase = REMOVED, "", None, None
@@ -15497,6 +15513,7 @@ def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Do
             if why := "is taken" if new in names_taken(who, session) else named_by(session, name):
                 raise ApiError(f"{name} cannot be called {new}", 409, {"name": why})
             rename_row(session, row, who.context.vault, new)
+            rename_events(session, {name: new})
             who.note(session, f"renamed, before {name}", new)
             name, before = new, {**before, "name": new}
         with keeping_word(session, row):

@@ -900,6 +900,29 @@ def test_renamed(source: str, removed_before: bool, bench: Bench) -> None:
     assert bench.load(text.replace(", was: a.example.com", "").replace(token, "pa"))[:3] == ([], [], [])
 
 
+def test_many_renamed_at_once(bench: Bench) -> None:
+    """One statement reads all events, of which there may be very many, however many have another name."""
+    seen: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        seen.append(statement)
+
+    entry = "  - {hostname: 'h[01:40].example.com', name: NAME, platform: tcp, port: 80}\n"
+    bench.load(entry.replace("NAME", "'old[01:40]'") + C)
+    polled(bench)
+    settings = execute(bench.place, "SELECT name FROM setting")
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", note)
+    try:
+        changes = bench.load(entry.replace("NAME", "'new[01:40]', was: 'old[01:40]'") + C)
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", note)
+    assert (len(changes.changed), changes.kept) == (40, ["c"])
+    assert len([statement for statement in seen if "event" in statement.split("WHERE")[0]]) == 1
+    found = {name: one.events for name, one in past(bench).items()}
+    assert found == {f"new{number:02}": [f"of old{number:02}"] for number in range(1, 41)} | {"c": ["of c"]}
+    assert sorted(execute(bench.place, "SELECT name FROM setting")) == sorted(settings)
+
+
 def add_behind(bench: Bench, **more: Any) -> None:
     """What the console adds."""
     given = {"name": "x", "hostname": "x.example.com", "username": "u", "password": "px", **more}
