@@ -318,11 +318,13 @@ def allow_files(wanted: float = math.inf) -> float:
 # One root for what is raised on purpose; the command line turns each class into its exit code, pages and API into a
 # status. An error's text is one line that a user can act on, and never holds a secret.
 # Gives: HealthCheckerError, InventoryError, UsageError, KilledError, SecretError, StorageError, ApiError, Cause,
-#   one_line, did_you_mean, MORE_THREADS, ProbeError, AnswerError, NotAllowed, threads_begun, causes_of, lacks_room,
-#   SCARCE, Trouble
+#   one_line, did_you_mean, FAULTS, first_faults, MORE_THREADS, ProbeError, AnswerError, NotAllowed, threads_begun,
+#   causes_of, lacks_room, SCARCE, Trouble
 REASON_CHARS = 500              # characters of a reason that are kept
 # What this machine has too little of just now: room, descriptors, memory. Windows has no quota of that name.
 SCARCE = frozenset(getattr(errno, name, errno.ENOSPC) for name in "ENOSPC EDQUOT EMFILE ENFILE ENOMEM EAGAIN".split())
+FAULTS = 50                     # of an inventory that are shown
+NEAREST = 20                    # names that are compared in full with a wrong one, which takes 0.03 ms each
 MORE_THREADS = "raise TasksMax= of the unit, or `ulimit -u` of the account"
 
 
@@ -380,13 +382,24 @@ def one_line(text: str, most: int = REASON_CHARS) -> str:
 
 @functools.lru_cache(maxsize=8)     # thousands may have one slip in common
 def near_names(name: str, known: tuple[str, ...]) -> list[str]:
-    return difflib.get_close_matches(name, known, 1)
+    """The nearest of the `known`, if one is near: of those that have most characters, and pairs of them, in common."""
+    has = {*name, *itertools.pairwise(name)}.__contains__
+    found = sorted((sum(map(has, itertools.chain(each, itertools.pairwise(each)))) / len(name + each), each)
+                   for each in known)
+    return difflib.get_close_matches(name, [each for _, each in found[-NEAREST:]], 1)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a text about a name that is not among the `known`: the nearest of them; empty where none is near."""
     near = near_names(name, tuple(known))
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def first_faults(name: str, faults: Collection[object]) -> str:
+    """A line for each in an inventory of that `name`; of more than FAULTS for the first."""
+    lines = [*map(str, itertools.islice(faults, FAULTS))]
+    more = [f"{name}: these are the first {FAULTS} faults; there are more"] if len(faults) > FAULTS else []
+    return "\n".join(lines + more)
 
 
 class ProbeError(HealthCheckerError):
@@ -2184,7 +2197,7 @@ class InventoryLoader:
         if file and not self.faults:
             self._fault_gates(file, gates, found)
         if self.faults or not file or not usual:
-            raise InventoryError("\n".join(self.faults))
+            raise InventoryError(first_faults(self.path.name, self.faults))
         usual_values = usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS), exclude_none=True)
         return Inventory(self.path, file.service, resources, self.places, usual_values, gates, file.maintenance,
                          [index for index, _ in found], file.notify)
@@ -2223,7 +2236,7 @@ class InventoryLoader:
         """What is wrong with groups, routes and what chooses resources; if nothing is, with what these depend on."""
         resources = [resource for _, resource in found]
         chosen = choice_faults(file.maintenance, file.notify, gates, resources)
-        for place, why in (*group_faults(gates, resources), *chosen):
+        for place, why in itertools.chain(group_faults(gates, resources), chosen):
             self.fault(place, why)
         for number, place, why in () if self.faults else dependency_faults(gates, resources):
             self.fault(("resources", found[number][0], *place), why)
@@ -2238,10 +2251,9 @@ class InventoryLoader:
         """What was one resource became one other."""
         taken = set(self.names)
         for index, resource in found:
-            if resource.was:
-                if resource.was in taken:
-                    self.fault(("resources", index, "was"), "a resource has this name, or had it, too")
-                taken.add(resource.was)
+            if resource.was and resource.was in taken:
+                self.fault(("resources", index, "was"), "a resource has this name, or had it, too")
+            taken.add(resource.was or "")
 
     def _fault_shared_files(self, service: ServiceSettings, resources: Iterable[tuple[int, ResourceSettings]]) -> None:
         """What is written into another file of the service would destroy it, by whatever name it is called."""
@@ -2277,6 +2289,8 @@ class InventoryLoader:
         if key or not self.document.lacks(path):    # of which nothing else needs to be said
             position = self.document.position(path, key=key)
             self.faults[f"{self.path.name}:{position}: {shown or 'inventory'}: {message}"] = None
+        if len(self.faults) > FAULTS:       # each may take its time, and nobody reads thousands
+            raise InventoryError(first_faults(self.path.name, self.faults))
 
     def _validate(self, model: type[M], raw: object, locate: Callable[[NodePath], NodePath]) -> M | None:
         try:
@@ -2334,10 +2348,9 @@ class InventoryLoader:
         raw = ({} if platform in SELECTABLE else {"hostname": "localhost"}) | raw   # which is meant may need none
         path = ssh_config_path(raw.get("ssh_config"))
         if usable and isinstance(path, str):
-            keyless = not raw.keys() & {*CREDENTIALS}
             try:
                 config = self._ssh_config(absolute(path, self.folder))
-                raw = with_ssh_config(raw, config, self.names, keyless=keyless)
+                raw = with_ssh_config(raw, config, self.names, keyless=not raw.keys() & {*CREDENTIALS})
             except ValueError as error:
                 self.fault((*here, "ssh_config"), str(error))
         for message in conflicts(raw):
@@ -4273,7 +4286,7 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
         except HealthCheckerError as error:
             faults.append(type(error)(f"{inventory.places[name]}: {name}: {error}"))
     if faults:
-        raise type(faults[0])("\n".join(map(str, faults)))
+        raise type(faults[0])(first_faults(inventory.path.name, faults))
     rename_events(session, renamed)
     for name, row in rows.items():
         if row.origin == "inventory":   # it is not watched, and its secrets go; the rest stays as long as history

@@ -737,6 +737,35 @@ def test_a_slip_of_many(stated: str, folder: Path, monkeypatch: pytest.MonkeyPat
     assert len(looked) == 1
 
 
+NOBODY = [f"web{number:04}.example.net" for number in range(1, 1001)]
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        "groups: [{name: g, members: [MANY], healthy: any}]",
+        "routes: {/x: [MANY]}",
+        "maintenance: [{schedule: 0 2 * * sun, for: 1h, reason: r, resources: [MANY]}]",
+        "  - {hostname: a, platform: simulated, depends_on: [MANY]}",
+        "  - {hostname: a, platform: simulated, MANY}",
+        "".join(f"  - {{hostname: h{number}, username: u, password: p, proxy_jump: {name}}}\n"
+                for number, name in enumerate(NOBODY)),
+    ],
+    ids=["members", "needs", "planned work", "parents", "settings", "bastions"],
+)
+def test_a_thousand_names_that_nobody_has(stated: str, folder: Path) -> None:
+    """The first are shown with what is near: to look for that took minutes, in which a start or reload said nothing."""
+    known = "resources:\n  - {hostname: 'web[0001:1000].example.com', username: u, password: p}\n"
+    begin = time.process_time()
+    assert faults(folder, known) == []
+    valid = time.process_time() - begin
+    begin = time.process_time()
+    lines = faults(folder, known + stated.replace("MANY", ", ".join(NOBODY)) + "\n")
+    assert time.process_time() - begin < valid + 4
+    assert lines[-1] == "inventory.yaml: these are the first 50 faults; there are more" and len(lines) == 51
+    assert "MANY}" in stated or all(re.search(r"; did you mean web\d+\.example\.com\?$", line) for line in lines[:-1])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     "entries",

@@ -923,6 +923,17 @@ def test_many_renamed_at_once(bench: Bench) -> None:
     assert sorted(execute(bench.place, "SELECT name FROM setting")) == sorted(settings)
 
 
+def test_many_faults(bench: Bench) -> None:
+    """The first are shown."""
+    entry = "  - {hostname: 'h[01:51].example.com', name: 'h[01:51]', username: u, password: p}\n"
+    bench.load(entry)
+    with pytest.raises(SecretError) as raised:
+        bench.load(entry.replace("hostname: 'h", "hostname: 'other").replace(", password: p", ""))
+    *first, last = str(raised.value).split("\n")
+    assert len(first) == 50 and all(": write the password again" in line for line in first)
+    assert last == "inventory.yaml: these are the first 50 faults; there are more"
+
+
 def add_behind(bench: Bench, **more: Any) -> None:
     """What the console adds."""
     given = {"name": "x", "hostname": "x.example.com", "username": "u", "password": "px", **more}
