@@ -19210,7 +19210,7 @@ class Heartbeat(threading.Thread):
 # Database, keys and inventory in one archive, while the service runs, and back where there are none; and a database as
 # one of the other kind. In the process of the command; what it reads fits each other, and what it writes is its owner's
 # alone.
-# Gives: backup, copy_known, copy_rows, DATABASE, restore
+# Gives: backup, copy_known, copy_rows, DATABASE, restore, rows_in
 DATABASE = "healthchecker.db"   # in a backup, wherever it stands
 PRIVATE_KEYS = {"keys/private.pem", "keys/next.pem"}
 COPIED_AT_ONCE = 1000           # rows
@@ -20000,11 +20000,15 @@ PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait with
 
 @contextlib.contextmanager
 def rehearsal(installation: Installation, *, opens: bool = True) -> Iterator[tuple[Vault, Changes, dict[str, Target]]]:
-    """The import as a start would do it, rolled back, and the resources with secrets that it `opens`; without a
-    database or keys on scratch ones. Within, the database is everybody's again."""
+    """The import as a start would do it, on a copy of what it looks at, so that nobody waits for it, nor it for others;
+    and the resources with secrets that it `opens`. Without keys on scratch ones."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         vault = Vault(installation.service.keys)
-        with installation.store(scratch=True) as store, store.writing(long=True) as session:
+        with contextlib.closing(Store(SqliteFile(Path(folder) / DATABASE))) as copy, copy.writing() as session:
+            with installation.store(scratch=True) as store, store.reading() as original:
+                for table in (Base.metadata.tables[row.__tablename__] for row in (Resource, Setting, Receiver)):
+                    for rows in rows_in(original, table):
+                        session.execute(sqlalchemy.insert(table), rows)
             vault.require(sealed_tokens(session, installation.inventory))
             if not vault.key_id:
                 vault = Vault(Path(folder))

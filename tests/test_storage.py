@@ -1092,6 +1092,20 @@ def test_check_while_others_write(bench: Bench, capsys: pytest.CaptureFixture[st
     assert bench.password("h7.example.com") == "p"
 
 
+def test_check_waits_for_nobody(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor could it, then, have others wait: what is written meanwhile it does not see."""
+    bench.load(FIRST)
+    path = write_inventory(bench.folder, renamed(A, "new", "a.example.com") + B)
+    with closing(Store(bench.place)) as store, store.writing() as session:
+        session.execute(sqlalchemy.delete(Resource))
+        begin = time.monotonic()
+        assert healthchecker.main(["--inventory", str(path), "check"]) == 0
+        assert time.monotonic() - begin < healthchecker.BUSY_TIMEOUT
+        session.rollback()
+    assert "0 added, 1 changed, 1 removed, 1 kept; changed: new; removed: c" in capsys.readouterr().out
+    assert bench.rows().keys() == {"a.example.com", "b.example.com", "c"}
+
+
 # --- kill -9 during the import -------------------------------------------------------------------------------
 MANY = 45
 
