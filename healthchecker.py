@@ -19463,6 +19463,12 @@ class Installation:
         self.inventory = InventoryLoader(self.path, document, secrets=self._secrets).load()
         return document
 
+    def reads_same(self) -> bool:
+        """Reads the inventory again, with what it names, and says whether they say what they said."""
+        before = self.inventory
+        self.read_again()
+        return self.inventory == before and self.inventory.digest == before.digest      # to == mappings have no order
+
     def schema(self, *, whole: bool = True) -> int:
         """That of the database, 0 before the first start alone: without what was added and said in the console, its
         gate would be open. Raises StorageError."""
@@ -19580,9 +19586,11 @@ class Installation:
         return kept | {"gates": sorted(gates.members({})) or None, "database_password": told}
 
     def keep_service(self, session: Session) -> None:
-        """Takes down with which settings of its own the service runs."""
+        """Takes down with which settings of its own the service runs, and reads what it is to watch by now. Raises
+        InventoryError."""
         own = functools.partial(own_name, machine=self.service.machine_name)
         session.merge(Setting(name=own("service"), text=json.dumps(self._started_with())))
+        self.read_again()       # a `reload` while this one waited or began the workers is not to be taken back
         session.merge(Setting(name=own("file"), text=self.inventory.digest))    # for differs_from
         session.merge(Setting(name=own(STANDING), text=""))     # the one before may have been killed a moment ago
 
@@ -19616,12 +19624,15 @@ def prepare(installation: Installation, store: Store) -> Vault:
         ensure_first_user(session)
         record_event(session, "service", f"started, version {VERSION}{installation.place}")
         installation.keep_service(session)
+        waiting = installation.changed_service(session)
         owner, initial = installation.rows_owner(session), initial_user(session)
         changes = "" if owner else installation.take_over(session, vault)
         if owner:
             import_receivers(session, installation.inventory, vault, secrets_only=True)
     installation.mark()
     log.info("inventory: %s", changes or f"that of {owner} is watched")
+    if waiting:
+        log.info("%s changed: that needs a restart", ", ".join(waiting))
     if initial:
         log.warning("the password of %s is the documented one: change it at /-/password or by `user passwd`", initial)
     if installation.service.mode == "observe":
@@ -19642,12 +19653,15 @@ def take_over_again(installation: Installation, store: Store, actor: str = "") -
             raise fault
         yield str(fault)
     with store.writing(long=True) as session:
-        if installation.open_vault(session).key_id != vault.key_id:
-            raise UsageError("the keys were changed meanwhile; nothing was taken over: try again")
-        owner = installation.rows_owner(session, again=True)
-        changes = "" if owner else installation.take_over(session, vault, actor)
-        session.merge(Setting(name=store.own("file"), text=installation.inventory.digest))
-        revise(session)
+        # what was written meanwhile may have been taken over by who was faster
+        if is_meant := installation.open_vault(session).key_id == vault.key_id and installation.reads_same():
+            owner = installation.rows_owner(session, again=True)
+            changes = "" if owner else installation.take_over(session, vault, actor)
+            session.merge(Setting(name=store.own("file"), text=installation.inventory.digest))
+            revise(session)
+    if not is_meant:
+        yield from take_over_again(installation, store, actor)
+        return
     if owner:
         way = ", or here with --accept-removals once that machine is gone for good"
         raise UsageError(f"the inventory of {owner} is watched; `reload` there"

@@ -20,7 +20,16 @@ from service import Program, Service, command, environment, run, run_cheaply, st
 from sshd import wait_for
 
 import healthchecker
-from healthchecker import ResourceSettings, Standing, events, main
+from healthchecker import (
+    Installation,
+    InventoryError,
+    ResourceSettings,
+    Standing,
+    events,
+    load_targets,
+    main,
+    take_over_again,
+)
 
 CALM = "platform: simulated, mean_healthy: 100000, interval: 1"
 HOSTS = [f"  - {{name: h{number}, {CALM}}}\n" for number in range(9)]
@@ -158,6 +167,78 @@ def test_reload_of_a_service_that_does_not_run(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out == "inventory: 1 added, 0 changed, 0 removed, 1 kept; added: h1\n"
     with Service(path) as service:
         service.wait_line("inventory: 0 added, 0 changed, 0 removed, 2 kept")
+
+
+RELOADING = """
+import os, subprocess
+
+folder = os.path.dirname(__file__)
+if os.path.exists(folder + "/next.yaml"):
+    os.replace(folder + "/next.yaml", folder + "/inventory.yaml")
+    subprocess.run({}, check=True)
+
+def app(environ, start_response):
+    start_response("204 No Content", [])
+    return []
+"""
+OWN_FILE = "  - {name: h0, hostname: 192.0.2.1, username: u, password_file: h0.password}\n"
+
+
+def password_edited(path: Path) -> None:
+    (path.parent / "h0.password").write_text("after", encoding="utf-8")
+
+
+def rows_edited(path: Path) -> None:
+    write_inventory(path.parent, OWN_FILE + HOSTS[3])
+
+
+@pytest.mark.of_files
+@pytest.mark.parametrize(
+    ("edit", "names", "password"),
+    [(rows_edited, {"h0", "h3"}, "before"), (password_edited, {"h0", "h1", "h2"}, "after")])
+def test_a_reload_that_another_one_overtook(
+    edit: Callable[[Path], None], names: set[str], password: str, tmp_path: Path
+) -> None:
+    """Of two at once the one that read the files first writes last: it reads them again, or what the other one took
+    over, and nobody edits any more, would be watched no longer."""
+    prepared_database(tmp_path)
+    (tmp_path / "h0.password").write_text("before", encoding="utf-8")
+    path = write_inventory(tmp_path, OWN_FILE + "".join(HOSTS[1:3]))
+    earlier = Installation(path)
+    edit(path)
+    assert f"{len(names)} added" in said_by(path, "reload")
+    with earlier.store(needed=True) as store:
+        assert [*take_over_again(earlier, store)] == [
+            f"inventory: 0 added, 0 changed, 0 removed, {len(names)} kept"]
+        with store.reading() as session:
+            targets = load_targets(session, earlier.open_vault(session))
+    assert {*targets} == names and targets["h0"].settings.secrets["password"] == password
+
+
+@pytest.mark.of_files
+def test_a_reload_that_a_faulty_edit_overtook(tmp_path: Path) -> None:
+    """It says so, and takes over nothing."""
+    prepared_database(tmp_path)
+    path = write_inventory(tmp_path, HOSTS[0])
+    earlier = Installation(path)
+    garbled(path)
+    with earlier.store(needed=True) as store:
+        with pytest.raises(InventoryError, match="platform: must be one of"):
+            list(take_over_again(earlier, store))
+        with store.reading() as session:
+            assert not load_targets(session, earlier.open_vault(session))
+
+
+def test_a_reload_during_a_start(tmp_path: Path) -> None:
+    """What it took over is watched: the start, which is importing the application, read the file before."""
+    prepared_database(tmp_path)
+    app = RELOADING.format(command(tmp_path / "inventory.yaml", "reload"))
+    (tmp_path / "slow.py").write_text(app, encoding="utf-8")
+    write_inventory(tmp_path, "".join(HOSTS[:2]), "  app: slow:app\n  drain: 5\n", name="next.yaml")
+    with Service(write_inventory(tmp_path, HOSTS[0], "  app: slow:app\n")) as service:
+        service.wait_line("inventory: 0 added, 0 changed, 0 removed, 2 kept")
+        service.wait_line("service.drain changed: that needs a restart")
+        service.wait_status("/-/readyz", 200)
 
 
 EARLY = """

@@ -730,7 +730,7 @@ def test_rotate_refuses_beside_a_service(tmp_path: Path, capsys: pytest.CaptureF
 
 # what runs first, what comes in between at which step of it, and the exit codes of both
 RACES: dict[str, tuple[list[str], list[str], type, str, tuple[int, int]]] = {
-    "reload": (["reload"], ["keys", "rotate"], healthchecker.Store, "writing", (2, 0)),
+    "reload": (["reload"], ["keys", "rotate"], healthchecker.Store, "writing", (0, 0)),
     "seal": (["seal"], ["keys", "rotate"], Vault, "seal", (0, 4)),
     "keys rotate": (["keys", "rotate"], ["seal"], healthchecker.Store, "writing", (2, 0)),
 }
@@ -740,7 +740,7 @@ RACES: dict[str, tuple[list[str], list[str], type, str, tuple[int, int]]] = {
 def test_nothing_is_sealed_with_a_key_that_is_gone(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a rotation and of what else seals, one waits or says that it was too late; then it does what it does."""
+    """Of a rotation and of what else seals, one waits, begins anew, or says that it was too late and then does it."""
     first, second, owner, step, expected = RACES[case]
     path = installation(tmp_path)
     hosts = [f"  - {{hostname: h{n}.example.com, username: u, password: secret {n}}}\n" for n in range(HOSTS)]
@@ -756,7 +756,7 @@ def test_nothing_is_sealed_with_a_key_that_is_gone(
     monkeypatch.setattr(owner, step, between)
     codes.insert(0, healthchecker.main(["--inventory", str(path), *first]))
     assert all_open(path) == {public_id(tmp_path / "keys")}
-    assert tuple(codes) == expected and len(capsys.readouterr().err.splitlines()) == 1
+    assert tuple(codes) == expected and len(capsys.readouterr().err.splitlines()) == sum(map(bool, codes))
     assert healthchecker.main(["--inventory", str(path), *(first if codes[0] else second)]) == 0
     assert all_open(path) == {public_id(tmp_path / "keys")}
 
