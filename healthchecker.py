@@ -2007,6 +2007,7 @@ class Inventory:
     plans: tuple[Plan, ...] = ()
     entries: Sequence[int] = ()     # of the file, one for each resource; one with a range stands for many
     receivers: tuple[ReceiverSettings, ...] = ()
+    shares_login: bool = False      # whether `defaults` have any part of one
 
     def urls(self) -> Iterator[tuple[NodePath, str, str]]:
         """The URLs that are secrets, plain or sealed: path in the file, name of the receiver, URL; among them what
@@ -2200,7 +2201,7 @@ class InventoryLoader:
             raise InventoryError(first_faults(self.path.name, self.faults))
         usual_values = usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS), exclude_none=True)
         return Inventory(self.path, file.service, resources, self.places, usual_values, gates, file.maintenance,
-                         [index for index, _ in found], file.notify)
+                         [index for index, _ in found], file.notify, not defaults.keys().isdisjoint(LOGIN))
 
     def _fetch_secrets(self, parts: Mapping[str, Any]) -> None:
         """Puts the secrets that a variable or a file holds in their places."""
@@ -19438,6 +19439,14 @@ def is_same(before: object, now: object) -> bool:
                              and not {*identities(places[0])}.isdisjoint(identities(places[1])))
 
 
+def without_login(inventory: Inventory) -> Iterator[str]:
+    """Names what has no login of its own where one stands in `defaults`, which does not count for a URL."""
+    if names := [one.name for one in inventory.resources if one.platform in (Platform.HTTP, Platform.PUSH)
+                 and inventory.shares_login and not one.secrets]:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        yield f"the login in defaults does not count for {', '.join(names[:5])}{more}: write it there if it is meant"
+
+
 class Installation:
     """What every command works on: the inventory, its folder, the database and the keys."""
 
@@ -19554,7 +19563,8 @@ class Installation:
 
     def review(self, changes: Changes) -> None:
         """Says what nobody means; raises InventoryError where so much would go that it has to be said twice."""
-        for line in circles(self.service, self.inventory.gates, self.inventory.resources):
+        for line in (*circles(self.service, self.inventory.gates, self.inventory.resources),
+                     *without_login(self.inventory)):
             log.warning("%s", line)
         if changes.alarming and not self._accepts_removals:
             raise InventoryError(f"{self.path.name}: {len(changes.removed)} resources are not in it any more "
@@ -20196,14 +20206,6 @@ def show_readable(inventory: Inventory) -> None:
         print(f"{path} can be changed by all other users, who could run what they like as the service's account; {how}")
 
 
-def show_own_logins(inventory: Inventory) -> None:
-    """Names what has no login of its own where one stands in `defaults`, which does not count for a URL."""
-    if names := [one.name for one in inventory.resources if one.platform in (Platform.HTTP, Platform.PUSH)
-                 and not one.secrets and {*LOGIN} & inventory.defaults.keys()]:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        print(f"the login in defaults does not count for {', '.join(names[:5])}{more}: write it there if it is meant")
-
-
 def check(arguments: argparse.Namespace) -> int:
     """Says what a start would say, and what it would change; changes nothing."""
     installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals,
@@ -20222,7 +20224,6 @@ def check(arguments: argparse.Namespace) -> int:
         for line in gate_lines(installation.inventory.gates, installation.inventory.resources):
             print(line)
         show_readable(installation.inventory)
-        show_own_logins(installation.inventory)
         for fault in check_receivers(installation.inventory, vault):
             print(fault, file=sys.stderr)
             code = fault.exit_code

@@ -346,17 +346,26 @@ def test_check_of_an_application_that_never_loads(
     assert "is not loaded after 3 s" in capsys.readouterr().err
 
 
-def test_check_names_what_has_no_login(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of what logged in by `defaults` once: that is for machines."""
-    rows = "".join(f"  - {{name: {name}, platform: http, url: 'http://127.0.0.1/'{more}}}\n" for name, more in (
-        ("shop", ""), ("api", ", password: the-token-of-it"))) + "  - {name: db1, hostname: 127.0.0.1}\n"
-    for defaults, said in (("{username: u, password: p}", "login in defaults does not count for shop: write it there"),
-                           ("{interval: 9}", "")):  # fmt: skip
-        path = write_inventory(tmp_path, rows.replace("127.0.0.1}", "127.0.0.1, username: u, password: p}"),
-                               f"defaults: {defaults}\n")
-        assert main(["--inventory", str(path), "check"]) == 0
-        output = capsys.readouterr().out
-        assert said in output and output.count("does not count") == bool(said)
+@pytest.mark.parametrize(("defaults", "is_said"), [
+    ("{username: u, password: p}", True), ("{password: p}", True), ("{password_file: token}", True),
+    ("{interval: 9}", False),
+])  # fmt: skip
+def test_what_has_no_login_is_named(
+    defaults: str, is_said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of what logged in by `defaults` once, which are for machines: by check, start and reload."""
+    rows = "".join(f"  - {{name: {name}, platform: http, url: 'http://127.0.0.1:9/'{more}}}\n" for name, more in (
+        ("shop", ""), ("api", ", password: the-token-of-it")))
+    (tmp_path / "token").write_text("the-token-of-all", encoding="utf-8")
+    path = write_inventory(tmp_path, rows, f"defaults: {defaults}\n")
+    line = "the login in defaults does not count for shop: write it there if it is meant"
+    with Service(path) as service:
+        service.wait_line("serving on")
+        assert (line in service.output) == is_said
+        for command in ("check", "reload"):
+            caplog.clear()
+            assert main(["--inventory", str(path), command]) == 0
+            assert caplog.messages.count(line) == is_said
 
 
 def test_check_goes_on_without_a_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
