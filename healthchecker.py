@@ -3111,6 +3111,7 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
                "ALTER TABLE status ADD COLUMN sample VARCHAR NOT NULL DEFAULT 'null'",
                "ALTER TABLE status ADD COLUMN packed BLOB NOT NULL DEFAULT x''",
                "ALTER TABLE status ADD COLUMN strip VARCHAR NOT NULL DEFAULT ''",
+               "UPDATE status SET strip = 'a' WHERE cause = 'auth'",    # by which a refused login is not tried at once
                "CREATE TABLE event (id INTEGER PRIMARY KEY, at DOUBLE NOT NULL, kind VARCHAR NOT NULL, "
                "resource VARCHAR NOT NULL, text VARCHAR NOT NULL, actor VARCHAR NOT NULL, address VARCHAR NOT NULL)",
                "CREATE INDEX ix_event_at ON event (at)",

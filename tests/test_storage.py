@@ -180,6 +180,22 @@ def test_database_of_the_first_version(tmp_path: Path) -> None:
     assert migrated >= set(healthchecker.Base.metadata.tables)
 
 
+def test_a_login_that_the_first_version_was_refused_waits(tmp_path: Path) -> None:
+    """An upgrade is no reason to try it again at once."""
+    path, vault = tmp_path / "healthchecker.db", loaded_vault()
+    token = vault.seal("p", "password", "a", "a.example.com", "m", "22")
+    digest = healthchecker.Resource(hostname="a.example.com", username="m", password=token).credential_digest
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(SCHEMA_1)
+        connection.execute("UPDATE resource SET password = ?", [token])
+        connection.execute("UPDATE status SET state = 'unhealthy', cause = 'auth', credential = ?", [digest])
+        connection.commit()
+    with closing(Store(path)) as store, store.reading() as session:
+        [status] = session.scalars(sqlalchemy.select(healthchecker.Status))
+        target, guard = healthchecker.load_targets(session, vault)["a"], healthchecker.LoginGuard()
+        assert healthchecker.restore_login(guard, target, status, 5.0) and guard.has_refused("a")
+
+
 RECORDED = Path(__file__).parent / "recorded" / "schema2"
 EXPECTED = json.loads((RECORDED / "expected.json").read_text(encoding="utf-8"))
 
