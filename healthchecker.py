@@ -2059,6 +2059,8 @@ RANGED = {"hostname", "url", "name", "was"}     # settings that may have a range
 NESTED: dict[str, type[Settings]] = {
     "service": ServiceSettings, "limits": Limits, "checks": Check, "retention": Retention, "expect": Expect,
     "groups": GroupSettings, "routes": RouteSettings, "maintenance": Plan, "notify": ReceiverSettings}
+GONE: dict[NodePath, str] = {   # what earlier versions had
+    ("service", "access_log"): "access_log is gone, for such a log is the proxy's to keep; remove the line"}
 
 
 def known_fields(model: type[Settings], loc: NodePath) -> Iterable[str]:
@@ -2302,7 +2304,7 @@ class InventoryLoader:
                 if item["type"] == "extra_forbidden":
                     known = known_fields(model, item["loc"])
                     hint = did_you_mean(str(path[-1]), known) or f"; known are {', '.join(known)}"
-                    self.fault(path, f"unknown setting{hint}", key=True)
+                    self.fault(path, GONE.get(path, f"unknown setting{hint}"), key=True)
                 else:
                     self.fault(path, message_of(item))
             return None

@@ -130,6 +130,10 @@ FAULTS: dict[str, tuple[str, str]] = {
     "defaults is a text": ("defaults: ¦none\nresources: []\n", "defaults: must be a mapping"),
     "unknown part": ("resources: []\n¦servcie: {}\n", "unknown setting; did you mean service?"),
     "unknown key": (one("¦pasword: p"), "resources[0]: unknown setting; did you mean password?"),
+    "key of an earlier version": (
+        "service: {¦access_log: access.log}\nresources: []\n",
+        "service: access_log is gone, for such a log is the proxy's to keep; remove the line",
+    ),
     "unknown key, nothing near": (more("¦zzzzzz: p"), "resources[0]: unknown setting"),
     "unknown key in service": (
         "service: {¦thread: 1}\nresources: []",
