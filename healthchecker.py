@@ -2727,9 +2727,9 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # stands SQL that both SQLite and PostgreSQL have, but for migrations before schema 6, the first one on PostgreSQL.
 # In any thread of the main process, within the transaction of whoever calls.
 # Gives: ACCOUNT_LENGTH, Acknowledgement, APPLICATION, Base, BIG_INTEGER, binding, carry_logins, columns_in, db,
-# differs_from, Event, login_row, LOGINS, LoginSession, LOOKED_AT, Machine, Maintenance, migrate, Notice, own_name,
-# plain_user, READ_WORD, Receiver, remembered, REMOVED, Resource, Result, revise, revision, ROW_LENGTH, SALT_BYTES,
-# SCHEMA, Setting, Status, StoredText, User, YEAR_3000
+# differs_from, Event, fault_of_schema, login_row, LOGINS, LoginSession, LOOKED_AT, Machine, Maintenance, migrate,
+# Notice, own_name, plain_user, READ_WORD, Receiver, remembered, REMOVED, Resource, Result, revise, revision,
+# ROW_LENGTH, SALT_BYTES, SCHEMA, Setting, Status, StoredText, User, YEAR_3000
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 YEAR_3000 = 32_503_680_000      # Unix time, the last one that Windows can show
 
@@ -3173,6 +3173,18 @@ def number_anew(connection: sqlalchemy.Connection) -> None:
         connection.execute(sqlalchemy.text(statement))
 
 
+def fault_of_schema(found: Collection[tuple[str, str]], version: int, *, ours: bool, sound: bool = True) -> str:
+    """What is wrong with a database of these tables' columns; empty for nothing."""
+    if not ours:
+        return "belongs to another program; set service.database"
+    if version > SCHEMA:
+        return "was written by a newer HealthChecker; update this one"
+    wanted = {(table.name, column.name) for table in Base.metadata.sorted_tables for column in table.columns}
+    if not sound or (version == SCHEMA and not wanted <= {*found}):
+        return "is damaged; restore it from a backup or move it away"
+    return ""
+
+
 def columns_in(connection: sqlalchemy.Connection) -> set[tuple[str, str]]:
     """Its tables' columns."""
     tables = sqlalchemy.inspect(connection).get_multi_columns()
@@ -3269,18 +3281,6 @@ REQUIRED = ("; have the server ask for the password by scram-sha-256, or write s
             "by, such as require_auth=md5, into service.database (with libpq 16 or newer)")
 NO_PSYCOPG = ("service.database needs psycopg 3: run `pip install \"psycopg[binary]>=3.3\"` in the environment of the "
               "service")
-
-
-def fault_of_schema(found: Collection[tuple[str, str]], version: int, *, ours: bool, sound: bool = True) -> str:
-    """What is wrong with a database of these tables' columns; empty for nothing."""
-    if not ours:
-        return "belongs to another program; set service.database"
-    if version > SCHEMA:
-        return "was written by a newer HealthChecker; update this one"
-    wanted = {(table.name, column.name) for table in Base.metadata.sorted_tables for column in table.columns}
-    if not sound or (version == SCHEMA and not wanted <= {*found}):
-        return "is damaged; restore it from a backup or move it away"
-    return ""
 
 
 def address_of(path: Path, mode: str) -> str:
@@ -3402,8 +3402,16 @@ class SqliteFile:
                 connection.close()
             if connection is None or "locked" not in str(error):
                 raise StorageError(f"database {path} cannot be used: {reason_of(error, path)}") from error
-            raise StorageError(f"another HealthChecker is using database {path}; stop that one first") from None
+            raise StorageError(f"another HealthChecker is using database {path}{self._use_as_yet()}") from None
         return contextlib.closing(connection)
+
+    def _use_as_yet(self) -> str:
+        """What who cannot use it may do meanwhile, as the end of a text."""
+        with contextlib.suppress(StorageError):
+            if 0 < (version := self.inspect(whole=False)) < SCHEMA:
+                return (f", of schema {version} as yet: if it is of an earlier version, use its own command line, or "
+                        f"restart it as this one; else it is bringing it to {SCHEMA}: try again")
+        return "; stop that one first"
 
     def is_running(self, machine: str = "") -> bool:
         """Whether a service is on the database, as far as can be told without a change; `machine`: there is no other.
@@ -3896,6 +3904,9 @@ class Store:
             with contextlib.nullcontext() if locked or not version else database.lock(), \
                     self.writing(migrates=True, long=True) as session:
                 begun_mono = time.monotonic()
+                if version:
+                    log.info("database: is brought from schema %d to %d, which takes minutes for many rows", version,
+                             SCHEMA)
                 migrate(session, database.version(session))
                 if fault_of_schema(columns_in(session.connection()), SCHEMA, ours=True):
                     raise sqlalchemy.exc.SQLAlchemyError("columns are missing then")

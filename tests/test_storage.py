@@ -540,15 +540,21 @@ def test_damaged_rows_of_history_do_not_stop_the_migration(tmp_path: Path) -> No
     assert count == sum(len(one["samples"]) for one in EXPECTED["resources"].values()) - 1
 
 
-def test_no_migration_under_a_running_service(tmp_path: Path) -> None:
-    """A service of the version before would fail from then on."""
+def test_no_migration_under_a_running_service(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A service of the version before would fail from then on. What a migration does is said before it, too."""
+    caplog.set_level("INFO")
     path = database_of_schema_2(tmp_path)
     before = dump(path)
-    with healthchecker.SqliteFile(path).lock(), pytest.raises(StorageError, match="another HealthChecker"):
+    why = f"{re.escape(path.name)}, of schema 2 as yet: if it is of an earlier version, use its own command line"
+    with healthchecker.SqliteFile(path).lock(), pytest.raises(StorageError, match=f"another HealthChecker is .*{why}"):
         Store(path)
-    assert dump(path) == before
+    assert dump(path) == before and not caplog.messages
     with healthchecker.SqliteFile(path).lock():
         Store(path, locked=True).close()
+        with pytest.raises(StorageError, match=r"; stop that one first$"):
+            healthchecker.SqliteFile(path).lock()
+    before_it, after_it = (each for each in caplog.messages if "from schema 2 to " in each)
+    assert "is brought" in before_it and "migrated" in after_it
 
 
 LOOKING = (["check"], ["seal"], ["gate"], ["maintenance", "list"], ["user", "list"], ["user", "token", "list"],
