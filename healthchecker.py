@@ -2726,12 +2726,13 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # The tables, and how those of an older version are migrated. Secrets are stored sealed only. Here as everywhere else
 # stands SQL that both SQLite and PostgreSQL have, but for migrations before schema 6, the first one on PostgreSQL.
 # In any thread of the main process, within the transaction of whoever calls.
-# Gives: ACCOUNT_LENGTH, Acknowledgement, APPLICATION, Base, BIG_INTEGER, binding, carry_logins, columns_in, db,
-# differs_from, Event, fault_of_schema, login_row, LOGINS, LoginSession, LOOKED_AT, Machine, Maintenance, migrate,
-# Notice, own_name, plain_user, READ_WORD, Receiver, remembered, REMOVED, Resource, Result, revise, revision,
-# ROW_LENGTH, SALT_BYTES, SCHEMA, Setting, Status, StoredText, User, YEAR_3000
+# Gives: ACCOUNT_LENGTH, Acknowledgement, APPLICATION, Base, BIG_INTEGER, binding, carry_logins, columns_in,
+# damage_of, DAMAGED, db, differs_from, Event, fault_of_schema, login_row, LOGINS, LoginSession, LOOKED_AT, Machine,
+# Maintenance, migrate, Notice, own_name, plain_user, READ_WORD, Receiver, remembered, REMOVED, Resource, Result,
+# revise, revision, ROW_LENGTH, SALT_BYTES, SCHEMA, Setting, Status, StoredText, User, YEAR_3000
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 YEAR_3000 = 32_503_680_000      # Unix time, the last one that Windows can show
+DAMAGED = "its row in the database cannot be read; remove it, or restore the database"
 
 
 # In the order of its characters, as in SQLite, whatever language a database is set to.
@@ -2824,6 +2825,15 @@ class User(Base):
         self.salt, self.rounds, self.password, self.initial = other.salt, other.rounds, other.password, False
 
 
+def damage_of(error: Exception) -> str:
+    """Why a row cannot be read, and what to do: an earlier version may have taken what this one does not."""
+    if not isinstance(error, ValidationError):
+        return DAMAGED
+    item = next(plain_faults(error))
+    what = ": ".join(filter(None, (".".join(map(str, item["loc"])), message_of(item))))
+    return DAMAGED.replace("; ", f" ({what}); change that, ")
+
+
 class Resource(Base):
     """A machine that is watched. Secrets are sealed tokens; `settings` is JSON of everything without its own column."""
 
@@ -2847,13 +2857,17 @@ class Resource(Base):
     SAID: ClassVar = (*COLUMNS, "settings", "password", "key_passphrase")       # every setting and secret
 
     @property
+    def stored_settings(self) -> dict[str, Any]:
+        """The settings as they are stored; raises ValueError and TypeError."""
+        return cast("dict[str, Any]", from_json(self.settings) | {name: getattr(self, name) for name in self.COLUMNS})
+
+    @property
     def parsed_settings(self) -> ResourceSettings:
         """The settings as the inventory states them, without secrets; raises StorageError."""
         try:
-            columns = {name: getattr(self, name) for name in self.COLUMNS}
-            return ResourceSettings.model_validate(from_json(self.settings) | columns)
+            return ResourceSettings.model_validate(self.stored_settings)
         except (ValueError, TypeError) as error:
-            raise StorageError(f"the row of resource {self.name} cannot be read; restore the database") from error
+            raise StorageError(f"{self.name}: {damage_of(error)}") from error
 
     def take_settings(self, settings: ResourceSettings) -> bool:
         """Takes the settings over; says whether anything changed: a version with a setting more changes no row."""
@@ -14521,7 +14535,13 @@ class SettingsReader(InventoryLoader):
 
 def stated(row: Resource, inventory: Inventory) -> dict[str, Any]:
     """What a row states beside the defaults, in the inventory's names; no secrets."""
-    settings = row.parsed_settings
+    try:
+        settings = row.parsed_settings
+    except StorageError as error:
+        if not isinstance(error.__cause__, ValidationError):
+            raise
+        foreign = foreign_fields(row.platform)      # and what is wrong in it, which what is given replaces
+        return {name: value for name, value in row.stored_settings.items() if value is not None and name not in foreign}
     defaults = defaults_for({"platform": settings.platform}, shared_defaults(inventory))
     without = settings.model_copy(update={"port": None})
     if settings.port == without.connect_port and "port" not in defaults:
@@ -15167,7 +15187,7 @@ def revoke_token(who: Principal, number: str) -> None:
 # serves. Each operation takes who does it, checks what is given, changes rows and notes it within one transaction, and
 # gives rows or views. What is refused is an ApiError.
 # Gives: acknowledge_resource, add_resource, API, begin_maintenance, change_gate, change_resource, changeable,
-# connection_view, current_status, DAMAGED, end_maintenance, is_sick, last_sample, list_events, list_groups,
+# connection_view, current_status, end_maintenance, is_sick, last_sample, list_events, list_groups,
 # list_resources, NO_SAMPLE, OPERATIONS, override_gate, poll_now, remove_resource, RESOURCES, Route, SAFE_METHODS,
 # status_of, test_changes, test_settings, trust_resource
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
@@ -15177,7 +15197,6 @@ OPEN_MAX = 86_400.0             # seconds for which the gate is opened by hand a
 OPEN_USUALLY = 1800.0           # seconds, where nothing is said
 API = "/-/api/"
 SAFE_METHODS = ("GET", "HEAD")
-DAMAGED = "its row in the database cannot be read; remove it, or restore the database"
 
 
 class UntilView(Settings):
@@ -15356,9 +15375,9 @@ def resource_view(row: Resource, status: Status | None, who: Principal, more: Re
         settings = {**from_json(row.settings)}
         settings = settings if who.may("admin") else without_keys(settings)
         return ResourceView.model_validate(settings | shown | {"sample": from_json(known.sample)})
-    except (ValueError, TypeError):
+    except (ValueError, TypeError) as error:
         return ResourceView.model_construct(
-            **shown | {"state": "unhealthy", "cause": "protocol", "reason": DAMAGED, "sample": None})
+            **shown | {"state": "unhealthy", "cause": "protocol", "reason": damage_of(error), "sample": None})
 
 
 def changeable(who: Principal, session: Session, name: str) -> Resource:
@@ -20053,6 +20072,11 @@ def rehearsal(installation: Installation, *, opens: bool = True) -> Iterator[tup
                 vault.create()
             changes = import_inventory(session, installation.inventory, vault)
             targets = load_targets(session, vault) if opens else {}
+            for row in session.scalars(sqlalchemy.select(Resource).where(Resource.origin == "api")):
+                try:
+                    _ = row.parsed_settings
+                except StorageError as error:       # of which a start tells by its state alone
+                    log.warning("%s", error)
             session.rollback()
         yield vault, changes, targets
 

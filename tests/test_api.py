@@ -268,6 +268,32 @@ def test_secret_stays_with_hostname_and_username(service: Service, client: Clien
     assert stored(service) == []
 
 
+def test_what_an_earlier_version_took_is_named_and_can_be_changed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A row whose hostname this version refuses: what is wrong is said, by check too, and what is given replaces it."""
+    why = ("its row in the database cannot be read (hostname: with ß or ς is another host by IDNA 2003 and by 2008: "
+           "write its xn-- form); change that, remove it, or restore the database")  # fmt: skip
+    with local_console(tmp_path) as local:
+        local.log_in_as(NAME, "token")
+        added = {"name": "street", "platform": "tcp", "hostname": "192.0.2.1", "port": 9, "interval": 7}
+        assert local.api("POST", "resources", added).status == 201
+        with local.store.writing() as session:
+            session.execute(Resource.__table__.update().values(hostname="stra\xdfe.example"))
+            revise(session)
+        assert local.api("GET", "resources/street").json["reason"] == why
+        target = local.follow().context.monitor.pollers["street"].target
+        assert target.fault == ("protocol", f"street: {why}")
+        assert healthchecker.main(["--inventory", str(tmp_path / "inventory.yaml"), "check"]) == 0
+        assert f"street: {why}" in caplog.messages
+        assert local.ask("GET", "/-/resources/street/edit").status == 200
+        refused = local.api("PATCH", "resources/street", {"interval": 8})
+        assert refused.status == 422 and [one["field"] for one in refused.json["errors"]] == ["hostname"]
+        changed = local.api("PATCH", "resources/street", {"hostname": "192.0.2.2"})
+        assert changed.status == 200
+        assert [changed.json[name] for name in added] == ["street", "tcp", "192.0.2.2", 9, 7]
+
+
 @pytest.mark.parametrize("change", [
     {"certificate_fingerprint": "AB" * 32}, {"certificate_fingerprint": None}, {"tls": False},
 ])  # fmt: skip
