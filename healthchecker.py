@@ -3238,7 +3238,7 @@ def plain_user(username: str | None) -> str:
 def login_row(mark: str, name: str, hostname: str, username: str | None) -> str:
     """By which what is written of a resource's logins is found: first the account, then the credential by its mark."""
     account, credential = (hashlib.sha256(length_prefixed(*parts)).hexdigest() for parts in (
-        (name, hostname, plain_user(username)), (mark, name)))
+        (name, hostname, plain_user(username)), (mark,)))
     return account[:ACCOUNT_LENGTH] + credential[:ROW_LENGTH - ACCOUNT_LENGTH]
 
 
@@ -4029,7 +4029,7 @@ def same_status(session: Session, row: Resource) -> Iterator[None]:
 
 def mark_of(row: Resource, vault: Vault, plain: str) -> str:
     """Of the credential of a row with its password, if it has one."""
-    return vault.mark(row.password, row.hostname, row.username or "", plain)
+    return vault.mark(row.password, plain_user(row.username), plain)
 
 
 def logins_of(row: Resource, vault: Vault, plain: str) -> str:
@@ -4077,7 +4077,7 @@ def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
     address, way = (row.hostname, row.port, row.username), row.way
     changed = row.take_settings(settings)
     moved = address != (row.hostname, row.port, row.username)
-    rerouted = moved or (way is not None and way != row.way)
+    rerouted = moved or way != row.way
     row.host_key = None if moved else row.host_key
     has_key, given = settings.key_file is not None, settings.secrets
     stays = settings.platform in SECURED or row.origin == "api"    # else none is meant where none is given
@@ -4748,7 +4748,7 @@ class LoginJournal(NamedTuple):
     life: float = 0.0                           # of the service: when it began
     machines: Callable[[], int] = lambda: 1     # that write there, as was heard last
     is_heard: Callable[[], bool] = lambda: True     # by the others
-    most: int = REFUSALS_ASKED + 1      # refusals of a credential: fewer where nobody will know of them
+    most: int = REFUSALS_ASKED      # refusals of a credential: fewer where nobody will know of them
 
     def share(self, count: int) -> int:
         """What of so many is this machine's, which cannot know yet what becomes of the others'."""
@@ -4803,6 +4803,30 @@ def unknown(agos: Iterable[float], known: Sequence[float]) -> Iterator[float]:
             yield ago
 
 
+class ReplacedPasswords:
+    """What was refused with others before, which a directory counts for the account: each wrong one in the place of
+    another would have tries of its own. One that nobody has refused yet is tried all the same, unless it is the third,
+    and once it is accepted anywhere nothing of it counts."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._of: dict[str, set[str]] = {}              # those of each resource, by what their rows end with
+        self._refused: dict[str, list[float]] = {}      # when they were refused, by any
+
+    def add(self, name: str, credential: str, agos: Iterable[float]) -> None:
+        self._of.setdefault(name, set()).add(credential)
+        self._refused[credential] = sorted(self._clock() - ago for ago in agos)
+
+    def counted(self, *, is_new: bool) -> list[float]:
+        """Times of the refusals that still count, of the resource with most: the others' accounts may be others."""
+        since_mono, found = self._clock() - LOCKOUT_WINDOW, list[float]()
+        for name in list(self._of):
+            live = [times for one in list(self._of[name]) if (times := self._refused[one])[-1] > since_mono]
+            if len(live) > is_new:
+                found = max(found, sorted(itertools.chain.from_iterable(live)), key=len)
+        return found
+
+
 class LoginGuard:
     """Keeps a wrong password from locking an account; the resources with the same credential share one guard.
 
@@ -4826,7 +4850,7 @@ class LoginGuard:
         self._wrong: list[float] = []               # times of the refusals since the credential was accepted
         self._accepted_mono = -math.inf             # the last accepted login
         self._asked: set[str] = set()               # resources that somebody wants to be tried now
-        self.replaced = 0                           # by this one, passwords that were refused; 2: it was, too
+        self.replaced = ReplacedPasswords(lambda: self._clock())
         self._alone: set[str] = set()               # resources that refuse a credential which does not stand for them
         self._is_proven = False                     # the last outcome in this life was an accepted login
         self._good: set[str] = set()                # whose last login was accepted: the last attempt is one of theirs
@@ -4854,13 +4878,13 @@ class LoginGuard:
         """Seconds until `name` may try; 0 = now."""
         with self._turn:
             own, wrong = self._counted(self._refused.get(name, [])), self._counted(self._wrong)
-            most = REFUSALS_ASKED + (self.replaced == 1) if name in self._asked else REFUSALS
-            most = min(self.rows.journal.most, most)
+            most = min(self.rows.journal.most, REFUSALS_ASKED if name in self._asked else REFUSALS)
             most = most if self.rows.journal.is_heard() else self.rows.journal.share(most)
             good = self._good if self.polled is None else self._good.intersection(self.polled)
             shared = max(1, most - (name not in good and bool(good) and name not in self._asked))
             unseen = self.rows.unseen(self._accepted_mono)
-            both = sorted([*wrong, *(at for at, _ in unseen)]) if wrong else []
+            before = [] if good else self.replaced.counted(is_new=not wrong)
+            both = sorted([*wrong, *before, *(at for at, _ in unseen)]) if wrong or before else []
             ends_mono = [times[-1] + LOCKOUT_WINDOW for times, limit in ((own, most), (both, shared))
                          if len(times) >= limit]
             if not wrong and len({life for _, life in unseen}) >= most:
@@ -4879,6 +4903,7 @@ class LoginGuard:
         """Why `name` has to wait."""
         refused, seconds = self.refusals or self.has_refused(name), math.ceil(self.wait(name))
         why = ("the same credential was refused before; check username and password" if refused else
+               "other passwords of the account were refused before" if self.replaced.counted(is_new=True) else
                "before each of the last starts a login with the same credential had no outcome yet")
         return f"{NOT_TRIED}{why}; next attempt in {seconds} s"
 
@@ -4999,7 +5024,6 @@ class LoginGuard:
             is_odd = bool(own) and own[-1] <= self._accepted_mono    # others were accepted since
             own[:] = sorted([*own, at])
             self._good.discard(name)
-            self.replaced = 2
             self._alone |= {name} if alone else set()
             if not (is_odd or alone) and at >= self._accepted_mono:
                 self._wrong = sorted([*self._counted(self._wrong), at])
@@ -5033,7 +5057,7 @@ class TypedGuard(LoginGuard):
         for (user, _), other in self._watched().items():
             if user == self._user:
                 with other._turn:
-                    wrong = [*other._counted(other._wrong)]
+                    wrong = [*other._counted(other._wrong), *other.replaced.counted(is_new=False)]
                 count_with(self, wrong)
         super().require_no_wait(name)
 
@@ -5093,23 +5117,18 @@ class Guards:
                 guard.hear(target.name, before, is_own=True)
             for text in (*self._others.get(row, ()), *self._others.get(older, ())):
                 guard.hear(target.name, text, is_own=False)
-            self._count_replaced(guard, target.name, row)
+            self._take_replaced(guard, target.name, row)
         return guard
 
-    def _count_replaced(self, guard: LoginGuard, name: str, row: str) -> None:
-        """What was refused before with another password counts, for the directory counts the account, and each wrong
-        one would have tries of its own. A new one has one all the same, also where somebody has asked for the last."""
-        account = row[:ACCOUNT_LENGTH]
-        written = [(one, text) for one, text in list(self._own.items()) if one.startswith(account)]
-        written += [(one, text) for one, texts in self._others.items() if one.startswith(account) for text in texts]
-        replaced = set[str]()
-        for other, text in written:
-            refused, alone = guard.rows.read(name, text, is_own=False)
-            if refused and not alone and other != row:
-                count_with(guard, [guard._clock() - ago for ago in refused])
-                guard.ask(name)
-                replaced.add(other)
-        guard.replaced = max(guard.replaced, len(replaced))
+    def _take_replaced(self, guard: LoginGuard, name: str, row: str) -> None:
+        """Takes up which passwords of the same account were refused."""
+        written = [(one, text) for one, text in list(self._own.items())]
+        written += [(one, text) for one, texts in self._others.items() for text in texts]
+        for credential in {one[ACCOUNT_LENGTH:] for one, _ in written if one[:ACCOUNT_LENGTH] == row[:ACCOUNT_LENGTH]}:
+            if credential != row[ACCOUNT_LENGTH:]:
+                read = (guard.rows.read(name, text, is_own=False) for one, text in written if one.endswith(credential))
+                if agos := [ago for refused, alone in read if not alone for ago in refused]:
+                    guard.replaced.add(name, credential, agos)
 
     def _shared(self, target: Target) -> LoginGuard:
         if target.settings.locks_nothing:
@@ -19057,7 +19076,7 @@ class Notifier(threading.Thread):
             self._told += [notice for announcer in self._announcers.values() for notice in announcer.notices.values()
                            if notice.kind == "problem" and notice.told_at]
             self._announcers = {number: announcer for number, announcer in self._announcers.items()
-                                if number in self._deliveries.threads and not is_cut_off}
+                                if number in self._deliveries.threads and not (is_cut_off or self._life[1])}
             self._revision, self._picture = -1, None
         self._life, self._seen = (epoch, is_cut_off), None
 
@@ -19480,6 +19499,11 @@ def without_login(inventory: Inventory) -> Iterator[str]:
         yield f"the login in defaults does not count for {', '.join(names[:5])}{more}: write it there if it is meant"
 
 
+def log_refusal(error: Exception) -> None:
+    for line in str(getattr(error, "orig", error)).splitlines():
+        log.error("the inventory was not taken over: %s", one_line(line))
+
+
 class Installation:
     """What every command works on: the inventory, its folder, the database and the keys."""
 
@@ -19487,7 +19511,8 @@ class Installation:
                  secrets: bool = True) -> None:
         """`listen_on` is --listen, in place of service.listen; see fetch_secret for `secrets`."""
         self.path, self._accepts_removals, self._secrets = path.absolute(), accepts_removals, secrets
-        self.inventory, self.listen_on = load_inventory(self.path, secrets=secrets), listen_on
+        self._first = self.inventory = load_inventory(self.path, secrets=secrets)
+        self.listen_on = listen_on
         for name in self.inventory.secret_variables:
             take_variable(name)
         self.service = self.inventory.service
@@ -19614,10 +19639,10 @@ class Installation:
             record_event(session, "change", f"inventory: {changes}", actor=actor)
         return changes
 
-    def _started_with(self, known: str = "") -> dict[str, Any]:
+    def _started_with(self, inventory: Inventory, known: str = "") -> dict[str, Any]:
         """What holds until the next start: the service's settings, which groups and routes there are, and what tells
         the database's password, if one is stated, from another; the same again where it is that of `known`."""
-        service, gates = self.inventory.service, self.inventory.gates
+        service, gates = inventory.service, inventory.gates
         salt, told = known[:2 * SALT_BYTES] or secrets.token_hex(SALT_BYTES), None
         if isinstance(self.database, PostgresServer) and (password := self.database.password):
             told = salt + hash_password(password.get_secret_value(), bytes.fromhex(salt)).hex()
@@ -19629,11 +19654,13 @@ class Installation:
         return kept | {"gates": sorted(gates.members({})) or None, "database_password": told}
 
     def keep_service(self, session: Session) -> None:
-        """Takes down with which settings of its own the service runs, and reads what it is to watch by now. Raises
-        InventoryError."""
+        """Takes down with which settings of its own the service runs, and reads what it is to watch by now."""
         own = functools.partial(own_name, machine=self.service.machine_name)
-        session.merge(Setting(name=own("service"), text=json.dumps(self._started_with())))
-        self.read_again()       # a `reload` while this one waited or began the workers is not to be taken back
+        session.merge(Setting(name=own("service"), text=json.dumps(self._started_with(self._first))))
+        try:
+            self.read_again()       # a `reload` while this one waited or began the workers is not to be taken back
+        except InventoryError as error:     # an edit that is not done yet
+            log_refusal(error)
         session.merge(Setting(name=own("file"), text=self.inventory.digest))    # for differs_from
         session.merge(Setting(name=own(STANDING), text=""))     # the one before may have been killed a moment ago
 
@@ -19641,7 +19668,7 @@ class Installation:
         """Names of the service's own settings that are not those with which it was started."""
         text = remembered(session, own_name("service", self.service.machine_name)).text
         before = json.loads(text or "{}")
-        now = self._started_with(before.get("database_password") or "")
+        now = self._started_with(self.inventory, before.get("database_password") or "")
         before = before or now
         return ["the names of groups and routes" if name == "gates" else f"service.{name}"
                 for name in sorted(before.keys() | now) if not is_same(before.get(name), now.get(name))]
@@ -19721,8 +19748,7 @@ def follow_hangups(installation: Installation, store: Store, hangups: queue.Simp
             for line in take_over_again(Installation(installation.path, listen_on=installation.listen_on), store):
                 log.info("%s", line)
         except Exception as error:  # noqa: BLE001  # a thread's outermost loop: the next one may be better
-            for line in str(getattr(error, "orig", error)).splitlines():
-                log.error("the inventory was not taken over: %s", one_line(line))
+            log_refusal(error)
 
 
 def reload(arguments: argparse.Namespace) -> int:
@@ -20142,17 +20168,25 @@ def probe(installation: Installation, targets: Mapping[str, Target], chosen: Seq
     """See poll_each. Logins count with those of the service and of earlier probes, and these with them. Where there is
     no database of this version a credential is refused once, for neither the next probe nor the start will know."""
     is_kept, access = installation.database.inspect(whole=False) == SCHEMA, installation.access()
-    with installation.store(scratch=True) as store:
+    trouble = Trouble("logins are not written down, and do not count for the service and the next ones")
+    with installation.store(scratch=True) as store, concurrent.futures.ThreadPoolExecutor(1) as writer:
         machine = f"/{store.machine}"   # no machine is called that
         with store.reading() as session:
             before, others = written_logins(session, machine)
 
-        def keep(row: str, text: str, patience: float, rows: Collection[str]) -> bool:
+        def write(row: str, text: str) -> set[str]:
             tried = set[str]()
-            with contextlib.suppress(StorageError), store.writing() as session:
-                write_logins(session, machine, {row: text}, store.wall())
-                tried = tried_elsewhere(session, machine, store.wall(), access.guards.hear) if patience else tried
-            return tried.isdisjoint(rows)
+            if not trouble.why:     # a database that is locked is waited for once
+                with trouble.caught(), store.writing() as session:
+                    write_logins(session, machine, {row: text}, store.wall())
+                    tried = tried_elsewhere(session, machine, store.wall(), access.guards.hear)
+            return tried
+
+        def keep(row: str, text: str, patience: float, rows: Collection[str]) -> bool:
+            with contextlib.suppress(concurrent.futures.TimeoutError, RuntimeError):    # at the end
+                written = writer.submit(write, row, text)
+                return not patience or written.result(patience).isdisjoint(rows)
+            return True
 
         journal = LoginJournal(keep, store.wall, store.wall())
         access.guards.begin(journal if is_kept else journal._replace(most=1), before)

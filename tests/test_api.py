@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import hypothesis
 import pytest
+import sqlalchemy
 from conftest import folder_with_database, wait_for
 from console import NAME, PASSWORD, Client, console, local_console, resource_path
 from postgres import database_in, execute
@@ -979,3 +980,24 @@ def test_command_line_and_api_work_together(
     assert healthchecker.main(["--inventory", str(clash), "check"]) == 2
     place = f"clash.yaml:{len(text.splitlines()) + 1}:5"
     assert f"{place}: one: was added through the API already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize(("name", "change"), [
+    ("db1", {"proxy_jump": "hop"}), ("db1", {"host_key": "SHA256:" + "A" * 43}), ("win", {"tls": False, "port": 5986}),
+    ("win", {"certificate_fingerprint": ":".join(["AA"] * 32)}),
+], ids=["bastion", "host key", "no TLS", "certificate"])  # fmt: skip
+def test_no_stored_password_goes_another_way(tmp_path: Path, name: str, change: dict[str, Any], damaged: bool) -> None:
+    """Nor that of a row which this version cannot read: what way it had is not known."""
+    login = {"username": "u", "password": "0123456789abcdef"}
+    with local_console(tmp_path) as local:
+        local.log_in_as(NAME, "token")
+        for each, platform in (("hop", "linux"), ("db1", "linux"), ("win", "windows")):
+            made = {"name": each, "platform": platform, "hostname": "192.0.2.1", **login}
+            assert local.api("POST", "resources", made).status == 201
+        if damaged:
+            with local.store.writing() as session:
+                session.execute(sqlalchemy.update(Resource).values(interval=0).where(Resource.name == name))
+        answer = local.api("PATCH", f"resources/{name}", {"interval": 8, **change})
+        assert answer.status == 422 and "write the password again" in str(answer.json)
+        assert local.api("PATCH", f"resources/{name}", {"interval": 8, **change, **login}).status == 200

@@ -1275,6 +1275,47 @@ def two_machines(folder: Path, store: Store, place: str, **speak: bool) -> Itera
         yield lives, Notifier(store, prepared_vault(folder), dict, "", cast("healthchecker.Monitor", lives))
 
 
+@pytest.mark.parametrize("speaks", ["the same", "another"])
+@pytest.mark.parametrize("hangs", [False, True], ids=["has been delivered", "hangs"])
+def test_what_was_told_before_a_cut_hears_its_end(
+    tmp_path: Path, store: Store, hook: Hook, hangs: bool, speaks: str
+) -> None:
+    """The database is back while the message that it is away is on its way, or was not looked at again."""
+    take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 1, on: [gate, problem]}}")
+    problems, lives, others = dict[str, str](), Lives(), Lives(speaks=False)
+    vault = prepared_vault(tmp_path)
+    one = Notifier(store, vault, lambda: problems, "", cast("healthchecker.Monitor", lives))
+    other = Notifier(store, vault, dict, "", cast("healthchecker.Monitor", others))
+    one.look(NOON)
+    happen(store, "gate", "closed")
+    look_until(one, hook, 1, NOON + 10)
+    one.look(NOON + 11)
+    if speaks == "the same":
+        with one._unkept.caught():
+            raise OSError("its first write failed")
+    lives.is_cut_off, hook.way = True, "slow" if hangs else ""
+    problems["database"] = "it is away"
+    one.look(NOON + 20)
+    one.look(NOON + 25)
+    wait_for(lambda: len(hook.requests) == 2 and one._deliveries.results.qsize() == (not hangs))
+    lives.is_cut_off, lives.epoch = False, "second"
+    problems.clear()
+    lives.speaks, others.speaks = speaks == "the same", speaks == "another"
+    for now in (26, 27):
+        for each in (other, one):
+            each.look(NOON + now)
+    hook.released.set()
+    happen(store, "gate", "open", "closed -> open")
+    for now in (45, 60, 90, 130, 200, 400):
+        for each in (other, one):
+            wait_for(lambda each=each: each._deliveries.results.qsize() == len(each._deliveries.threads))
+            each.look(NOON + now)
+    for each in (other, one):
+        each.close()
+    titles = [request.json["title"] for request in hook.requests]
+    assert sum("open again" in title for title in titles) == 1, titles
+
+
 @pytest.mark.parametrize("end", ["told", "refused", "killed"])
 def test_what_is_on_its_way_when_another_one_speaks(tmp_path: Path, store: Store, hook: Hook, end: str) -> None:
     """Who began to send it says what became of that; a try that failed is made up for, and of one who was killed, too,

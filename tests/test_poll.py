@@ -17,7 +17,7 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1327,7 +1327,8 @@ def test_refusals_are_written_anew_where_a_secret_is_sealed_anew(house: House) -
     with contextlib.suppress(ProbeError), guards.of(before).attempt("a", Deadline(5), LoginRecord()):
         raise ProbeError("auth", "refused")
     after = replace(before, login_mark="of another key")
-    assert guards.of(after) is guards.of(before)
+    known = guards.of(before)
+    assert guards.of(after) is known
     later = Guards()
     later.begin(healthchecker.LoginJournal(keep), dict(rows))
     assert later.of(after).refusals == 1
@@ -2241,6 +2242,60 @@ def test_a_right_password_in_place_of_a_refused_one_is_tried_at_once(house: Hous
         wait_for(lambda: len(machines.logins) == 3)
         machines.behaviours = {name: machines.login(name) for name in NAMES} | {NAMES[0]: unreachable}
         house.write(*(f"name: {name}, interval: 1, critical: {name != NAMES[0]}, password: new" for name in NAMES))
+        wait_for(house.aggregator.is_healthy)
+
+
+def fleet_of(house: House, passwords: Mapping[str, str]) -> None:
+    house.write(*(f"name: {name}, interval: 1, critical: {name != 'odd'}, password: {password}"
+                  for name, password in passwords.items()))  # fmt: skip
+
+
+@pytest.mark.parametrize("then", [unreachable, None], ids=["is down", "refuses it, too"])
+def test_a_mistyped_password_of_one_host_closes_no_other(
+    house: House, machines: Machines, then: Behaviour | None
+) -> None:
+    """It is given the one that all others have, and are accepted with."""
+    fleet = dict.fromkeys(NAMES, "fleet")
+    machines.behaviours = {name: machines.login(name) for name in NAMES} | {"odd": machines.login("odd", refused)}
+    fleet_of(house, fleet | {"odd": "typo"})
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        for _ in range(4):
+            house.monitor.poll_now("odd", 5)
+        assert machines.logins.count("odd") == 4
+        machines.behaviours["odd"] = then or machines.behaviours["odd"]
+        fleet_of(house, fleet | {"odd": "fleet"})
+        house.monitor.catch_up()
+        for _ in range(2):
+            assert [house.monitor.login_wait(name) for name in NAMES] == [0.0] * len(NAMES)
+            house.monitor.poll_now("odd", 5)
+        assert house.aggregator.is_healthy()
+
+
+def test_one_password_in_place_of_many_that_were_refused_is_tried_at_once(house: House, machines: Machines) -> None:
+    """Each host had its own root's, which is no other's account."""
+    machines.behaviours = {name: machines.login(name, refused) for name in NAMES}
+    fleet_of(house, {name: f"old{name}" for name in NAMES})
+    with house.watching():
+        wait_for(lambda: all(house.stored(name) == ("unhealthy", "auth") for name in NAMES))
+        machines.behaviours = {name: machines.login(name) for name in NAMES}
+        fleet_of(house, dict.fromkeys(NAMES, "new"))
+        wait_for(house.aggregator.is_healthy)
+
+
+def test_a_new_password_is_tried_where_only_who_is_down_had_refused_the_old_one(
+    house: House, machines: Machines
+) -> None:
+    """The others' sessions were kept over the rotation."""
+    machines.behaviours = {name: machines.login(name) for name in NAMES} | {"odd": machines.login("odd", refused)}
+    fleet_of(house, dict.fromkeys((*NAMES, "odd"), "old"))
+    with house.watching():
+        wait_for(lambda: house.state("odd") == ("unhealthy", "auth"))
+        for _ in range(3):
+            house.monitor.poll_now("odd", 5)
+        machines.behaviours["odd"] = unreachable
+        fleet_of(house, dict.fromkeys((*NAMES, "odd"), "new"))
+        house.monitor.catch_up()
         wait_for(house.aggregator.is_healthy)
 
 

@@ -229,6 +229,26 @@ def test_a_reload_that_a_faulty_edit_overtook(tmp_path: Path) -> None:
             assert not load_targets(session, earlier.open_vault(session))
 
 
+@pytest.mark.of_files
+def test_a_start_that_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As on a full disk: it still knows with what it was begun, and an edit that is not done does not end it."""
+    prepared_database(tmp_path)
+    path = write_inventory(tmp_path, HOSTS[0])
+    started = Installation(path)
+    write_inventory(tmp_path, "".join(HOSTS[:2]), "  drain: 5\n")
+    with started.store(needed=True) as store:
+        with store.writing() as session:
+            started.keep_service(session)
+            session.rollback()
+        write_inventory(tmp_path, "".join(HOSTS[:3]), "  drain: 5\n")
+        whole = path.read_text("utf-8")
+        path.write_text(f"{whole}groups: [", encoding="utf-8")
+        with store.writing() as session:
+            started.keep_service(session)
+            assert started.changed_service(session) == ["service.drain"]
+    assert len(started.inventory.resources) == 2 and "the inventory was not taken over: inventory.yaml:" in caplog.text
+
+
 def test_a_reload_during_a_start(tmp_path: Path) -> None:
     """What it took over is watched: the start, which is importing the application, read the file before."""
     prepared_database(tmp_path)
