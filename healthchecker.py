@@ -5122,13 +5122,12 @@ class Guards:
 
     def _take_replaced(self, guard: LoginGuard, name: str, row: str) -> None:
         """Takes up which passwords of the same account were refused."""
-        written = [(one, text) for one, text in list(self._own.items())]
-        written += [(one, text) for one, texts in self._others.items() for text in texts]
-        for credential in {one[ACCOUNT_LENGTH:] for one, _ in written if one[:ACCOUNT_LENGTH] == row[:ACCOUNT_LENGTH]}:
-            if credential != row[ACCOUNT_LENGTH:]:
-                read = (guard.rows.read(name, text, is_own=False) for one, text in written if one.endswith(credential))
-                if agos := [ago for refused, alone in read if not alone for ago in refused]:
-                    guard.replaced.add(name, credential, agos)
+        account, credential = row[:ACCOUNT_LENGTH], row[ACCOUNT_LENGTH:]
+        written = [*self._own.items(), *((one, text) for one, texts in self._others.items() for text in texts)]
+        for other in {one[ACCOUNT_LENGTH:] for one, _ in written if one.startswith(account)} - {credential}:
+            read = (guard.rows.read(name, text, is_own=False) for one, text in written if one.endswith(other))
+            if agos := [ago for refused, alone in read if not alone for ago in refused]:
+                guard.replaced.add(name, other, agos)
 
     def _shared(self, target: Target) -> LoginGuard:
         if target.settings.locks_nothing:
