@@ -12,6 +12,7 @@
 #     "pydantic>=2.11,<3",
 #     "prometheus-client>=0.22,<1",
 #     "urllib3>=2.0.2,<3",
+#     "requests>=2.32.2,<3",
 #     "cronsim>=2.6,<3",
 #     "tzdata;sys_platform=='win32'",
 # ]
@@ -247,8 +248,11 @@ try:
     from waitress.utilities import InternalServerError
     from werkzeug.exceptions import HTTPException
     from werkzeug.wrappers import Response
-except ModuleNotFoundError as missing:
-    raise SystemExit(f"healthchecker: the package {missing.name} is missing; "
+
+    if not hasattr(requests.adapters.HTTPAdapter, "get_connection_with_tls_context"):   # 2.32.2
+        raise ImportError(name="requests")      # it would send a password over a connection that nobody verified
+except ImportError as missing:
+    raise SystemExit(f"healthchecker: the package {(missing.name or '').partition('.')[0]} is missing or too old; "
                      "run `make run`, or `pip install -r requirements.txt`") from None
 finally:
     if without_invoke:
@@ -3293,8 +3297,7 @@ OLDEST_POSTGRES = 14
 MOMENTARY = ("unable to open database file", "disk I/O error", "attempt to write a readonly database")
 REQUIRED = ("; have the server ask for the password by scram-sha-256, or write sslmode=verify-full or what it may ask "
             "by, such as require_auth=md5, into service.database (with libpq 16 or newer)")
-NO_PSYCOPG = ("service.database needs psycopg 3: run `pip install \"psycopg[binary]>=3.3\"` in the environment of the "
-              "service")
+NO_PSYCOPG = "service.database needs psycopg 3: in its environment run `pip install \"psycopg[binary]>=3.3\"`"
 
 
 def address_of(path: Path, mode: str) -> str:
@@ -3564,6 +3567,8 @@ def load_psycopg() -> tuple[Callable[..., Any], type[Exception], type[Exception]
         import psycopg.types.string  # noqa: PLC0415  # a package that only who has PostgreSQL needs
     except ImportError:     # also of its library
         raise UsageError(NO_PSYCOPG) from None
+    if tuple(map(int, psycopg.__version__.split(".")[:2])) < (3, 2):    # its `wait` looks at no silence
+        raise UsageError(f"{NO_PSYCOPG}, which has {psycopg.__version__}")
 
     class Connection(psycopg.Connection[Any]):
         def wait(self, gen: Generator[Any, Any, Any], *arguments: Any, **options: Any) -> Any:
@@ -6352,6 +6357,7 @@ class GuardedTlsSocket(GuardedSocket, ssl.SSLSocket):
 def system_authorities() -> ssl.SSLContext:
     """TLS that trusts the system's authorities; reading all of them takes 20 ms of CPU, hence once."""
     context = ssl.create_default_context()
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT     # of Python 3.13: an upgrade would refuse a company's authority
     context.sslsocket_class = GuardedTlsSocket
     return context
 

@@ -94,6 +94,19 @@ def test_usage(arguments: list[str], code: int, capsys: pytest.CaptureFixture[st
     assert output.out.startswith("usage: ") if code == 0 else output.err.startswith("usage: ")
 
 
+@pytest.mark.parametrize(("before", "package"), [
+    ("sys.modules['waitress'] = None", "waitress"),
+    ("import cronsim; del cronsim.CronSimError", "cronsim"),
+    # Before 2.32.2 it asks no adapter for its connection: the password would go over one that nobody verified.
+    ("import requests; del requests.adapters.HTTPAdapter.get_connection_with_tls_context", "requests"),
+])  # fmt: skip
+def test_a_package_that_is_missing_or_too_old(before: str, package: str) -> None:
+    code = f"import sys; {before}; import healthchecker"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=PROGRAM.parent)
+    told = f"healthchecker: the package {package} is missing or too old; run `make run`, or "
+    assert done.returncode == 1 and done.stderr.splitlines() == [told + "`pip install -r requirements.txt`"]
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--version"])

@@ -103,15 +103,19 @@ def test_passwords_that_cannot_be(lines: str, fault: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.long
-def test_missing_package(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("change", "added"), [
+    ("sys.modules['psycopg'] = None", ""),
+    ("import psycopg; psycopg.__version__ = '3.1.18'", ", which has 3.1.18"),   # it hangs for good on a silent server
+])
+def test_missing_package(tmp_path: Path, change: str, added: str) -> None:
     """One line says what to install, at a check and at a start."""
     path = write_inventory(tmp_path, service=f"  database: {URL}\n")
     for command in (["check"], []):
-        code = f"import sys, healthchecker; sys.modules['psycopg'] = None; sys.exit(healthchecker.main({command}))"
+        code = f"import sys, healthchecker; {change}; sys.exit(healthchecker.main({command}))"
         code = code.replace("main([", f"main(['--inventory', {str(path)!r}, ")
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
                               cwd=Path(healthchecker.__file__).parent)  # fmt: skip
-        assert (done.returncode, done.stderr.strip()) == (UsageError.exit_code, healthchecker.NO_PSYCOPG)
+        assert (done.returncode, done.stderr.strip()) == (UsageError.exit_code, healthchecker.NO_PSYCOPG + added)
 
 
 # --- whoever has the server's port ---
