@@ -66,10 +66,18 @@ soak: $(VENV)/test.stamp
 clean:
 	rm -rf $(VENV) .wine-python .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
 
-$(VENV)/run.stamp: requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	touch $@
+# The stamp is what was installed and for which Python, and no date: tar, cp -p and rsync keep those of files, and a system's
+# Python is upgraded in its place.
+$(VENV)/run.stamp: FORCE
+	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') && \
+	wanted=$$(echo $$version; cat requirements.txt) && \
+	if [ "$$wanted" != "$$(cat $@ 2>/dev/null)" ]; then \
+		[ -d $(VENV)/lib/python$$version ] || clear=--clear; set -x; \
+		$(PYTHON) -m venv $$clear $(VENV) && \
+		$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt && \
+		{ set +x; } 2>/dev/null && echo "$$wanted" > $@; fi
+
+FORCE:
 
 $(VENV)/test.stamp: $(VENV)/run.stamp tests/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import re
 import shlex
 import shutil
@@ -58,6 +59,50 @@ def test_the_service_may_do_no_more_than_it_has_to() -> None:
     assert lines <= set(unit().splitlines())
 
 
+OURS = f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+def stamp(folder: Path, python: str = OURS) -> str:
+    """What says that the packages are installed."""
+    return f"{python}\n{(folder / 'requirements.txt').read_text(encoding='utf-8')}"
+
+
+PYTHON = """#!/bin/sh
+[ "$1" = -c ] && exec "{real}" "$@"
+echo "$@" >> {log}
+mkdir -p .venv/bin && printf '#!/bin/sh\necho pip "$1" >> {log}\n' > .venv/bin/pip && chmod +x .venv/bin/pip
+"""
+
+
+@POSIX
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_packages_are_installed_where_they_are_not_those_wanted(tmp_path: Path) -> None:
+    """Whatever date the list of them has (tar and rsync keep it), and in an environment of another Python never."""
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(PROGRAM.parent / name, tmp_path)
+    python, log, wanted = tmp_path / "python", tmp_path / "log", tmp_path / "requirements.txt"
+    python.write_text(PYTHON.format(real=sys.executable, log=log), encoding="utf-8")
+    python.chmod(0o755)
+    kept = tmp_path / ".venv" / "run.stamp"
+
+    def install() -> list[str]:
+        log.write_text("", encoding="utf-8")
+        command = ["make", "--no-print-directory", "install", f"PYTHON={python}"]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        return log.read_text(encoding="utf-8").splitlines()
+
+    assert install() == ["-m venv --clear .venv", "pip install"] and kept.read_text(encoding="utf-8") == stamp(tmp_path)
+    library = tmp_path / ".venv" / "lib" / f"python{OURS}"
+    library.mkdir(parents=True)
+    assert install() == []
+    wanted.write_text("flask>=99\n", encoding="utf-8")
+    os.utime(wanted, (1, 1))
+    assert install() == ["-m venv .venv", "pip install"] and install() == []    # what somebody added stays
+    kept.write_text(stamp(tmp_path, "3.9"), encoding="utf-8")
+    library.rename(library.with_name("python3.9"))
+    assert install() == ["-m venv --clear .venv", "pip install"]
+
+
 @POSIX
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 def test_what_is_installed_is_for_the_service_s_account(tmp_path: Path) -> None:
@@ -68,6 +113,7 @@ def test_what_is_installed_is_for_the_service_s_account(tmp_path: Path) -> None:
     (environment / "bin").mkdir(parents=True)
     for name in ("bin/python", "pyvenv.cfg", "run.stamp"):      # as if pip had done its part
         (environment / name).touch(mode=0o700 if name.startswith("bin") else 0o600)
+    (environment / "run.stamp").write_text(stamp(tmp_path), encoding="utf-8")
     found = [environment, *environment.rglob("*")]
     for path in (environment, environment / "bin"):
         path.chmod(0o700)
