@@ -18335,6 +18335,10 @@ class ConsoleChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries n
         """In the loop's next turn; by `will_close` it would not end before something can be sent."""
         self.server.trigger.pull_trigger(self.handle_close)
 
+    def handle_expt_event(self) -> None:
+        """An urgent byte, which nobody here reads: the loop would be told of it again and again, without a pause."""
+        self.handle_close()
+
     def service(self) -> None:
         if self.server.is_full:     # who waits for a place is to have one after each answer
             self.requests[0].headers["CONNECTION"] = "close"

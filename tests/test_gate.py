@@ -1464,8 +1464,8 @@ def test_who_is_ahead_lets_the_others_come_first() -> None:
 INTERNALS = {
     HTTPChannel: "request requests requests_lock outbuf_lock outbufs total_outbufs_len will_close close_when_flushed "
     "last_activity creation_time connected addr adj server task_class error_task_class parser_class "
-    "received service send readable writable handle_write handle_close cancel add_channel del_channel "
-    "_flush_exception _flush_some_if_lockable _flush_outbufs_below_high_watermark",
+    "received service send readable writable handle_write handle_close handle_expt_event add_channel del_channel "
+    "cancel _flush_exception _flush_some_if_lockable _flush_outbufs_below_high_watermark",
     TcpWSGIServer: "application adj channel_class active_channels trigger accepting _map socket readable accept "
     "handle_accept set_reuse_addr pull_trigger add_task del_channel",
     WSGITask: "channel request version status wrote_header has_body chunked_response environ "

@@ -1229,6 +1229,21 @@ def test_console_waits_for_nobody_who_takes_no_answer() -> None:
         wait_for(lambda: not any(one.held for one in [*channels.values()]))
 
 
+@pytest.mark.parametrize("begin", [b"", b"GET / HTTP/1.1\r\nX: "], ids=["nothing", "head"])
+def test_console_ends_who_sends_an_urgent_byte(begin: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """At once and without a word: its loop would turn for it without a pause, and say so each time."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = ConsoleServer(alive, [sock], ServiceSettings())
+    server.start()
+    with contextlib.closing(server), socket.create_connection(sock.getsockname(), timeout=10) as client:
+        client.sendall(begin)
+        client.send(b"x", socket.MSG_OOB)
+        with contextlib.suppress(ConnectionResetError):     # the byte is not read
+            assert client.recv(1) == b""
+        assert b"200 OK" in exchange(sock.getsockname(), b"GET /-/livez HTTP/1.0\r\n\r\n")
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(("begin", "seconds"), [(b"GET / HTTP/1.1\r\nX: ", 5), (b"\r\n", 5), (
     b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n", 30)], ids=["head", "blank", "body"])
 def test_console_waits_for_no_request_for_ever(begin: bytes, seconds: float) -> None:
