@@ -3759,9 +3759,8 @@ class PostgresServer:
             **self._url.get_dialect()().create_connect_args(self._url)[1],
             "fallback_application_name": "healthchecker", "connect_timeout": int(min(BUSY_TIMEOUT, PATIENCE.get())),
             "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
-            "tcp_user_timeout": int(ANSWER_TIMEOUT * 1000)}
-        if self.password:
-            options["password"] = self.password.get_secret_value()
+            "tcp_user_timeout": int(ANSWER_TIMEOUT * 1000),
+            **({"password": self.password.get_secret_value()} if self.password else {})}
         if not str(options.get("sslmode")).startswith("verify-"):   # or anyone at its port could ask for the plain one
             options.setdefault("require_auth", "scram-sha-256" if self.password else "!password,!md5")
         seconds = PATIENCE.get() if PATIENCE.get() < ANSWER_TIMEOUT else ABANDONED     # who looks after nobody has time
@@ -3775,8 +3774,9 @@ class PostgresServer:
             try:
                 return making.result(max(0.0, ends_mono - time.monotonic()))
             except concurrent.futures.TimeoutError:
-                self._late.append(making)
-                raise self._operational_error(f"no connection within {seconds:.0f} s: timeout") from None
+                self._late.appendleft(making)
+                if not making.done():       # or its thread may not have seen it there
+                    raise self._operational_error(f"no connection within {seconds:.0f} s: timeout") from None
             except self._error:
                 if not is_late:     # or it is no news, perhaps
                     raise
@@ -3786,8 +3786,9 @@ class PostgresServer:
             making.set_result(self._psycopg_connect(**options))
         except Exception as error:  # noqa: BLE001  # who waits is told
             making.set_exception(error)
-        time.sleep(CLAIM_LIFE)
         with contextlib.suppress(Exception):    # it is somebody's, or it is none
+            self._late.index(making)
+            time.sleep(CLAIM_LIFE)
             self._late.remove(making)
             making.result().close()
 
@@ -15948,7 +15949,7 @@ def identify(context: ConsoleContext, request: flask.Request, *, by_login: bool 
     if scheme.lower() == "bearer":
         by_cookie, token = False, bearer.strip()
         stranger = replace(stranger, bearer=token)
-    if not token or not by_login:
+    if not (token and by_login and stranger.operator):     # anybody could have the database be asked without end
         return stranger
     query = sqlalchemy.select(LoginSession, User).join(User).where(
         LoginSession.token_hash == token_hash(token), (LoginSession.kind == "session") == by_cookie,

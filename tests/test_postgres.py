@@ -551,6 +551,41 @@ def test_a_server_that_falls_silent_holds_nobody_up(server: PostgresServer, post
             assert revision(session) == 1
 
 
+def connecting() -> int:
+    return sum(thread.name == "connect" for thread in threading.enumerate())
+
+
+def test_connections_that_are_refused_leave_no_threads() -> None:
+    """However many are tried while the server is away."""
+    psycopg = pytest.importorskip("psycopg")
+    server = PostgresServer(f"postgresql+psycopg://owner@127.0.0.1:{free_port()}/test")
+    with ThreadPoolExecutor(8) as pool:
+        for tried in [pool.submit(server.connect) for _ in range(80)]:
+            with pytest.raises(psycopg.OperationalError):
+                tried.result(60)
+    wait_for(lambda: not connecting(), healthchecker.CLAIM_LIFE / 2)
+
+
+def test_a_connection_that_comes_too_late_waits_for_somebody(server: PostgresServer, postgres: Postgres,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """The next one who asks has it; one that nobody wants is closed, and its thread ends."""
+    def give_up() -> None:
+        with postgres.silent(), impatience(0.2), pytest.raises(StorageError, match="timeout"):
+            server.inspect()
+        wait_for(lambda: server._late and server._late[0].done())
+
+    give_up()
+    (late,) = server._late
+    with contextlib.closing(server.connect()) as connection:
+        assert connection is late.result() and not server._late
+    monkeypatch.setattr(healthchecker, "CLAIM_LIFE", 0.5)
+    give_up()
+    (late,) = server._late
+    wait_for(lambda: not server._late)
+    wait_for(lambda: late.result().closed)
+    wait_for(lambda: not connecting(), 20)
+
+
 @pytest.mark.long
 def test_silent_hosts_hold_nobody_up(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of which has its time to answer; the one after them is reached none the less, also by who waits for it."""

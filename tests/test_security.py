@@ -241,6 +241,25 @@ def test_who_may_use_a_route(local: Local, key: str) -> None:
             assert reply.status < 500 or reply.status == 504
 
 
+@pytest.mark.parametrize("login", [{"Authorization": "Bearer x"}, {"Cookie": f"{COOKIE}=x"}], ids=["token", "cookie"])
+def test_nothing_is_looked_up_for_who_is_no_operator(local: Local, login: dict[str, str]) -> None:
+    """Whatever they show: where the database is away, each of them would wait for it. The status page is anybody's."""
+    asked, here = list[str](), threading.get_ident()
+
+    def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if threading.get_ident() == here:
+            asked.append(statement)
+
+    sqlalchemy.event.listen(local.store.engine, "before_cursor_execute", note)
+    try:
+        for key in {*ALL, "GET /-/metrics", "GET /-/nothing", "POST /-/nothing"} - {"GET /-/status"}:
+            assert send(local, key, login, address=FOREIGN).status < 500
+        assert not asked
+        assert send(local, "GET /-/api/gate", login).status in (401, 303) and asked
+    finally:
+        sqlalchemy.event.remove(local.store.engine, "before_cursor_execute", note)
+
+
 @pytest.mark.parametrize("key", [key for key in ALL if key.startswith("GET")])
 def test_head_is_like_get(local: Local, key: str) -> None:
     _, path = target(key)
