@@ -14731,6 +14731,7 @@ class ConsoleContext:
     throttle: LoginThrottle = dataclass_field(default_factory=LoginThrottle)
     counters: Counters = dataclass_field(default_factory=lambda: Counters(1))   # of the workers
     notes_at: float = 0.0       # when requests are noted as sessions' last ones again
+    trouble: Trouble = dataclass_field(default_factory=lambda: Trouble("a request to the console failed"))
 
     @property
     def imported(self) -> Inventory:
@@ -17891,16 +17892,22 @@ checks: [{name: queue, command: test ! -e /var/spool/stalled}]
 tags: [database]"""
 
 
-def api_error(error: Exception) -> ApiError:
-    """A failure as a refusal; keys, secrets and rows that cannot be read are said to the operator in so many words."""
+def api_error(context: ConsoleContext, error: Exception) -> ApiError:
+    """A failure as a refusal; keys, secrets and rows that cannot be read are said to the operator in so many words.
+    Raises what nobody foresaw."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):    # Flask's: unknown paths, methods, large or broken requests, failures
         return ApiError(error.description or "", error.code or 500)
-    if isinstance(error, sqlalchemy.exc.SQLAlchemyError):
-        log.error("the database cannot be used: %s", one_line(str(getattr(error, "orig", error))))
-        return ApiError("the database cannot be used now; see the log", 503, retry=1)
-    return ApiError(str(error), 409)
+    if isinstance(error, HealthCheckerError):
+        return ApiError(str(error), 409)
+    if not isinstance(error, sqlalchemy.exc.SQLAlchemyError) and "new thread" not in str(error):
+        raise error
+    with context.trouble.caught():      # which says it once, not with each request
+        raise error
+    is_database = isinstance(error, sqlalchemy.exc.SQLAlchemyError)
+    what = "the database cannot be used" if is_database else "there are no more threads"
+    return ApiError(f"{what} now; see the log", 503, retry=1)
 
 
 def told(error: ApiError) -> str:
@@ -18048,7 +18055,7 @@ def form_route(path: str, page: Callable[..., flask.Response], action: Callable[
         try:
             done = action(current_principal(), *names.values())
         except (HealthCheckerError, sqlalchemy.exc.SQLAlchemyError) as failure:
-            error = api_error(failure)
+            error = api_error(current_principal().context, failure)
             return page(**names, status=error.status, given=form, errors=error.fields,
                         problem=told(error))
         return done if isinstance(done, flask.Response) else flask.redirect(
@@ -18103,9 +18110,9 @@ def error_page(error: ApiError) -> Answer:
     return render_page("error", error.status, **icon, title=http.HTTPStatus(error.status).phrase, problem=told(error))
 
 
-def refuse(failure: Exception) -> Answer:
+def refuse(context: ConsoleContext, failure: Exception) -> Answer:
     """The answer to a request that is refused, for programs or for people."""
-    error = api_error(failure)
+    error = api_error(context, failure)
     is_api = flask.request.path.startswith(API)
     response = flask.make_response(problem(error) if is_api else error_page(error))
     if error.status == 401 and is_api:
@@ -18301,8 +18308,8 @@ def build_console(context: ConsoleContext, metrics: Metrics) -> flask.Flask:
         app.add_url_rule(route.path, endpoint, route.run, methods=[route.method])
     app.before_request(functools.partial(authorize, context, routes))
     app.after_request(add_security_headers)
-    for kind in (HealthCheckerError, HTTPException, sqlalchemy.exc.SQLAlchemyError):
-        app.register_error_handler(kind, refuse)
+    for kind in (HealthCheckerError, HTTPException, sqlalchemy.exc.SQLAlchemyError, RuntimeError):
+        app.register_error_handler(kind, functools.partial(refuse, context))
     service = context.inventory.service
     forwarded = ForwardedHeaders(check_host(app.wsgi_app, service), service.trusted_proxy)
     app.wsgi_app = check_host(forwarded, service)   # type: ignore[assignment,method-assign]  # as Flask says

@@ -512,7 +512,7 @@ def test_a_full_disk_that_has_room_again(small_disk: Path, tmp_path: Path) -> No
         assert client.api("GET", "resources/db1").json["state"] == "unhealthy"
         refused = client.api("POST", "gate", {"action": "open", "reason": "in vain"})
         assert refused.status == 503 and "cannot be used now" in refused.body
-        service.wait_line("the database cannot be used: database or disk is full")
+        service.wait_line("a request to the console failed: database or disk is full")
         flag.unlink()
         service.wait_status("/", 200)
         (small_disk / "filler").unlink()

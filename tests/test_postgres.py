@@ -22,7 +22,7 @@ import psutil
 import pytest
 import sqlalchemy
 from conftest import wait_for
-from console import Client, prepared_database
+from console import Client, local_console, prepared_database
 from postgres import PASSWORD, URL_FILE, Postgres, Program, database_in, execute, free_port, open_postgres, refusing
 from pydantic import SecretStr
 from service import Service, prepared_keys, run, write_inventory
@@ -722,6 +722,35 @@ def test_no_gate_closes_while_the_database_is_away(outage: str, folder: Path, ow
         open_until(service, lambda: "the database cannot be written: that is over" in service.output)
         open_until(service, lambda: len(execute(database, "SELECT 1 FROM sample")) > count + 3)
         assert "SELECT" not in service.output and "another HealthChecker" not in service.output
+
+
+@pytest.mark.parametrize("lacks", ["server", "threads"])
+def test_requests_to_the_console_while_the_database_is_away(
+    lacks: str, folder: Path, own_postgres: Postgres, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many there are, the log has a line."""
+    start = threading.Thread.start
+
+    def start_if(thread: threading.Thread) -> None:
+        if thread.name == "connect":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with local_console(folder) as local:
+        local.log_in_as("SpiceWorks")
+        own_postgres.end()
+        local.store.close()     # or a connection that was kept is tried first
+        if lacks == "threads":
+            monkeypatch.setattr(threading.Thread, "start", start_if)
+        for _ in range(5):
+            replies = [local.api("GET", "resources"), local.ask("GET", "/-/"), local.form("/-/resources/x/edit", {})]
+            assert [reply.status for reply in replies] == [503] * 3
+            what = "the database cannot be used" if lacks == "server" else "there are no more threads"
+            assert replies[0].json["detail"] == f"{what} now; see the log"
+        monkeypatch.undo()
+        own_postgres.begin()
+    told = [record for record in caplog.records if "request" in record.getMessage() or record.exc_info]
+    assert len(told) == 1 and told[0].getMessage().startswith("a request to the console failed: ")
 
 
 def test_errors_quote_no_rows(server: PostgresServer) -> None:
