@@ -300,6 +300,7 @@ QUARTER = 900                   # seconds of which an average is kept
 TOKEN_PREFIXES = ("HC2.", "HC1.")   # of sealed secrets; HC1 did not bind the port
 LOG_BYTES = 10 << 20            # bytes of a log file before it rotates
 LOG_FILES = 5                   # rotated log files that are kept
+LOG_CHARS = 1000                # characters of a message that a client can cause
 COMPLAINT_INTERVAL = 60.0       # seconds between two complaints about the same trouble
 POOL_END = 0.5                  # seconds for idle pool threads to end
 
@@ -13315,11 +13316,6 @@ class Pool(ThreadedTaskDispatcher):     # type: ignore[misc]  # waitress carries
         with self.lock:
             return max(0, len(self.queue) + int(self.active_count) - len(self.threads))
 
-    def add_task(self, task: HTTPChannel) -> None:
-        with self.lock:     # as waitress, without a line in the log for each request that waits
-            self.queue.append(task)
-            self.queue_cv.notify()
-
 
 class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
     """One request; an application cannot end the service, and a service that ends says so to its clients."""
@@ -13437,7 +13433,7 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
         try:
             super().service()
         except Exception:   # what waitress did not foresee ends neither thread nor loop, and lets no client wait
-            log.exception("a request could not be answered")
+            self.logger.exception("a request could not be answered")
             self.cancel()
         request = self.request
         if request is not None:
@@ -14038,6 +14034,36 @@ class LineFormatter(logging.Formatter):
         return "\n".join([first, *(f"    {printable(line)}" for line in trace)])
 
 
+class SparingFilter(logging.Filter):
+    """Of what clients can have waitress say, and Flask of the console, as often as they like, a handler is given one of
+    each kind in COMPLAINT_INTERVAL: where it was said, and where the application failed. Little of a path is enough."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next_mono: dict[tuple[object, ...], float] = {}   # when the same may be said again
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.name.startswith(("waitress", "healthchecker.console")):
+            return True
+        trace, now_mono = record.exc_info[2] if record.exc_info else None, time.monotonic()
+        places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(trace)]
+        kind = (record.pathname, record.lineno, *places[-1:])
+        if now_mono < self._next_mono.get(kind, 0.0):
+            return False
+        self._next_mono[kind] = now_mono + COMPLAINT_INTERVAL
+        record.msg, record.args = record.getMessage()[:LOG_CHARS], ()
+        return True
+
+
+def log_to(*handlers: logging.Handler) -> None:
+    """Has `handlers` be given what is logged, but for what waitress says of clients with whom nothing is wrong."""
+    for handler in handlers:
+        handler.addFilter(SparingFilter())
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+    logging.getLogger("waitress").setLevel(logging.WARNING)         # below it: who goes away before the answer
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)     # below it: who waits for a thread
+
+
 class LogFile(logging.handlers.RotatingFileHandler):
     """The log file; it rotates by size. Raises UsageError."""
 
@@ -14094,7 +14120,7 @@ def set_up_logging(log_file: Path | None) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(), *([LogFile(log_file)] if log_file else [])]
     for handler in handlers:
         handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+    log_to(*handlers)
 
 
 class MessagePipe(logging.handlers.QueueHandler):
@@ -14173,7 +14199,7 @@ class Worker:
                     os.set_inheritable(number, False)   # what the application starts may outlive the service
             os.register_at_fork(after_in_child=self._close)
         messages = MessagePipe(self.pipe)
-        logging.basicConfig(level=logging.INFO, handlers=[messages], force=True)
+        log_to(messages)
         threading.Thread(target=self._listen, name="stop", daemon=True).start()
         try:
             self._serve(messages)

@@ -1473,7 +1473,7 @@ INTERNALS = {
     ErrorTask: "request channel service",
     HTTPRequestParser: "completed headers_finished header_plus error body_rcv chunked expect_continue empty headers "
     "received close parse_header",
-    ThreadedTaskDispatcher: "queue queue_cv lock threads active_count set_thread_count add_task shutdown",
+    ThreadedTaskDispatcher: "queue lock threads active_count set_thread_count add_task shutdown",
     Adjustments: "asyncore_loop_timeout asyncore_use_poll connection_limit outbuf_high_watermark send_bytes "
     "inbuf_overflow max_request_body_size url_scheme threads",
     ChunkedReceiver: "buf completed received",

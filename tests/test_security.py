@@ -1204,6 +1204,20 @@ def test_console_answers_others_beside_a_flood_of_requests() -> None:
                 thread.join(60)
 
 
+def test_console_says_nothing_of_who_waits(running: tuple[Service, Client]) -> None:
+    """A line for each request that comes while its threads are at others would fill the log."""
+    service, _ = running
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(contextlib.closing(http.client.HTTPConnection(*service.console, timeout=60)))
+                   for _ in range(60)]  # fmt: skip
+        for _ in range(5):
+            for one in clients:
+                one.request("GET", "/-/login")
+            for one in clients:
+                assert one.getresponse().read()
+    assert "queue depth" not in service.output
+
+
 def test_console_waits_for_nobody_who_takes_no_answer() -> None:
     """Such clients make room like idle ones, hold no thread, and have a minute to take something."""
     sock = socket.create_server(("127.0.0.1", 0))

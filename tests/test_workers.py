@@ -19,6 +19,7 @@ import re
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import threading
@@ -786,6 +787,53 @@ def test_what_a_forked_child_logs_is_seen(tmp_path: Path) -> None:
     with Service(write_inventory(tmp_path, calm, "  app: forks:app\n  workers: 1")) as service:
         service.wait_status("/", 200)
         wait_for(lambda: "order of the child" in service.output)
+
+
+LEAVING = """
+import logging
+
+def app(environ, start_response):
+    path = environ["PATH_INFO"]
+    size = 2 << 30 if path.startswith("/leave") else 2
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size))])
+    while size > 2:
+        yield b"x" * (1 << 16)
+    if path.startswith("/much"):
+        yield b"okay"
+    if path.startswith("/fail"):
+        raise ValueError("failed")
+    if path.startswith("/other"):
+        {}["other"]
+    logging.getLogger("shop").info("told %s", path)
+    yield b"ok"
+"""
+MUCH = "application-written content exceeded the number of bytes specified by Content-Length header (2)"
+
+
+def test_no_client_fills_the_log(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither who goes away before the answer nor who has the application fail again and again: of each place where it
+    does there is one traceback a minute, with little of a path. What the application itself logs is all there."""
+    (folder / "shop.py").write_text(LEAVING, encoding="utf-8")
+    caplog.set_level(logging.INFO)
+    with Team(folder, 1, f"{SHOP}\n  threads: 1") as team:
+        for _ in range(5):
+            for path in ("/fail", "/much", "/leave", "/other"):
+                with socket.create_connection(team.address, timeout=60) as client:
+                    request = f"GET {path}/{'x' * 9000} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+                    client.sendall(request.encode())
+                    assert client.recv(1)
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))     # a reset
+        for number in range(3):
+            with contextlib.closing(http.client.HTTPConnection(*team.address, timeout=60)) as connection:
+                connection.request("GET", f"/{number}")
+                assert connection.getresponse().read() == b"ok"
+        wait_for(lambda: "told /2" in caplog.text)
+    told = [record for record in caplog.records if record.getMessage().startswith("worker 0: ")]
+    texts = [re.sub("/xx+", "", record.getMessage().removeprefix("worker 0: ")) for record in told]
+    assert texts == ["Exception while serving /fail", MUCH, "told /much", "Exception while serving /other",
+                     *["told /much"] * 4, "told /0", "told /1", "told /2"]  # fmt: skip
+    assert max(len(record.getMessage()) for record in told if record.levelno > logging.INFO) < 1100
+    assert [bool(record.exc_text) for record in told] == [text.startswith("Exception") for text in texts]
 
 
 def test_a_complaint_that_nobody_hears_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
