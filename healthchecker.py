@@ -14036,22 +14036,27 @@ class LineFormatter(logging.Formatter):
 
 class SparingFilter(logging.Filter):
     """Of what clients can have waitress say, and Flask of the console, as often as they like, a handler is given one of
-    each kind in COMPLAINT_INTERVAL: where it was said, and where the application failed. Little of a path is enough."""
+    each kind in COMPLAINT_INTERVAL, with how many were kept back: a kind is where it was said, and where the
+    application failed. Little of a path is enough."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self._next_mono: dict[tuple[object, ...], float] = {}   # when the same may be said again
+        self._clock = clock
+        self._kinds: dict[tuple[object, ...], tuple[float, int]] = {}   # when one may be said again, those kept back
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not record.name.startswith(("waitress", "healthchecker.console")):
             return True
-        trace, now_mono = record.exc_info[2] if record.exc_info else None, time.monotonic()
+        trace, now_mono = record.exc_info[2] if record.exc_info else None, self._clock()
         places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(trace)]
         kind = (record.pathname, record.lineno, *places[-1:])
-        if now_mono < self._next_mono.get(kind, 0.0):
+        next_mono, before = self._kinds.get(kind, (-math.inf, 0))
+        if now_mono < next_mono:
+            self._kinds[kind] = next_mono, before + 1
             return False
-        self._next_mono[kind] = now_mono + COMPLAINT_INTERVAL
-        record.msg, record.args = record.getMessage()[:LOG_CHARS], ()
+        self._kinds[kind] = now_mono + COMPLAINT_INTERVAL, 0
+        more = f" ({before} more like it before)" if before else ""
+        record.msg, record.args = record.getMessage()[:LOG_CHARS] + more, ()
         return True
 
 

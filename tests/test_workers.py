@@ -60,6 +60,7 @@ from healthchecker import (
     LogFile,
     MessagePipe,
     ServiceSettings,
+    SparingFilter,
     Supervisor,
     UsageError,
     WorkerProcess,
@@ -834,6 +835,17 @@ def test_no_client_fills_the_log(folder: Path, caplog: pytest.LogCaptureFixture)
                      *["told /much"] * 4, "told /0", "told /1", "told /2"]  # fmt: skip
     assert max(len(record.getMessage()) for record in told if record.levelno > logging.INFO) < 1100
     assert [bool(record.exc_text) for record in told] == [text.startswith("Exception") for text in texts]
+
+
+def test_how_many_complaints_were_kept_back_is_told() -> None:
+    now_mono = 100.0
+    spared, texts = SparingFilter(lambda: now_mono), list[str]()
+    for seconds in (0.0, 1.0, 58.0, 1.0, 0.0, 60.0):
+        now_mono += seconds
+        one = logging.LogRecord("waitress", logging.WARNING, "task.py", 7, "failed at %s", ("/x" * 999,), None)
+        texts += [one.getMessage()] if spared.filter(one) else []
+    start = f"failed at {'/x' * 495}"
+    assert texts == [start, f"{start} (2 more like it before)", f"{start} (1 more like it before)"]
 
 
 def test_a_complaint_that_nobody_hears_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
