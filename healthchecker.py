@@ -10733,10 +10733,10 @@ class IncidentLog:
         self._numbered: list[Incident | WatchedTime] = []       # since what was written last is safe
         self._given: set[str] = set()       # groups of which an incident has what was counted since the last look
         self._before = self._now = counted()
-        self._ends, self._takes_over, self._begun = False, False, False
-        self._speaks, self._waits = True, False
-        # how each resource stands, and whether it counts; set by who knows
+        self._ends, self._takes_over, self._begun, self._speaks, self._waits = False, False, False, True, False
+        # set by who knows: how each resource stands, and whether it counts; and why clients have no answer
         self.standings: Callable[[], Iterable[tuple[str, Standing, bool]]] = tuple
+        self.unserved: Callable[[], str] = str
 
     @property
     def due(self) -> bool:
@@ -10848,9 +10848,8 @@ class IncidentLog:
             self._begin_to_write(session)
         rows = [*self._over, *self._lasting.values(), *filter(None, [self._watched])]
         told = [one for one in rows if isinstance(one, Incident)]
-        for one in told:
-            if one.id is None:
-                one.actor, one.before = closer(session, one.why), changes_before(session, one.from_at)
+        for one in (each for each in told if each.id is None):
+            one.actor, one.before = closer(session, one.why), changes_before(session, one.from_at)
         add_actors(session, self._aggregator, [one for one in told if one.end == "opened"])
         for row in rows:
             if row.id is None:
@@ -10871,6 +10870,7 @@ class IncidentLog:
     def _standing(self, since: Callable[[str], float]) -> str:
         gates = [{"name": each.name, "state": each.state, "why": each.why, "since": since(each.name)}
                  for each in (*self._aggregator.groups(site=True), *self._aggregator.groups())]
+        gates[0] |= {"state": "unhealthy", "why": why} if (why := self.unserved()) else {}
         counts, others = collections.Counter(dict.fromkeys((*get_args(State), "maintenance"), 0)), []
         for name, standing, counted in self.standings():
             state = standing.state if counted else "maintenance"
@@ -13839,6 +13839,8 @@ SUPERVISOR_INTERVAL = 0.05      # seconds between two looks at the worker proces
 STANDSTILL = 1.0                # seconds between two looks that mean that this process, or the machine, stood still
 HANG_TIME = 10.0                # seconds without a turn of its loop after which a worker is replaced
 HANG_SPACING = 2.0              # seconds between two such replacements, so that never all are gone at once
+READY_TIME = 60.0               # seconds to import the application after which a replacement is replaced, at least
+UNSERVED_TIME = 5.0             # seconds without a worker that is ready, which are no replacement as any other
 START_NEWS = 5.0                # seconds between two lines about a start that takes long
 WORKER_LIFE = 10.0              # seconds of serving after which a worker's end is no sign that it can never run
 WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)  # seconds before the 1st, 2nd, … replacement of short-lived workers
@@ -14267,6 +14269,7 @@ class WorkerProcess:
     def __init__(self, number: int, process: multiprocessing.process.BaseProcess, pipe: PipeConnection,
                  short: int = 0) -> None:
         self.number, self.process = number, process
+        self.begun_mono = time.monotonic()
         self.ready, self.ready_mono = threading.Event(), math.inf
         self.failure, self.may_pass = "", False     # why it could not serve, and whether another start may go well
         self.short = short          # short lives in a row before its own
@@ -14275,6 +14278,10 @@ class WorkerProcess:
         self._lock = threading.Lock()   # guards the end of _pipe, whose descriptor is another file's afterwards
         self._thread = threading.Thread(target=self._listen, name=f"worker {number}", daemon=True)
         self._thread.start()
+
+    @property
+    def serves(self) -> bool:
+        return self.ready.is_set() and not self.failure and self.due_mono == math.inf
 
     @property
     def ended(self) -> str:
@@ -14334,6 +14341,7 @@ class Supervisor:
         self._serving = multiprocessing.RawValue(ctypes.c_bool, False)
         self._workers: list[WorkerProcess] = []
         self._looked_mono, self._judges_mono = -math.inf, 0.0   # the last look; from when on one that hangs is killed
+        self._patience, self._unserved_mono = READY_TIME, math.inf  # for a replacement; since when none has served
         self.stopping = False
 
     def start(self) -> None:
@@ -14355,6 +14363,8 @@ class Supervisor:
                 news += START_NEWS
                 ready = sum(worker.ready.is_set() for worker in self._workers)
                 log.info("%d of %d worker processes are ready", ready, self._count)
+        taken = (worker.ready_mono - worker.begun_mono for worker in self._workers if worker.ready.is_set())
+        self._patience = max(READY_TIME, 2 * max(taken, default=0.0))
 
     def stop(self) -> None:
         """Ends `start` and `serve`. Safe in a signal handler."""
@@ -14379,13 +14389,28 @@ class Supervisor:
             self._judges_mono = now + HANG_TIME
         self._looked_mono = now
         for number, worker in enumerate(self._workers):
-            serves = worker.ready.is_set() and not worker.failure and worker.due_mono == math.inf
-            if serves and now > self._judges_mono and self.counters.slot(number)[BEAT] < now - HANG_TIME:
+            if now > self._judges_mono and (fault := self._fault(worker, now)):
                 worker.failure = f"worker {number} hung"
-                log.error("worker %d hangs: no turn of its loop for %g s; it is killed", number, HANG_TIME)
+                log.error("worker %d hangs: %s; it is killed", number, fault)
                 worker.process.kill()
                 self._judges_mono = now + HANG_SPACING
             self._replace(worker, now)
+        is_served = any(worker.serves for worker in self._workers)
+        self._unserved_mono = math.inf if is_served else min(self._unserved_mono, now)
+
+    @property
+    def unserved(self) -> str:
+        """Why clients have no answer, whatever the gate says; empty while a worker can serve them."""
+        is_long = time.monotonic() - self._unserved_mono > UNSERVED_TIME
+        return "no worker process is ready, so that clients have no answer" if is_long else ""
+
+    def _fault(self, worker: WorkerProcess, now: float) -> str:
+        """What a worker should have done by now."""
+        if worker.serves:
+            return f"no turn of its loop for {HANG_TIME:g} s" * (
+                self.counters.slot(worker.number)[BEAT] < now - HANG_TIME)
+        starts = not (worker.ready.is_set() or worker.failure) and worker.due_mono == math.inf
+        return f"not ready after {self._patience:.0f} s" * (starts and now - worker.begun_mono > self._patience)
 
     def close(self) -> None:
         """Lets the workers answer what they are at, `service.drain` seconds at most, and ends them."""
@@ -18944,13 +18969,15 @@ def check_receivers(inventory: Inventory, vault: Vault) -> Iterator[HealthChecke
 
 def service_problems(recorder: Recorder) -> dict[str, str]:
     """What is wrong with the service itself, by a word for it."""
-    return {"database": f"the database cannot be written: {recorder.unwritten}"} if recorder.unwritten else {}
+    told = {"database": recorder.unwritten and f"the database cannot be written: {recorder.unwritten}",
+            "workers": recorder.incidents.unserved()}
+    return {word: why for word, why in told.items() if why}
 
 
 def is_service_well(aggregator: HealthAggregator, recorder: Recorder) -> bool:
-    """Whether those live who watch, what they find can be written, and the gate is open."""
+    """Whether those live who watch, what they find can be written, clients are served, and the gate is open."""
     is_watched = min([*aggregator.beats.values()], default=0.0) > lease_clock()
-    return is_watched and recorder.is_well and aggregator.is_healthy()
+    return is_watched and recorder.is_alive() and not service_problems(recorder) and aggregator.is_healthy()
 
 
 Kept = tuple[dict[str, Any], dict[tuple[str, str], dict[str, Any]]]
@@ -19838,6 +19865,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
         vault = prepare(installation, store)
         recorder = Recorder(store, aggregator, service.retention, IncidentLog(
             aggregator, supervisor.counters.refusals, wall=store.wall), members)
+        recorder.incidents.unserved = lambda: supervisor.unserved
         uplink = Uplink(service.uplink, service.hold, access.resolver, wall=store.wall)
         monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random(), uplink, members))
         stack.enter_context(contextlib.closing(monitor)).begin()

@@ -1824,6 +1824,10 @@ def test_what_a_heartbeat_says(tmp_path: Path, store: Store) -> None:
         aggregator.beat("monitor", -1.0)
         assert not is_service_well(aggregator, recorder), "nobody watches"
         aggregator.beat("monitor", 1e6)
+        recorder.incidents.unserved = lambda: "no worker is ready"
+        assert not is_service_well(aggregator, recorder), "nobody serves"
+        assert healthchecker.service_problems(recorder) == {"workers": "no worker is ready"}
+        recorder.incidents.unserved = str
         with refusing(store.database, "INSERT ON event"):
             recorder.note("service", "something", NOON)
             wait_for(lambda: not is_service_well(aggregator, recorder))

@@ -54,6 +54,7 @@ from healthchecker import (
     HANG_SPACING,
     HANG_TIME,
     LEAD,
+    READY_TIME,
     SHARE,
     Lease,
     LineFormatter,
@@ -516,6 +517,38 @@ def test_nobody_is_judged_by_a_standstill(folder: Path) -> None:
         assert workers(os.getpid()) == before
         look_on(supervisor, begin + HANG_TIME, begin + HANG_TIME + 1)
         assert not left_after(list(before.values()), BACK)
+
+
+def test_a_replacement_that_is_never_ready(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It hangs in its import, such as of a database behind a firewall that drops: it is killed, and tried again."""
+    with started(folder, 1) as supervisor:
+        (first,) = workers(os.getpid()).values()
+        (folder / "shop.py").write_text(f"import time\nif 1:\n    time.sleep({BACK:g})\n", encoding="utf-8")
+        first.kill()
+        wait_for(lambda: supervisor.look(time.monotonic()) or new_ones(os.getpid(), {first.pid}), BACK)
+        (hanging,) = new_ones(os.getpid(), {first.pid})
+        begin = math.floor(time.monotonic())
+        look_on(supervisor, begin, begin + READY_TIME - 1)
+        assert hanging.is_running() and not supervisor.unserved, "clients have waited for a moment only"
+        wait_for(lambda: supervisor.unserved, BACK)
+        (folder / "shop.py").write_text(APP, encoding="utf-8")
+        look_on(supervisor, begin + READY_TIME - 0.5, begin + READY_TIME + 3)
+        assert not left_after([hanging], BACK)
+        assert caplog.text.count("worker 0 hangs: not ready after 60 s; it is killed") == 1
+        wait_for(lambda: supervisor.look(time.monotonic()) or not supervisor.unserved, BACK)
+        assert caplog.text.count("worker 0 hung; starting another") == 1
+
+
+def test_no_worker_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The gate is open, and nobody answers at its door."""
+    with Service(inventory(folder, workers=1)) as service:
+        service.wait_status("/", 200)
+        words = ["--inventory", str(service.inventory), "status"]
+        wait_for(lambda: healthchecker.main(words) == 0)
+        (folder / "shop.py").write_text(f"import time\nif 1:\n    time.sleep({BACK:g})\n", encoding="utf-8")
+        next(iter(workers(service.pid).values())).kill()
+        wait_for(lambda: capsys.readouterr() and healthchecker.main(words) == 2, BACK)
+        assert "CLOSED: gate unhealthy (no worker process is ready" in capsys.readouterr().out
 
 
 @pytest.mark.long
