@@ -9879,7 +9879,7 @@ class Uplink:
                  clock: Callable[[], float] = lease_clock, wall: Callable[[], float] = time.time) -> None:
         self._addresses, self.hold, self._resolver, self.clock = addresses, hold, resolver or Resolver(), clock
         self._wall = wall
-        self._lock = threading.Lock()               # guards the next fourteen
+        self._lock = threading.Lock()               # guards the next fifteen
         self.cut: Cut | None = None
         self.last: Cut | None = None                # this one, or the one before
         self.is_cut = False                         # also while most machines do not answer
@@ -9893,6 +9893,7 @@ class Uplink:
         self._urged_mono = -math.inf                # when those unsure were asked
         self._asked_mono = -math.inf                # begin of the last question that is over
         self._silent_mono = math.inf                # since when no uplink answers
+        self._why = ""                              # why the last one did not
         self.calm_mono = clock()                    # see Cut
         self._woken, self._is_ending = threading.Event(), False
         self._trouble = Trouble("what the uplinks say is not known")
@@ -9965,7 +9966,7 @@ class Uplink:
             count, total = own, own_total
         self.is_cut = is_cut = self._silent_mono <= now and 2 * count > total
         if is_cut and self.cut is None and now - self._asked_mono < UPLINK_FRESH:
-            text = f"cut off: {count} of {total} machines do not answer, nor does an uplink"
+            text = f"cut off: {count} of {total} machines do not answer, nor does an uplink: {self._why}"
             first_mono = self._asked_mono - UPLINK_INTERVAL if self._silent_mono == self._asked_mono else now
             self.last = self.cut = Cut(now, self._wall(), now + self.hold, self.calm_mono, text, first_mono)
         elif self.cut and (self._silent_mono == math.inf or (not is_cut and now >= self.cut.ends_mono)):
@@ -9981,6 +9982,9 @@ class Uplink:
 
     def _run(self) -> None:
         told = self.cut
+        with self._trouble.caught():
+            for fault in filter(None, self.ask()):      # a slip in a name would show when it is needed
+                log.warning("service.uplink: %s", fault)
         while not self._is_ending:
             self._woken.wait(self._pause())
             self._woken.clear()
@@ -9999,14 +10003,14 @@ class Uplink:
         return max(0.0, self._asked_mono + UPLINK_INTERVAL - self.clock()) if has_question else None
 
     def _ask(self) -> list[str]:
-        """Asks the uplinks, all at once. Gives who is to be polled then."""
-        begun_mono, answered = self.clock(), None
+        """Takes up what the uplinks answer. Gives who is to be polled then."""
+        begun_mono, faults = self.clock(), list[str]()
         try:
-            with concurrent.futures.ThreadPoolExecutor(len(self._addresses)) as pool:
-                answered = any(pool.map(self._answers, self._addresses))
+            faults = self.ask()
         finally:
             with self._lock:
-                urged = self._hear(begun_mono, answered)
+                self._why = one_line("; ".join(faults), 300)
+                urged = self._hear(begun_mono, not all(faults) if faults else None)
         return urged[:URGED_MAX]
 
     def _hear(self, begun_mono: float, answered: bool | None) -> list[str]:
@@ -10033,14 +10037,19 @@ class Uplink:
         self._judge()
         return urged
 
-    def _answers(self, address: str) -> bool:
-        """Whether an uplink does; who refuses is there, too."""
+    def ask(self) -> list[str]:
+        """Asks the uplinks, all at once. Gives why each does not answer; empty: it does."""
+        with concurrent.futures.ThreadPoolExecutor(len(self._addresses) or 1) as pool:
+            return [*pool.map(self._fault, self._addresses)]
+
+    def _fault(self, address: str) -> str:
+        """Why an uplink does not answer; who refuses is there, too."""
         host, _, port = address.rpartition(":")
         try:
             connect_tcp(self._resolver, host.strip("[]"), int(port), Deadline(UPLINK_TIMEOUT)).close()
         except ProbeError as error:
-            return isinstance(error.__cause__, ConnectionRefusedError)
-        return True
+            return "" if isinstance(error.__cause__, ConnectionRefusedError) else str(error)
+        return ""
 
     def _tell(self, told: Cut | None, cut: Cut | None) -> None:
         now = self._wall()
@@ -20267,6 +20276,8 @@ def probe(installation: Installation, targets: Mapping[str, Target], chosen: Seq
         journal = LoginJournal(keep, store.wall, store.wall())
         access.guards.begin(journal if is_kept else journal._replace(most=1), before)
         access.guards.hear(others)
+        for fault in filter(None, Uplink(installation.service.uplink, resolver=access.resolver).ask()):
+            print(f"service.uplink: {fault}")
         return poll_each(targets, chosen, access)
 
 

@@ -164,9 +164,10 @@ def test_the_gate_holds_while_this_machine_is_cut_off(house: House, machines: Ma
         assert house.aggregator.lease.until.value <= lease_clock() + usual, "whoever dies closes it as soon as ever"
         standing = house.monitor.behind("m1")
         assert standing and (standing.state, standing.cause) == ("degraded", "cut_off")
-        begun = ": cut off: {} of 3 machines do not answer, nor does an uplink; what was healthy counts on for 3600 s"
+        why = f"no connection to {gateway.address.replace(':', ' port ')} within 3 s"
+        begun = f": cut off: {{}} of 3 machines do not answer, nor does an uplink: {why}; what was healthy counts on"
         wait_for(lambda: texts(house, "service"))
-        assert texts(house, "service")[0] in [begun.format(count) for count in (2, 3)]
+        assert texts(house, "service")[0] in [f"{begun.format(count)} for 3600 s" for count in (2, 3)]
         assert len(texts(house, "state")) == len(NAMES), "nobody tells of a machine"
         gateway.answer()
         wait_for(lambda: uplink_of(house).cut is None)
@@ -245,8 +246,27 @@ def test_while_an_uplink_answers_nothing_is_held(house: House, machines: Machine
 def test_who_refuses_is_there() -> None:
     with contextlib.closing(Gateway()) as gateway:
         pass
-    assert Uplink([gateway.address])._answers(gateway.address)
-    assert not Uplink()._answers("gateway.invalid:22")
+    heard, silent = Uplink([gateway.address, "gateway.invalid:22"]).ask()
+    assert not heard and silent.startswith("gateway.invalid")
+    assert Uplink().ask() == []
+
+
+def test_a_slip_in_the_name_of_an_uplink_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By `check --probe` and at the start, before anything falls; and by a cut that is due to it."""
+    path = write_inventory(tmp_path, "", "  uplink: ['gateway.invalid:22']\n")
+    assert healthchecker.main(["--inventory", str(path), "check", "--probe"]) == 0
+    assert "service.uplink: gateway.invalid" in capsys.readouterr().out
+    uplink = Uplink(["gateway.invalid:22"])
+    uplink.begin(lambda names: None, lambda: None, lambda kind, text, at: None)
+    wait_for(lambda: "service.uplink: gateway.invalid" in caplog.text)
+    uplink.close()
+    assert len(caplog.records) == 1 and uplink.cut is None
+    site = Site()
+    site.cut()
+    assert site.uplink.cut and site.uplink.cut.text == (
+        "cut off: 3 of 3 machines do not answer, nor does an uplink: no way")
 
 
 @LINUX
@@ -364,7 +384,7 @@ class Site:
         for _ in range(2):
             self.poll(DOWN, *self.settings)
             self.clock.now += 1
-        self.ask(ProbeError("timeout", "x"))
+        self.ask(ProbeError("timeout", "no way"))
         assert self.uplink.cut
 
     def held(self) -> list[float]:
