@@ -3547,6 +3547,7 @@ POSTGRES_COLUMNS = """SELECT relname, attname FROM pg_attribute JOIN pg_class ON
     WHERE nspname = current_schema() AND relkind IN ('r', 'p') AND attnum > 0 AND NOT attisdropped"""
 # No connection has an SQLSTATE when it fails, and these words are the only sign of what stays as it is.
 LASTING = re.compile("password|authentication|pg_hba|certificate|does not exist|no such (?:database|user)|not support")
+QUOTED_NAMES = re.compile(r"""(?<!\w)(?:"[^"]*"|'[^']*')(?!\w)""")      # of hosts, users, sockets: any words
 DATABASE_CLOCK = "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
 # Nor does what was seen in a future, which a clock once showed.
 IS_LIVING = f"abs(seen_at - {DATABASE_CLOCK}) < {CLAIM_LIFE}"
@@ -3796,7 +3797,7 @@ class PostgresServer:
     def may_pass(self, error: BaseException | None) -> bool:
         """Whether it is a failure that ends by itself, as far as words tell: the server is away, starts, or is busy."""
         found = next((each for each in causes_of(error) if isinstance(each, self._operational_error)), None)
-        return found is not None and not LASTING.search(str(found))
+        return found is not None and not LASTING.search(QUOTED_NAMES.sub("", str(found)))
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:

@@ -693,6 +693,17 @@ def test_what_no_waiting_cures_ends_a_start(url: str, password: str, why: str, f
     assert done.returncode == StorageError.exit_code and why in done.stderr and "until" not in done.stderr
 
 
+def test_what_is_called_like_a_refusal_is_waited_for(tmp_path: Path) -> None:
+    """A server that is away, whatever the names of its host, its user and its database say."""
+    pytest.importorskip("psycopg")
+    url = f"postgresql+psycopg://certificate@/password?host={tmp_path}/authentication"
+    for each in (url, "postgresql+psycopg://hc@password.invalid/hc", f"{url}&host=pg_hba.invalid"):
+        server = PostgresServer(each)
+        with pytest.raises(StorageError) as caught:
+            server.inspect()
+        assert server.may_pass(caught.value), str(caught.value)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("outage", ["stopped", "silent"])
 def test_no_gate_closes_while_the_database_is_away(outage: str, folder: Path, own_postgres: Postgres) -> None:
