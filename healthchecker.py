@@ -6471,6 +6471,12 @@ class Pipeline(PowerShell):
         return super()._process_pipeline_host_call(message)
 
 
+# What is to be done about a certificate, by OpenSSL's numbers of what is wrong with it.
+OTHER_NAME = "name the host as it does, or make one there that names this host"
+CERTIFICATE_ADVICE = {9: "set the clock, there or here", 10: "renew it there", 62: OTHER_NAME, 64: OTHER_NAME}
+UNKNOWN_ISSUER = (2, 18, 19, 20, 21)
+
+
 class TlsConnection(Connection):
     """The way to a host whose certificate is checked before anything is sent: by its authority, or a pin."""
 
@@ -6520,16 +6526,24 @@ class TlsConnection(Connection):
         try:
             opened: Any = self._open(self._tls_context(bool(pin)) if self._settings.tls else None, deadline)
         except ssl.SSLCertVerificationError as error:
-            offered = self.offered_key(deadline)
+            offered, advice = self.offered_key(deadline), self._advice_on(error.verify_code)
             raise ProbeError("host_key", f"certificate not trusted ({error.verify_message}): offered {offered}; "
-                             f"to accept it: trust {name}, or name its ca_file") from error
+                             f"{advice}") from error
         opened.deadline = deadline
         if self._settings.tls and pin and (shown := certificate_identity(opened)) != f"certificate SHA256:{pin}":
             opened.close()
-            advice = "correct certificate_fingerprint" if self._settings.certificate_fingerprint else f"trust {name}"
+            advice = "correct certificate_fingerprint" if self._settings.certificate_fingerprint else (
+                f"trust {name}, or to leave it to its authority again: trust {name} --forget")
             raise ProbeError("host_key", f"certificate changed: expected SHA256:{pin}, offered {shown}; "
                              f"no password was sent; if the change is right: {advice}")
         return cast(GuardedSocket, opened)
+
+    def _advice_on(self, code: int) -> str:
+        """What to do about a certificate that does not verify."""
+        name, way = self._target.name, "correct" if self._settings.ca_file else "name"
+        if advice := CERTIFICATE_ADVICE.get(code):
+            return f"{advice}; to accept it until then: trust {name}, and trust {name} --forget when that is done"
+        return f"to accept it: trust {name}{f', or {way} its ca_file' if code in UNKNOWN_ISSUER else ''}"
 
     def _tls_context(self, pinned: bool) -> ssl.SSLContext:
         """How the host's certificate is checked and ours shown. Raises ProbeError."""
@@ -20459,26 +20473,38 @@ def confirm(offered: str, arguments: argparse.Namespace) -> None:
             raise UsageError("nothing was changed")
 
 
+def chosen_key(targets: Mapping[str, Target], arguments: argparse.Namespace, access: ConnectionContext) -> str | None:
+    """Shows the key that a host was known by and the one that it shows now, which it gives when told so; None: its
+    authority is to vouch for its certificate again."""
+    target = find_target(targets, arguments.name)
+    if arguments.forget:
+        if not (target.host_key or "").startswith("certificate "):
+            raise UsageError(f"no certificate of {target.name} was trusted by hand")
+        return None
+    make_connections(targets.values(), access)
+    offered = offered_key(target, access)
+    print(f"{target.name}: trusted was {target.host_key or 'no key'}, offered is {offered}", flush=True)
+    confirm(offered, arguments)
+    return offered
+
+
 def trust(arguments: argparse.Namespace) -> int:
-    """Shows the key that a host was known by and the one that it shows now, and accepts that one when told so."""
+    """Accepts the key that a host shows now, or forgets that this was done."""
     installation = Installation(arguments.inventory, secrets=False)
     with installation.store(needed=True) as store:
         with store.reading() as session:
             targets = load_targets(session, installation.open_vault(session))
-        target, access = find_target(targets, arguments.name), installation.access()
-        make_connections(targets.values(), access)
-        offered = offered_key(target, access)
-        print(f"{target.name}: trusted was {target.host_key or 'no key'}, offered is {offered}", flush=True)
-        confirm(offered, arguments)
+        chosen = chosen_key(targets, arguments, installation.access())
+        target, said = targets[arguments.name], chosen or "what its authority vouches for"
         with store.writing() as session:
             row = session.get(Resource, target.id)
             if row is None or not is_still(row, target):
                 raise UsageError(f"{target.name} was changed meanwhile; nothing is trusted: try again")
-            row.host_key = offered
-            record_event(session, "change", f"trusted {offered}, before {target.host_key or 'no key'}",
+            row.host_key = chosen
+            record_event(session, "change", f"trusted {said}, before {target.host_key or 'no key'}",
                          resource=target.name, actor="command line")
             revise(session)
-    print(f"{target.name}: trusted is {offered}")
+    print(f"{target.name}: trusted is {said}")
     return 0
 
 
@@ -20671,9 +20697,10 @@ COMMANDS = (
         argument("--probe", nargs="*", metavar="NAME",
                  help="also poll every resource, or those named, once and print a table")]),
     Command("endpoint", "print what a host needs that shall answer polls and nothing else", endpoint, [ITS_NAME]),
-    Command("trust", "accept the changed host key of a resource", trust, [
+    Command("trust", "accept the changed host key or certificate of a resource", trust, [
         ITS_NAME, argument("--key", metavar="SHA256:...", help="accept this key only, without a question"),
-        argument("--yes", action="store_true", help="accept whatever key it shows, without a question")]),
+        argument("--yes", action="store_true", help="accept whatever key it shows, without a question"),
+        argument("--forget", action="store_true", help="leave its certificate to its authority again")]),
     Command("seal", "replace plain passwords in the inventory by sealed ones", seal),
     Command("middleware", "print the gate for other servers, which reads service.lease_file", middleware),
     Command("reload", "have a running service take an edited inventory over", reload),

@@ -51,6 +51,7 @@ from healthchecker import (
     find_resource,
     import_inventory,
     load_inventory,
+    main,
     one_line,
     poll_once,
     quoted,
@@ -854,13 +855,42 @@ def test_certificates(platform: str, folder: Path, certificate: Certificate, tmp
             assert outcome(Asker(folder, **asked, **good))[0] == "healthy"
         state, cause, reason = outcome(Asker(folder, **asked, trusted=f"certificate SHA256:{'0' * 64}"))
         assert cause == "host_key" and "certificate changed" in reason
-    for made, why in ((make_certificate(tmp_path, "expired", days=-1), "expired"),
-                      (make_certificate(tmp_path, "other", address="192.0.2.1"), "IP address mismatch")):
+        asked["ca_file"] = make_certificate(tmp_path, "stranger").certificate_file
+        assert outcome(Asker(folder, **asked))[2].endswith("to accept it: trust asked, or correct its ca_file")
+    for made, why, advice in (
+            (make_certificate(tmp_path, "expired", days=-1), "expired", "renew it there; "),
+            (make_certificate(tmp_path, "other", address="192.0.2.1"), "IP address mismatch", "name the host as it ")):
         with Server(answers(GOOD), made) as server:
             asked = asked_with_tls(server, platform) | {"ca_file": made.certificate_file}
             state, cause, reason = outcome(Asker(folder, **asked))
             assert (state, cause) == ("unhealthy", "host_key") and why in reason
+            assert f"; {advice}" in reason and "ca_file" not in reason, "which is named, and right"
+            assert reason.endswith("trust asked, and trust asked --forget when that is done")
             assert not server.requests
+
+
+def test_a_certificate_is_left_to_its_authority_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was trusted by hand, for it had ended, closes the gate when the host has a new one: until that is undone."""
+    old, new = make_certificate(tmp_path, "old", days=-1), make_certificate(tmp_path, "new")
+    with Server(answers(GOOD), old) as server:
+        shop = {"name": "shop", "platform": "http", "url": server.origin, "ca_file": new.certificate_file}
+        with local_console(tmp_path, f"  - {json.dumps(shop, default=str)}\n") as local:
+            path = local.context.inventory.path
+
+        def said(*words: str) -> tuple[int, str]:
+            code, shown = main(["--inventory", str(path), *words]), capsys.readouterr()
+            return code, shown.out + shown.err
+
+        assert said("trust", "shop", "--yes")[0] == 0
+        assert said("check", "--probe")[0] == 0
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(new.certificate_file, new.key_file)
+        server._context = context
+        code, table = said("check", "--probe")
+        assert code == 1 and "certificate changed" in table and "trust shop --forget" in table
+        assert said("trust", "shop", "--forget") == (0, "shop: trusted is what its authority vouches for\n")
+        assert said("check", "--probe")[0] == 0
+        assert said("trust", "shop", "--forget") == (2, "no certificate of shop was trusted by hand\n")
 
 
 def test_a_name_with_a_final_dot(folder: Path, tmp_path: Path) -> None:
