@@ -2013,6 +2013,7 @@ class Inventory:
     entries: Sequence[int] = ()     # of the file, one for each resource; one with a range stands for many
     receivers: tuple[ReceiverSettings, ...] = ()
     shares_login: bool = False      # whether `defaults` have any part of one
+    sealed: Mapping[str, str] = dataclass_field(default_factory=dict)   # file:line of each sealed secret in the file
 
     def urls(self) -> Iterator[tuple[NodePath, str, str]]:
         """The URLs that are secrets, plain or sealed: path in the file, name of the receiver, URL; among them what
@@ -2164,6 +2165,12 @@ def secret_entries(top: Mapping[str, Any]) -> Iterator[tuple[NodePath, dict[str,
             yield here, own, name, [key for key in keys if isinstance(own.get(key), str)]
 
 
+def sealed_in(document: Document) -> dict[str, str]:
+    """The sealed secrets of a file: file:line of each."""
+    return {text: f"{document.name}:{document.position(where).partition(':')[0]}"
+            for where, (*_, text) in document.nodes.items() if text and text.startswith(TOKEN_PREFIXES)}
+
+
 class InventoryLoader:
     """Turns a Document into an Inventory and gathers all faults on the way; see fetch_secret for `secrets`."""
 
@@ -2207,8 +2214,8 @@ class InventoryLoader:
         if self.faults or not file or not usual:
             raise InventoryError(first_faults(self.path.name, self.faults))
         usual_values = usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS), exclude_none=True)
-        return Inventory(self.path, file.service, resources, self.places, usual_values, gates, file.maintenance,
-                         [index for index, _ in found], file.notify, not defaults.keys().isdisjoint(LOGIN))
+        return Inventory(self.path, file.service, resources, self.places, usual_values, gates, file.maintenance, [
+            index for index, _ in found], file.notify, not {*defaults}.isdisjoint(LOGIN), sealed_in(self.document))
 
     def _fetch_secrets(self, parts: Mapping[str, Any]) -> None:
         """Puts the secrets that a variable or a file holds in their places."""
@@ -2389,6 +2396,7 @@ NO_ROOM = "the disk is full; make room on it"
 OPEN_ELSEWHERE = 2.0    # seconds that a scanner may keep a file open on Windows, where nothing replaces it meanwhile
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 SEALED = re.compile(r"HC[12]\.([0-9a-f]{16})(?:\.[^.]*){3}")    # of a sealed secret, with the id of its key
+SEALED_TOLD = 50                # places of them that are named
 
 
 def length_prefixed(*parts: str) -> bytes:
@@ -2713,13 +2721,18 @@ class Vault:
         found = SEALED.fullmatch(token or "")
         return hmac.digest(self._marks.get(found[1] if found else "", b""), length_prefixed(*secrets), "sha256").hex()
 
-    def require(self, tokens: Iterable[str]) -> None:
-        """Raises SecretError when tokens name private keys, none of which is here; a damaged one names none."""
-        named = {found[1] for token in tokens if (found := SEALED.fullmatch(token))}
+    def require(self, tokens: Iterable[str], places: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Raises SecretError when tokens name private keys, none of which is here; a damaged one names none. `places`:
+        where they stand in the inventory."""
+        keys = {token: found[1] for token in tokens if (found := SEALED.fullmatch(token))}
+        named = {*keys.values()}
         if named and not named & self._keys.keys():
+            left = [place for token, place in places.items() if token in keys]
+            told = ", ".join(left[:SEALED_TOLD]) + f" and {len(left) - SEALED_TOLD} more" * (len(left) > SEALED_TOLD)
             raise SecretError(f"secrets are sealed with key {', '.join(sorted(named))}, but {self.folder} holds "
-                              f"{', '.join(self._keys) or 'no private key'}; put private.pem back, or if it is "
-                              "lost, write every password in the inventory again and run `keys replace`")
+                              f"{', '.join(self._keys) or 'no private key'}; put private.pem back, or if it is lost, "
+                              f"write every secret in the inventory again{f' ({told})' if told else ''} and run "
+                              "`keys replace`")
 
 
 def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> bytes:
@@ -4335,10 +4348,11 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
     return changes
 
 
-def open_vault(folder: Path, sealed: Iterable[str]) -> Vault:
-    """The keys in `folder`, made on first start; never while secrets are sealed with keys that are missing."""
+def open_vault(folder: Path, sealed: Iterable[str], places: Mapping[str, str] = MappingProxyType({})) -> Vault:
+    """The keys in `folder`, made on first start; never while secrets are sealed with keys that are missing, for whose
+    `places` see Vault.require."""
     vault = Vault(folder)
-    vault.require(sealed)
+    vault.require(sealed, places)
     if not vault.key_id:
         vault.create()
     vault.publish()
@@ -19698,7 +19712,7 @@ class Installation:
         if known and not (vault := Vault(self.service.keys)).holds(known):
             raise SecretError(f"{self.service.keys.name}/private.pem is key {vault.key_id or 'none'}, and that of the "
                               f"other machines is {known}: copy private.pem and public.pem of one of them")
-        return open_vault(self.service.keys, sealed_tokens(session, self.inventory))
+        return open_vault(self.service.keys, sealed_tokens(session, self.inventory), self.inventory.sealed)
 
     def rows_owner(self, session: Session, *, again: bool = False) -> str:
         """The other machine whose inventory is watched; empty: this one's is. It takes the place of that of a machine
@@ -20150,7 +20164,7 @@ def replace_keys(arguments: argparse.Namespace) -> int:
     with installation.database.lock(), installation.store(locked=True) as store, \
             store.writing(long=True) as session:
         vault = Vault(installation.service.keys)
-        vault.require(sealed_tokens(None, installation.inventory))
+        vault.require(sealed_tokens(None, installation.inventory), installation.inventory.sealed)
         forgotten = [(row, kind) for row in session.scalars(sqlalchemy.select(Resource))
                      for kind in SECRETS if vault.lacks(getattr(row, kind))]
         for row, kind in forgotten:
@@ -20192,7 +20206,7 @@ def rehearsal(installation: Installation, *, opens: bool = True) -> Iterator[tup
                 for table in (Base.metadata.tables[row.__tablename__] for row in (Resource, Setting, Receiver)):
                     for rows in rows_in(original, table):
                         session.execute(sqlalchemy.insert(table), rows)
-            vault.require(sealed_tokens(session, installation.inventory))
+            vault.require(sealed_tokens(session, installation.inventory), installation.inventory.sealed)
             if not vault.key_id:
                 vault = Vault(Path(folder))
                 vault.create()

@@ -856,6 +856,30 @@ def test_seal_start_rotate_start(tmp_path: Path, closed_port: int, capsys: pytes
         assert main(["--inventory", str(path), "keys", "rotate"]) == 4, "the service runs"
 
 
+def test_every_secret_that_a_lost_key_has_sealed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of whatever is one; by its place in the inventory, as long as any is left."""
+    prepared_keys(tmp_path)
+    rows = "".join(f"  - {{name: a{number}, platform: push, password: {'p' * 16}}}\n" for number in range(60))
+    more = "notify:\n  - name: ops\n    url: 'json://127.0.0.1:9'\n"
+    path = write_inventory(
+        tmp_path, rows + more, f"  heartbeat: http://127.0.0.1:9/\n  status_token: {'t' * 16}\n"
+    )
+    plain = path.read_text(encoding="utf-8")
+    assert main(["--inventory", str(path), "seal"]) == 0
+    (tmp_path / "keys" / "private.pem").unlink()
+    sealed = path.read_text(encoding="utf-8").splitlines()
+    places = [f"{path.name}:{number}" for number, line in enumerate(sealed, 1) if "HC2." in line]
+    assert len(places) == 63 and main(["--inventory", str(path), "check"]) == 3
+    told = f"write every secret in the inventory again ({', '.join(places[:50])} and 13 more) and run `keys replace`"
+    assert told in capsys.readouterr().err
+    left = [here if "heartbeat" in here else there for here, there in zip(sealed, plain.splitlines(), strict=True)]
+    path.write_text("\n".join(left), encoding="utf-8")
+    assert main(["--inventory", str(path), "check"]) == 3
+    assert f"again ({places[0]}) and run `keys replace`" in capsys.readouterr().err
+    path.write_text(plain, encoding="utf-8")
+    assert main(["--inventory", str(path), "check"]) == 0
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("sealed", [False, True])
 def test_a_lost_key(
@@ -879,10 +903,13 @@ def test_a_lost_key(
     assert main(["--inventory", str(path), "keys", "replace"]) == 2, "no key is lost"
     (tmp_path / "keys" / "private.pem").unlink()
     assert main(["--inventory", str(path), "check"]) == 3
-    assert "write every password in the inventory again and run `keys replace`" in capsys.readouterr().err
+    line = 1 + plain.partition(b"name: a,")[0].count(b"\n")
+    where = f" (inventory.yaml:{line})" if sealed else ""
+    hint = f"write every secret in the inventory again{where} and run `keys replace`"
+    assert hint in capsys.readouterr().err
     if sealed:
         assert main(["--inventory", str(path), "keys", "replace"]) == 3
-        assert "write every password in the inventory again" in capsys.readouterr().err
+        assert hint in capsys.readouterr().err
         assert not (tmp_path / "keys" / "private.pem").exists()
         path.write_bytes(plain)
     assert main(["--inventory", str(path), "keys", "replace"]) == 0

@@ -660,7 +660,7 @@ def test_rotate_after_the_old_key_is_lost(
     code = healthchecker.main(["--inventory", str(path), "keys", "rotate"])
     if stage < 2:
         [line] = capsys.readouterr().err.splitlines()
-        assert code == 3 and "put private.pem back, or if it is lost, write every password in the inventory" in line
+        assert code == 3 and "put private.pem back, or if it is lost, write every secret in the inventory" in line
         return
     assert code == 0
     assert all_open(path) == {public_id(before / "keys")}
