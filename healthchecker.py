@@ -10680,10 +10680,10 @@ class ServiceView(Settings):
         return "closed" if site == "unhealthy" else "degraded" if is_troubled else "open"
 
 
-def told_by_service(store: Store, session: Session) -> ServiceView:
-    """What the service said a moment ago. Raises StorageError where it has not, for it hangs, starts or ends."""
+def told_by_service(session: Session, machine: str) -> ServiceView:
+    """What a machine's service said a moment ago. Raises StorageError where it has not: it hangs, starts or ends."""
     try:
-        found = ServiceView.model_validate_json(remembered(session, store.own(STANDING)).text)
+        found = ServiceView.model_validate_json(remembered(session, own_name(STANDING, machine)).text)
     except ValidationError:
         raise StorageError("the service has not said yet how everything stands") from None
     age = lease_clock() - found.mono
@@ -18340,7 +18340,8 @@ def status_page() -> Answer:
             "WWW-Authenticate": 'Basic realm="status", charset="UTF-8"'}, mimetype="text/plain")
     word, shown = "unknown", dict[str, Any](remark="The service says nothing new.")
     with contextlib.suppress(StorageError, sqlalchemy.exc.SQLAlchemyError), context.store.reading() as session:
-        view, turns = told_by_service(context.store, session), [*public_turns(context, session, context.clock())]
+        view = told_by_service(session, context.store.machine)
+        turns = [*public_turns(context, session, context.clock())]
         shown = {"remark": remark_of(view, context.monitor.override.now), "since": view.gates[0].since, "turns": turns,
                  "parts": [*((gate.name, gate.state, gate.since) for gate in view.gates[1:]),
                            *((name, state, None) for name, state in sorted(named_states(context).items()))]}
@@ -19533,8 +19534,9 @@ def restore(arguments: argparse.Namespace) -> int:
 # locks it, and has the workers load the application: up to here a fault ends the start, and nothing was written. Then
 # it takes the inventory over, stored states open the gate, the console answers, the workers may serve. It ends the
 # other way round: the workers drain while the pollers go on, then console, pollers and database close.
-# Gives: check_files, database_at, Installation, reload, serve
+# Gives: check_files, database_at, Installation, MUTE, reload, serve
 RELOAD_END = 2.0                # seconds that the end of the service waits for one
+MUTE = "does not answer"        # a service that runs
 
 
 def mark_beside(inventory: Path) -> Path:
@@ -19690,6 +19692,18 @@ class Installation:
     def runs(self) -> bool:
         """Whether its service does, here."""
         return self.database.is_running(self.service.machine_name)
+
+    def silence(self, session: Session) -> str:
+        """Why its service takes up nothing of what is written; empty: it does."""
+        machine = self.service.machine_name
+        try:
+            if not self.runs:
+                return f"does not run{self.place}: the gate is closed"
+            if remembered(session, own_name(STANDING, machine)).text:   # or it starts, or ends
+                told_by_service(session, machine)
+        except StorageError as error:
+            return f"{MUTE}: {error}"
+        return ""
 
     @property
     def place(self) -> str:
@@ -19871,6 +19885,9 @@ def reload(arguments: argparse.Namespace) -> int:
     with installation.store(needed=True) as store:
         for line in take_over_again(installation, store, "command line"):
             print(line)
+        with store.reading() as session:
+            if why := installation.silence(session):
+                print(f"the service {why}; it follows the inventory when it runs again", file=sys.stderr)
     return 0
 
 
@@ -19994,7 +20011,7 @@ def serve(arguments: argparse.Namespace) -> int:
 # === Status ==================================================================
 # The command `status`, for people and for Nagios: what the running service wrote of itself a moment ago comes in, a
 # line and an exit code go out. Nothing is judged a second time, and nothing is said that the service did not say.
-# Gives: parsed, status
+# Gives: NAGIOS, parsed, status
 NAGIOS = {"open": 0, "degraded": 1, "closed": 2, "unknown": 3}      # exit codes of `status`
 ALIKE = {"unhealthy": "closed", "unknown": "unknown", "degraded": "degraded"}   # the same of states, worst first
 
@@ -20004,7 +20021,7 @@ def parts_told(installation: Installation, names: Sequence[str]) -> tuple[Servic
     if not installation.database.inspect(whole=False) or not installation.runs:
         raise UsageError(f"the service does not run{installation.place}: the gate is closed")
     with installation.store(scratch=True, whole=False) as store, store.reading() as session:
-        view = told_by_service(store, session)
+        view = told_by_service(session, store.machine)
         rows = session.execute(RESOURCES).all() if names else ()
     known = {part.name: part for part in view.gates[1:]} | {row.name: PartView.model_validate({
         "name": row.name, "state": known.state, "why": "", "since": known.since_at or None})
@@ -20611,11 +20628,7 @@ def gate_rows(installation: Installation, session: Session) -> Iterator[list[str
     started = remembered(session, own_name("service", installation.service.machine_name)).text
     mode = json.loads(started or "{}").get("mode", "enforce")   # as it was started with
     yield ["MODE", "observe: nothing is refused" if mode == "observe" else mode]
-    try:
-        runs = "runs" if installation.runs else f"does not run{installation.place}: the gate is closed"
-    except StorageError as error:
-        runs = f"not known: {error}"
-    yield ["SERVICE", runs]
+    yield ["SERVICE", installation.silence(session) or "runs"]
 
 
 def change_and_show(arguments: argparse.Namespace, change: Callable[[Principal], object] | None,
@@ -20629,6 +20642,10 @@ def change_and_show(arguments: argparse.Namespace, change: Callable[[Principal],
                 time.sleep(TAKEN_UP if installation.database.is_running() else 0.0)
         with store.reading() as session:
             print_table(rows(installation, session))
+            if (why := installation.silence(session)).startswith(MUTE):
+                print(f"the service {why}{'; what was written counts when it goes on' if change else ''}",
+                      file=sys.stderr)
+                return 0 if change else NAGIOS["unknown"]
     return 0
 
 

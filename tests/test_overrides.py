@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from service import Program, Service, run, run_cheaply, write_inventory
 from test_groups import Clock, gates_with, is_open, make, told
 
+import healthchecker
 from healthchecker import (
     OVERRIDE_TTL,
     Counters,
@@ -443,6 +444,36 @@ def shown(inventory: Path, *arguments: str) -> dict[str, str]:
     """Its table."""
     lines = gate(inventory, *arguments).splitlines()
     return {line.partition(" ")[0]: line.partition(" ")[2].strip() for line in lines}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signal stops a process there")
+def test_a_service_that_does_not_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped: what is written stays without effect until it goes on, and how it stands nobody knows."""
+    inventory, mute = write_inventory(tmp_path, GOOD), "does not answer: the service has written nothing for"
+
+    def said(*words: str) -> tuple[int, str, str]:
+        code, shown = healthchecker.main(["--inventory", str(inventory), *words]), capsys.readouterr()
+        return code, shown.out, shown.err
+
+    with Service(inventory) as service:
+        service.wait_status("/", 200)
+        wait_for(lambda: said("status")[0] == 0)
+        monkeypatch.setattr(healthchecker, "STANDING_AGE", 3.0)
+        os.kill(service.pid, signal.SIGSTOP)
+        try:
+            wait_for(lambda: said("status")[0] == 3)
+            code, table, error = said("gate")
+            assert code == 3 and f"SERVICE   {mute}" in table and f"the service {mute}" in error
+            for words in (["gate", "close", "--reason", "x"], ["reload"]):
+                code, _, error = said(*words)
+                assert code == 0 and f"the service {mute}" in error
+        finally:
+            os.kill(service.pid, signal.SIGCONT)
+        monkeypatch.undo()
+        wait_for(lambda: said("gate")[0] == 0)
+    assert "the service does not run" in said("reload")[2]
 
 
 @pytest.mark.of_files
