@@ -20330,7 +20330,7 @@ def probe(installation: Installation, targets: Mapping[str, Target], chosen: Seq
 def find_target(targets: Mapping[str, Target], name: str) -> Target:
     """Raises UsageError."""
     if name not in targets:
-        raise UsageError(f"no such resource{did_you_mean(name, targets)}")
+        raise UsageError(f"{name}: {unknown_name(name, targets, 'resource')}")
     return targets[name]
 
 
@@ -20717,6 +20717,9 @@ class Command(NamedTuple):
 
 ITS_NAME, ITS_TOKEN = argument("name", metavar="NAME"), argument("token", metavar="TOKEN")
 ITS_FILE = argument("file", type=Path, metavar="FILE")
+# What stands before the command may stand behind it; left out there, it is as it was said before.
+ACCEPTS = argument("--accept-removals", action="store_true", default=argparse.SUPPRESS, help=(
+    "although more than a third of the resources are not in the inventory any more"))
 ROLE = argument("--role", choices=get_args(Role), default="viewer", help="default: viewer, who looks")
 FOR_EVENT = "shown to who is logged in, and kept as an event"
 SCOPE = (argument("--tag", dest="tags", action="append", metavar="NAME", help="may be said again"),
@@ -20725,6 +20728,7 @@ SCOPE = (argument("--tag", dest="tags", action="append", metavar="NAME", help="m
          argument("--all", action="store_true", help="everything"))
 COMMANDS = (
     Command("check", "validate the inventory and say what a start would change", check, [
+        ACCEPTS,
         argument("--probe", nargs="*", metavar="NAME",
                  help="also poll every resource, or those named, once and print a table")]),
     Command("endpoint", "print what a host needs that shall answer polls and nothing else", endpoint, [ITS_NAME]),
@@ -20734,7 +20738,7 @@ COMMANDS = (
         argument("--forget", action="store_true", help="leave its certificate to its authority again")]),
     Command("seal", "replace plain passwords in the inventory by sealed ones", seal),
     Command("middleware", "print the gate for other servers, which reads service.lease_file", middleware),
-    Command("reload", "have a running service take an edited inventory over", reload),
+    Command("reload", "have a running service take an edited inventory over", reload, [ACCEPTS]),
     Command("backup", "write database, keys and inventory into one archive, also while the service runs", backup,
             [ITS_FILE]),
     Command("restore", "bring them back, where there are none", restore, [ITS_FILE]),
@@ -20782,7 +20786,7 @@ COMMANDS = (
             [argument("action", choices=("test",)), ITS_NAME]),
     Command("keys", "seal every secret with a new key: `keys rotate`, or `keys replace` where the old one is lost; "
                     "stop the service first", "rotate|replace"),
-    Command("keys rotate", "", rotate_keys), Command("keys replace", "", replace_keys))
+    Command("keys rotate", "", rotate_keys), Command("keys replace", "", replace_keys, [ACCEPTS]))
 
 
 def command_line() -> argparse.ArgumentParser:

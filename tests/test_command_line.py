@@ -158,7 +158,8 @@ def test_many_removals_are_said_twice(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["--inventory", str(path), "check"]) == 2
     out, err = capsys.readouterr()
     assert "0 added, 0 changed, 4 removed, 5 kept" in out and err == refusal + "\n"
-    assert main(["--inventory", str(path), "--accept-removals", "check"]) == 0
+    for words in (["--accept-removals", "check"], ["check", "--accept-removals"]):
+        assert main(["--inventory", str(path), *words]) == 0
     code, output = run_cheaply("--inventory", str(path))
     assert code == 2 and refusal in output
     with closing(healthchecker.Store(tmp_path / "healthchecker.db")) as store, store.reading() as session:
@@ -517,7 +518,7 @@ def test_a_probe_of_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["--inventory", str(path), "check", "--probe", "calm"]) == 0
     assert "stormy" not in capsys.readouterr().out.partition("NAME")[2]
     assert main(["--inventory", str(path), "check", "--probe", "clam"]) == 2
-    assert "no such resource; did you mean calm?" in capsys.readouterr().err
+    assert "clam: no resource has this name; did you mean calm?" in capsys.readouterr().err
 
 
 def rows(output: str) -> dict[str, list[str]]:
@@ -930,7 +931,7 @@ def test_a_lost_key(
     [
         ("dead", 1, "127.0.0.1 port"),
         ("ded", 2, "did you mean dead?"),
-        ("zzz", 2, "no such resource"),
+        ("zzz", 2, "zzz: no resource has this name"),
         ("calm", 2, "calm has no host key"),
         ("pinned", 2, "the settings of pinned pin its key; change it in the inventory"),
     ],

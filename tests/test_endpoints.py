@@ -559,7 +559,7 @@ def test_what_the_command_prints(tmp_path: Path) -> None:
     [
         ({"endpoint": ""}, 2, "db1 has no `endpoint: true`; write it there first\n"),
         ({"key_file": "", "password": "x"}, 2, r"inventory\.yaml:\d+:\d+: db1: endpoint needs key_file: .*\n"),
-        ({"name": "db2"}, 2, r"no such resource; did you mean db2\?\n"),
+        ({"name": "db2"}, 2, r"db1: no resource has this name; did you mean db2\?\n"),
         ({"endpoint": "perhaps"}, 2, r"inventory\.yaml:\d+:\d+: resources\[0\]\.endpoint: must be a valid boolean.*\n"),
         ({"platform": "local", "hostname": "", "username": "", "key_file": ""}, 2,
          r"inventory\.yaml:\d+:\d+: resources\[0\]: endpoint has no meaning with platform local\n"),

@@ -145,7 +145,7 @@ def test_a_faulty_inventory_changes_nothing(way: str, tmp_path: Path) -> None:
 def test_removals_are_accepted_where_they_are_meant(tmp_path: Path) -> None:
     with Service(write_inventory(tmp_path, "".join(HOSTS))) as service:
         write_inventory(tmp_path, HOSTS[0])
-        done = run(service.inventory, "--accept-removals", "reload")
+        done = run(service.inventory, "reload", "--accept-removals")
         assert done.returncode == 0 and "8 removed, 1 kept" in done.stdout
 
 
