@@ -4786,6 +4786,7 @@ class LoginRows:
         self.tries: dict[str, float] = {}       # resource -> when its login began that is written down
         self._unseen: dict[str, list[tuple[float, float]]] = {}     # those of an earlier life, and when that began
         self._written: set[str] = set()         # resources of which anything is written
+        self.aged: dict[str, str] = {}          # what was too old at the start, unless the clock was ahead
 
     def unseen(self, since_mono: float) -> list[tuple[float, float]]:
         """Those of earlier lives that count, with their lives."""
@@ -4808,11 +4809,13 @@ class LoginRows:
         """How many seconds ago it refused, and whether that is alone; `is_own`: before the start of this machine."""
         with contextlib.suppress(ValueError, TypeError, LookupError):   # a database may hold anything
             told, now_at = json.loads(text), self.journal.wall()
-            refused = [max(0.0, now_at - at) for at in told["refused"] if at - now_at < LOCKOUT_WINDOW]     # set back
+            refused = [max(0.0, now_at - at) for at in told["refused"] if at < math.inf]   # of a clock ahead, perhaps
+            is_aged = min(refused, default=math.inf) >= LOCKOUT_WINDOW
             if is_own:
                 self._unseen[name] = [(self._clock() - max(0.0, now_at - at), life) for at, life in told["unseen"]]
                 self._written.add(name)
-            return refused if min(refused, default=math.inf) < LOCKOUT_WINDOW else [], bool(told["alone"])
+                self.aged |= {name: text} if is_aged else {}
+            return [] if is_aged else refused, bool(told["alone"])
         return [], False
 
 
@@ -5028,6 +5031,7 @@ class LoginGuard:
             if not later:
                 self._good.add(name)
                 self._alone.discard(name)
+                self.rows.aged.pop(name, None)
 
     def hear(self, name: str, text: str, *, is_own: bool) -> None:
         """Takes up what was written of `name`, by another machine or, `is_own`, before the start of this one."""
@@ -5176,10 +5180,13 @@ class Guards:
             count_with(guard, typed._wrong)
         return guard
 
-    def write_again(self) -> None:
-        """Has all of it written again, for the clock was set."""
+    def write_again(self, *, is_back: bool) -> None:
+        """Has all of it written again, for the clock was set; back: what looked too old at the start may count."""
         for guard in list(self._guards.values()):
-            for name in list(guard.rows.of):
+            for name, row in list(guard.rows.of.items()):
+                if is_back:
+                    guard.hear(name, guard.rows.aged.pop(name, ""), is_own=True)
+                    self._take_replaced(guard, name, row)
                 guard.write(name)
 
     def keep(self, targets: Iterable[Target]) -> None:
@@ -12318,7 +12325,7 @@ class Monitor(threading.Thread):
                 if abs(moved - behind) > CLOCK_STEP:
                     self.clock_step = tell_step(session, moved - behind, self._wall())
         self._zero_at = zero_at     # now that it is written
-        self.guards.write_again()
+        self.guards.write_again(is_back=moved < 0)
         self.maintenance.follow(lease_clock() + zero_at)
 
     def _recount(self, covered: Mapping[str, str]) -> None:

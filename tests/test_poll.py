@@ -1057,9 +1057,9 @@ def test_a_restart_between_a_refusal_and_its_second_attempt(house: House, machin
 
 @pytest.mark.long
 @pytest.mark.parametrize(("age", "tried"), [
-    (0, False), (200, False), (280, False), (301, True), (-60, False), (-4000, True)])
+    (0, False), (200, False), (280, False), (301, True), (-60, False), (-4000, False)])
 def test_age_of_a_refusal_at_a_restart(house: House, machines: Machines, age: float, tried: bool) -> None:
-    """-60: the wall clock was set back, and when it was is not known; -4000: nothing that is near."""
+    """Less than 0: the wall clock was set back, and when it was is not known."""
     house.write("name: a, interval: 1")
     machines.behaviours["a"] = machines.login("a", refused)
     with house.watching():
@@ -1142,6 +1142,26 @@ def test_refusals_are_written_anew_when_the_clock_is_set(house: House, machines:
         ahead = 900.0
         wait_for(lambda: kept_logins(house)[0]["refused"] == [pytest.approx(before + 900, abs=LATE)])
         assert house.monitor.login_wait("a") > 200
+
+
+def test_refusals_and_boots_with_a_clock_that_is_wrong(house: House, machines: Machines) -> None:
+    """Of one that is ahead, until it is put right, they look too old, and of one that is behind as if of the future:
+    they count all the same, or each such start would show the password once more."""
+    house.write("name: a, interval: 1")
+    machines.behaviours["a"] = machines.login("a", refused)
+    with house.watching():
+        wait_for(lambda: house.stored("a") == ("unhealthy", "auth"))
+    house.age(60)   # or the next one could be the same
+    for ahead, count in (7200.0, 2), (-7200.0, 2), (-FAR_AWAY, 2):
+        house.elsewhere("UPDATE setting SET value = value + 1 WHERE name = 'boot'")
+        wrong = [ahead]
+        with house.watching(lambda wrong=wrong: time.time() + wrong[-1]):   # type: ignore[misc]
+            wait_for(lambda: house.state("a") == ("unhealthy", "auth"))
+            wrong.append(0.0)
+            wait_for(lambda: abs(house.monitor._zero_at - (time.time() - healthchecker.lease_clock())) < 1)
+            wait_for(lambda count=count: [len(told["refused"]) for told in kept_logins(house)] == [count])  # type: ignore[misc]
+            assert house.monitor.guards.of(house.poller("a").target).refusals == count
+            assert len(machines.logins) == count and house.monitor.login_wait("a") > 200
 
 
 def test_a_late_refusal_is_written_down(house: House, machines: Machines) -> None:
