@@ -9813,11 +9813,12 @@ DROP = sqlalchemy.text(f"DELETE FROM resource WHERE id = :id AND origin = '{REMO
 
 
 def prune(session: Session, resource_id: int, retention: Retention, now: float) -> None:
-    """Drops what is older than `retention`, a part at most, and what is of a future that a clock once showed."""
+    """Drops what is older than `retention`, a part at most, and what is of a future that a clock once showed:
+    less than a day ahead may be a clock that is behind now."""
     for statement in (*PRUNE, DROP):
         session.execute(statement, {"id": resource_id, "sample": now - retention.raw * DAY,
                                     **dict.fromkeys(("average", "filesystem"), now - retention.averages * DAY),
-                                    "future": now + QUARTER})
+                                    "future": now + DAY})
 
 
 def prune_events(session: Session, retention: Retention, now: float) -> None:
@@ -11014,13 +11015,13 @@ def gate_strip(session: Session, group: str, span: str, now: float) -> str:
 
 
 def prune_incidents(session: Session, retention: Retention, now: float) -> None:
-    """Drops what is older than `retention`, a part at most, what is of a future that a clock once showed, and of each
-    group what is more than EVENTS."""
+    """Drops what is older than `retention`, a part at most, what is of a future, as in prune, and of each group what
+    is more than EVENTS."""
     begin = now - max(retention.events, HISTORY_DAYS) * DAY
     kinds: tuple[Any, ...] = Incident, WatchedTime
     for kind in kinds:
         count = session.scalar(sqlalchemy.select(func.count()).select_from(kind)) or 0
-        for outside in (kind.to_at < begin, kind.from_at > now + QUARTER):
+        for outside in (kind.to_at < begin, kind.from_at > now + DAY):
             doomed = sqlalchemy.select(kind.id).where(outside).limit(max(PRUNE_ROWS[0], count // PRUNE_PART))
             session.execute(sqlalchemy.delete(kind).where(kind.id.in_(doomed)))
     for group, count in session.execute(sqlalchemy.select(Incident.group, func.count()).group_by(Incident.group)).all():

@@ -579,6 +579,16 @@ def test_a_wrong_clock_drops_nothing(days: int, tmp_path: Path, monkeypatch: pyt
     notebook.store.close()
 
 
+def test_a_clock_that_is_hours_behind_drops_nothing(notebook: Notebook) -> None:
+    """Until it is put right: that takes longer than a quarter of an hour where nobody is there."""
+    end = notebook.polls("h" * 200)
+    notebook.tidy(end)
+    before = notebook.count(SAMPLES), notebook.count(AVERAGES)
+    for turn in range(4):
+        notebook.tidy(end - 7200 + turn * QUARTER)
+    assert (notebook.count(SAMPLES), notebook.count(AVERAGES)) == before == (200, 13)
+
+
 def test_a_machine_that_is_off_each_weekend_drops_what_is_old(
     notebook: Notebook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
