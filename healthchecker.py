@@ -4682,8 +4682,7 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline, *,
 # === Logins ==================================================================
 # Asked before every login with a password and told what came of it; answers with permission, a wait, or ProbeError
 # `auth`. The threads of the pollers share a guard for each credential; what it has to know after a restart and on other
-# machines goes out to a journal, before a login whose end nobody may live to see. Its times are perf_counter's: in one
-# tick of monotonic(), 16 ms on Windows, what was accepted and what was refused would look alike.
+# machines goes out to a journal, before a login whose end nobody may live to see. Its times are LOGIN_CLOCK's.
 # Gives: ANSWER_TIME, AUTH_BACKOFF, LateLogin, LOCKOUT_WINDOW, log_in_beside, NOT_TRIED, LoginGuard, LoginJournal,
 # LoginRecord, Guards
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
@@ -4697,6 +4696,9 @@ ANSWER_TIME = 60.0              # seconds after its poll for which a host may sa
 REMEMBERED = 1000               # credentials that nobody has any more, of which a refusal counts on
 JOURNAL_TIME = 1.0              # seconds, a quarter of what is left at most, for which a login waits to be written down
 NOT_TRIED = "not tried: "       # begins the reason of what was no login
+# It counts the time of a suspended machine, as directories do. In one tick of Windows' monotonic(), 16 ms, what was
+# accepted and what was refused would look alike.
+LOGIN_CLOCK = time.perf_counter if sys.platform == "win32" else lease_clock
 
 
 class LateLogin(ProbeError):
@@ -4864,7 +4866,7 @@ class LoginGuard:
     that were refused; without any, those of so many lives have the next one wait for AUTH_RETRY.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter, *, locks: bool = True,
+    def __init__(self, clock: Callable[[], float] = LOGIN_CLOCK, *, locks: bool = True,
                  journal: LoginJournal | None = None) -> None:
         self._clock, self._locks = clock, locks     # nothing counts a key that is refused
         self.rows = LoginRows(journal or LoginJournal(), lambda: self._clock())
@@ -11895,13 +11897,18 @@ class Poller(ResourceLease, threading.Thread):
         """Makes the resource unhealthy, cause `stale`, when there was no result in time, or when a hold is over."""
         if self._is_held and not self.held:
             self.report_again()
-        if lease_clock() < self.expires_mono:   # asked twice a second; _report looks again under the lock
+        settings = self.target.settings
+        if (left := self.expires_mono - lease_clock()) > 0:     # asked twice a second; _report looks under the lock
+            # The poll may be due too late: what waits for it stood still with a suspended machine.
+            has_polled = settings.is_asked and not self.rests and self.doubt.polled_mono > 0
+            if has_polled and left < settings.timeout + LEASE_GRACE:
+                self.doubt.urge()
             return
-        name, ttl, waits = self.target.name, self.target.settings.ttl, self._guard.wait(self.target.name) > 0
+        name, ttl, waits = self.target.name, settings.ttl, self._guard.wait(self.target.name) > 0
         if not (waits and self.standing.cause == "auth"):
             why = f"; {self._guard.why(name)}" if waits else ""
             self._report(Verdict("unhealthy", "stale", f"no result for {ttl:.0f} s{why}"), 0.0)
-            self._due_mono = 0.0    # as it may be since long: what waits stood still with a suspended machine
+            self._due_mono = 0.0    # as it may be since long
             self.doubt.woken.set()
 
     def _poll(self) -> tuple[float, Report]:

@@ -14,6 +14,7 @@ import random
 import re
 import socket
 import statistics
+import sys
 import threading
 import time
 from collections import Counter
@@ -687,6 +688,12 @@ def written(*refused: float, unseen: Sequence[float] = ()) -> str:
     """What a guard writes of logins so many seconds ago."""
     return json.dumps({"refused": [time.time() - ago for ago in refused],
                        "unseen": [(time.time() - ago, ago) for ago in unseen], "alone": False})  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="perf_counter counts the time of a suspended machine there")
+def test_a_wait_ends_while_the_machine_is_suspended() -> None:
+    """Else a password that is right again would wait for the rest of it after each night."""
+    assert LoginGuard()._clock is healthchecker.lease_clock
 
 
 def test_refusals_within_a_tick_of_monotonic_count() -> None:
@@ -2137,6 +2144,20 @@ def test_a_boot_with_a_clock_that_is_wrong(days: int, house: House, machines: Ma
     house.elsewhere("UPDATE setting SET value = value + 1 WHERE name = 'boot'")
     with house.watching():
         assert len(clock_events(house)) == len(told) + 1
+
+
+def test_a_poll_is_due_before_the_lease_ends(house: House, machines: Machines) -> None:
+    """A machine that was suspended has less time left than the wait for the next poll, whose clock stood still."""
+    house.write("name: db1")
+    with house.watching():
+        wait_for(lambda: house.stored("db1") == ("healthy", ""))
+        poller = house.poller("db1")
+        poller.expires_mono = healthchecker.lease_clock() + 2.5
+        wait_for(lambda: len(machines.moments("db1")) == 2)
+        wait_for(lambda: poller.expires_mono > healthchecker.lease_clock() + 10)
+        assert poller.standing.healthy and "stale" not in poller.standing.why
+        with house.store.reading() as session:
+            assert not [event for event in healthchecker.events(session, kind="state") if "stale" in event.text]
 
 
 # --- a poll on demand ---
