@@ -5033,7 +5033,6 @@ class LoginGuard:
             if not later:
                 self._good.add(name)
                 self._alone.discard(name)
-                self.rows.aged.pop(name, None)
 
     def hear(self, name: str, text: str, *, is_own: bool) -> None:
         """Takes up what was written of `name`, by another machine or, `is_own`, before the start of this one."""
@@ -5186,7 +5185,7 @@ class Guards:
         """Has all of it written again, for the clock was set; back: what looked too old at the start may count."""
         for guard in list(self._guards.values()):
             for name, row in list(guard.rows.of.items()):
-                if is_back:
+                if is_back and name not in guard._good:
                     guard.hear(name, guard.rows.aged.pop(name, ""), is_own=True)
                     self._take_replaced(guard, name, row)
                 guard.write(name)
@@ -10336,6 +10335,11 @@ class OverrideKeeper:
                 log.warning("gate: %s", override.why if override else "left to the resources again")
         self.say()
 
+    def follow_clock(self, zero_at: float) -> None:
+        """The clock was set: for how long one from before the machine booted has lasted is known better."""
+        if self._stored and self._stored.boot != boot_number():
+            self._ends_mono = min(self._ends_mono, end_of_override(self._stored, zero_at))
+
     def say(self) -> None:
         """It holds on, or it is over."""
         self._aggregator.overrule(self.now, self._ends_mono)
@@ -10547,14 +10551,15 @@ def take_turns(session: Session, now: float) -> None:
 
 def move_times(session: Session, seconds: float, now: float) -> None:
     """After the clock, which said `now`, was set by so much: what was begun by hand goes on for the time that it had
-    left, and no turn of a plan for longer than that; a clock that was put forward ends it as it says. What began later
-    than `now` was begun by a clock that was right, before a start with one that was behind. What a start with one that
-    was ahead took for over begins when it should."""
+    left, and no turn of a plan for longer than that; a clock that was put forward ends it as it says, and what was
+    begun before the machine booted, for it may have been wrong since then. What began later than `now` was begun by a
+    clock that was right, before a start with one that was behind. What a start with one that was ahead took for over
+    begins when it should."""
     for row in session.scalars(sqlalchemy.select(Maintenance).where(Maintenance.state != "planned")):
         if row.state == "over":
             if not row.plan and row.until_at > now + seconds:
                 row.state = "planned"
-        elif row.start_at <= now and (seconds < 0 or not row.plan):
+        elif row.start_at <= now and (seconds < 0 or not (row.plan or row.start_at < now - lease_clock())):
             row.start_at += seconds
             row.until_at += seconds
 
@@ -11701,6 +11706,7 @@ class ResourceLease:
         self.doubt = self.news.doubt
         self.expires_mono = lease_clock() + delay + target.settings.ttl     # without a report until then it is stale
         self.lease_mono = 0.0       # until when what was known before it counts
+        self.is_of_boot = True      # that was found since the machine booted
         self.ends_mono = 0.0        # until when its last poll may take; 0: it goes on
         self.rests = context.members.is_shared      # another machine polls it, until this one is said to
         self._found_mono, self._spare = -math.inf, 0.0      # when the standing was found, and how much longer it counts
@@ -11714,6 +11720,22 @@ class ResourceLease:
         """Tells the aggregator the standing once more, for the rest of its time."""
         with self._lock:
             if self.standing.state != "unknown":
+                self._set_resource(self.expires_mono - lease_clock())
+
+    def attend(self) -> None:
+        """Takes up that a hold is over, and has it polled before its lease ends: a poll may be due too late, for what
+        waits for it stands still with a suspended machine."""
+        if self._is_held and not self.held:
+            self.report_again()
+        has_polled = self.target.settings.is_asked and not self.rests and self.doubt.polled_mono > 0
+        if has_polled and self.expires_mono - lease_clock() < self.target.settings.timeout + LEASE_GRACE:
+            self.doubt.urge()
+
+    def shorten(self, seconds: float) -> None:
+        """What was found before the machine booted counts for so much less."""
+        with self._lock:
+            if not self.is_of_boot and self.expires_mono == self.lease_mono:
+                self.expires_mono = self.lease_mono = self.lease_mono - seconds
                 self._set_resource(self.expires_mono - lease_clock())
 
     @property
@@ -11895,16 +11917,10 @@ class Poller(ResourceLease, threading.Thread):
 
     def expire(self) -> None:
         """Makes the resource unhealthy, cause `stale`, when there was no result in time, or when a hold is over."""
-        if self._is_held and not self.held:
-            self.report_again()
-        settings = self.target.settings
-        if (left := self.expires_mono - lease_clock()) > 0:     # asked twice a second; _report looks under the lock
-            # The poll may be due too late: what waits for it stood still with a suspended machine.
-            has_polled = settings.is_asked and not self.rests and self.doubt.polled_mono > 0
-            if has_polled and left < settings.timeout + LEASE_GRACE:
-                self.doubt.urge()
+        self.attend()
+        if lease_clock() < self.expires_mono:   # asked twice a second; _report looks again under the lock
             return
-        name, ttl, waits = self.target.name, settings.ttl, self._guard.wait(self.target.name) > 0
+        name, ttl, waits = self.target.name, self.target.settings.ttl, self._guard.wait(self.target.name) > 0
         if not (waits and self.standing.cause == "auth"):
             why = f"; {self._guard.why(name)}" if waits else ""
             self._report(Verdict("unhealthy", "stale", f"no result for {ttl:.0f} s{why}"), 0.0)
@@ -11981,10 +11997,11 @@ class Poller(ResourceLease, threading.Thread):
                 if report := self.news.late(is_last=is_last):
                     self._context.recorder.tell(report)
 
-    def restore(self, known: Stored, age: float) -> None:
+    def restore(self, known: Stored, zero_at: float, booted_mono: float) -> None:
         """Goes on from what is stored: it must be of these settings and fresh, a refused login counts during its
         back-off. Where machines share the work, it is told of that with its time."""
-        stored, settings = known.status, self.target.settings
+        stored, settings, age = known.status, self.target.settings, lease_clock() + zero_at - known.status.polled_at
+        self.is_of_boot = stored.polled_at >= booted_mono + zero_at
         is_same = restore_login(self._guard, self.target, stored, age)
         left = counts_for(self.target, stored, age, self._guard.wait(settings.name))
         if is_same and stored.cause == "auth":
@@ -12184,16 +12201,36 @@ def stop_slow_polls(pollers: Iterable[Poller], drain: float) -> None:
                 poller.stop()
 
 
+def clock_of_boot(session: Session, store: Store) -> tuple[float, float] | None:
+    """What is written down of this boot: the first start by lease_clock, and the Unix time of the 0 of that."""
+    if remembered(session, store.own("boot")).value == boot_number() != 0:
+        booted_mono, zero_at = (remembered(session, store.own(name)).value / 1000 for name in ("booted", "clock"))
+        return booted_mono, zero_at
+    return None
+
+
+def write_clock(session: Session, store: Store, booted_mono: float, zero_at: float) -> None:
+    for name, value in ("boot", boot_number()), ("booted", round(1000 * booted_mono)), ("clock", round(1000 * zero_at)):
+        session.merge(Setting(name=store.own(name), value=value))
+
+
+def take_step(pollers: Iterable[Poller], moved: float) -> None:
+    """After the clock was set by so much: what was found before the boot is older than it looked."""
+    for poller in pollers if moved > 0 else ():
+        poller.shorten(moved)
+
+
 def behind_by(session: Session, now: float) -> float:
     """Seconds by which a clock that says `now` is behind what was found last; ahead is what to be off looks like."""
     return max(0.0, (session.scalar(sqlalchemy.select(func.max(Status.polled_at))) or 0.0) - now)
 
 
-def move_rows(session: Session, moved: float, now: float) -> None:
+def move_rows(session: Session, moved: float, now: float, booted_at: float) -> None:
     """After the clock, which said `now`, was set by so much; what is later was found before a start with one that was
-    behind."""
+    behind. Forward: nothing of before the boot, since when that may have been wrong."""
     if abs(moved) > CLOCK_DRIFT:
-        session.execute(sqlalchemy.update(Status).where(Status.polled_at <= now + CLOCK_STEP).values(
+        begin = booted_at if moved > 0 else 0.0
+        session.execute(sqlalchemy.update(Status).where(Status.polled_at.between(begin, now + CLOCK_STEP)).values(
             polled_at=Status.polled_at + moved))
     if abs(moved) > CLOCK_STEP:
         move_times(session, moved, now)
@@ -12220,7 +12257,8 @@ class Monitor(threading.Thread):
         self.members, self.blames = context.members, functools.partial(blamed, pollers=self.pollers, context=context)
         self.changed_at, self.flush = context.recorder.changed_at, context.recorder.flush
         self.override = OverrideKeeper(store, context.aggregator, self._wall)
-        self._zero_at = self._wall() - lease_clock()    # the Unix time of lease_clock's 0, by which times are stored
+        self._booted_mono = lease_clock()       # the first start since the machine booted
+        self._zero_at = self._wall() - self._booted_mono    # the Unix time of lease_clock's 0: times are stored by it
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
         self.maintenance, self.exchange = MaintenanceKeeper(store), Exchange(store, context)
         context.recorder.incidents.standings = self.standings
@@ -12230,12 +12268,11 @@ class Monitor(threading.Thread):
 
     def begin(self) -> None:
         """Registers every resource and takes over fresh stored states; all begins, but polls, which `start` does."""
-        now_at, behind = self._zero_at, 0.0
+        now_at = self._zero_at
         with self._store.reading() as session:
-            if remembered(session, self._store.own("boot")).value == boot_number() != 0:    # whatever the clock became
-                self._zero_at = remembered(session, self._store.own("clock")).value / 1000
-            else:
-                behind = behind_by(session, lease_clock() + now_at)
+            known = clock_of_boot(session, self._store)     # whatever the clock became
+            behind = 0.0 if known else behind_by(session, lease_clock() + now_at)
+        self._booted_mono, self._zero_at = known or (self._booted_mono, now_at)
         self.exchange.begin(lambda: lease_clock() + self._zero_at)
         self._reconcile()
         self._take_clock(now_at, behind)
@@ -12326,13 +12363,14 @@ class Monitor(threading.Thread):
         """Takes down how the clock stands, for the next start, and notes that it was set, or is behind after a boot."""
         moved = zero_at - self._zero_at
         with self._store.writing() as session:
-            for name, value in (("boot", boot_number()), ("clock", round(1000 * zero_at))):
-                session.merge(Setting(name=self._store.own(name), value=value))
+            write_clock(session, self._store, self._booted_mono, zero_at)
             if not self._context.members.is_shared:     # else the rows have the database's
-                move_rows(session, moved, lease_clock() + self._zero_at)
+                move_rows(session, moved, lease_clock() + self._zero_at, self._booted_mono + self._zero_at)
                 if abs(moved - behind) > CLOCK_STEP:
                     self.clock_step = tell_step(session, moved - behind, self._wall())
         self._zero_at = zero_at     # now that it is written
+        take_step(self.pollers.values(), moved)
+        self.override.follow_clock(zero_at)
         self.guards.write_again(is_back=moved < 0)
         self.maintenance.follow(lease_clock() + zero_at)
 
@@ -12399,7 +12437,7 @@ class Monitor(threading.Thread):
         else:
             poller = Poller(target, self._context, self.guards.of(target), delay)
             if stored:
-                poller.restore(stored, lease_clock() + self._zero_at - stored.status.polled_at)
+                poller.restore(stored, self._zero_at, self._booted_mono)
             if (before and before.target.name != target.name and poller.standing.state == "unknown"     # renamed
                     and (not before.standing.healthy or is_same_place(before.target.settings, target.settings))):
                 poller.go_on_from(before)

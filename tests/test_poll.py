@@ -1701,8 +1701,8 @@ def put_into_maintenance(names: str, until_at: float) -> list[str]:
     """What another process writes to put resources in maintenance, instead of that in which they are."""
     scope = json.dumps({"resources": names.split()})
     return [f"DELETE FROM maintenance WHERE scope = '{scope}'",
-            "INSERT INTO maintenance (state, start_at, until_at, scope, reason, actor, plan, turn_at) "
-            f"VALUES ('begun', {until_at - 3600}, {until_at}, '{scope}', 'disks', '', '', 0)"]  # fmt: skip
+            "INSERT INTO maintenance (state, start_at, until_at, scope, reason, actor, plan, turn_at) VALUES "
+            f"('begun', {min(time.time(), until_at) - 1}, {until_at}, '{scope}', 'disks', '', '', 0)"]  # fmt: skip
 
 
 def maintain(house: House, names: str, seconds: float) -> None:
@@ -2158,6 +2158,56 @@ def test_a_poll_is_due_before_the_lease_ends(house: House, machines: Machines) -
         assert poller.standing.healthy and "stale" not in poller.standing.why
         with house.store.reading() as session:
             assert not [event for event in healthchecker.events(session, kind="state") if "stale" in event.text]
+
+
+@pytest.mark.skipif(not healthchecker.boot_number(), reason="the system numbers no boots")
+@pytest.mark.parametrize("starts", [1, 2])
+def test_a_boot_whose_clock_goes_on_from_where_it_stopped(house: House, starts: int) -> None:
+    """Without a battery it does: for how long the machine was off shows when it has the time from others, and then what
+    was heard before is as old as it is, and stays so."""
+    house.write("name: db1", "name: job, platform: push, password: 0123456789abcdef, interval: 86400")
+    with house.watching():
+        wait_for(lambda: "job" in house.monitor.pollers)
+        house.poller("job").take(Sample({}, {}, None, {}, {}, {}))
+        wait_for(lambda: house.stored("job") == house.stored("db1") == ("healthy", ""))
+    house.elsewhere("UPDATE setting SET value = value + 1 WHERE name = 'boot'")
+    off = [0.0]
+    for start in range(starts):
+        with house.watching(lambda: time.time() + off[-1]):
+            wait_for(house.aggregator.is_healthy)
+            if start == starts - 1:
+                off.append(3 * 86_400.0)
+                wait_for(lambda: house.stored("job") == ("unhealthy", "stale"))
+                wait_for(lambda: clock_events(house) == ["the clock was set forward by 259,200 s"])
+    with house.watching(lambda: time.time() + off[-1]):
+        assert not house.aggregator.is_healthy() and house.state("job")[0] != "healthy"
+    now = house.age(100) + 100
+    for booted_at, moved in (now - 50, 0), (now - 150, 3600):
+        with house.store.writing() as session:
+            healthchecker.move_rows(session, 3600, now, booted_at)
+            assert {row.polled_at for row in session.scalars(sqlalchemy.select(Status))} == {now - 100 + moved}
+
+
+@pytest.mark.skipif(not healthchecker.boot_number(), reason="the system numbers no boots")
+def test_what_was_to_end_while_the_machine_was_off(house: House, machines: Machines) -> None:
+    """Its clock goes on from where it stopped; once that is put right it is over."""
+    begun = time.time() - healthchecker.lease_clock() - 60   # before this boot
+    seconds = time.time() - begun + 600
+    house.write("name: db1", "name: db2")
+    machines.behaviours["db1"] = unreachable
+    said = healthchecker.Override(action="open", at=begun, seconds=seconds, reason="release", actor="adam", boot=1)
+    off = [0.0]
+    with house.store.writing() as session:
+        session.merge(healthchecker.Setting(name="override", value=0, text=said.model_dump_json()))
+    with house.watching(lambda: time.time() + off[-1]):
+        house.elsewhere(*put_into_maintenance("db1", begun + seconds), f"UPDATE maintenance SET start_at = {begun}")
+        wait_for(lambda: house.state("db1")[0] == "unhealthy" and house.stored("db2")[0] == "healthy")
+        wait_for(lambda: house.poller("db1").counted is False)
+        assert house.aggregator.is_healthy() and house.monitor.override.now
+        off.append(8 * 3600.0)
+        wait_for(lambda: not house.aggregator.is_healthy())
+        wait_for(lambda: maintenance_events(house) == ["db1: maintenance is over"])
+        wait_for(lambda: house.monitor.override.now is None)
 
 
 # --- a poll on demand ---
