@@ -12214,10 +12214,15 @@ def write_clock(session: Session, store: Store, booted_mono: float, zero_at: flo
         session.merge(Setting(name=store.own(name), value=value))
 
 
-def take_step(pollers: Iterable[Poller], moved: float) -> None:
-    """After the clock was set by so much: what was found before the boot is older than it looked."""
+def take_step(pollers: Collection[Poller], moved: float) -> None:
+    """After the clock was set by so much, forward: what was found before the boot is older than it looked, and so is
+    all else if this machine was paused with all its clocks, which looks the same: it is polled anew."""
     for poller in pollers if moved > 0 else ():
         poller.shorten(moved)
+    running = [poller for poller in pollers if poller.is_alive() and not poller.rests and moved > CLOCK_STEP]
+    left = [poller.expires_mono - lease_clock() for poller in running]
+    for poller, delay in zip(running, first_polls(left, [one.target.settings for one in running]), strict=True):
+        poller.go_on(delay)
 
 
 def behind_by(session: Session, now: float) -> float:

@@ -2160,6 +2160,19 @@ def test_a_poll_is_due_before_the_lease_ends(house: House, machines: Machines) -
             assert not [event for event in healthchecker.events(session, kind="state") if "stale" in event.text]
 
 
+def test_after_a_step_forward_everything_is_polled_at_once(house: House, machines: Machines) -> None:
+    """A machine that its hypervisor paused looks like that: all its clocks stood still, and what it knows is old."""
+    house.write("name: db1, interval: 600, fall: 1", "name: db2, interval: 600")
+    ahead = [0.0]
+    with house.watching(lambda: time.time() + ahead[-1]):
+        wait_for(house.aggregator.is_healthy)
+        machines.behaviours["db1"] = unreachable
+        ahead.append(3600.0)
+        wait_for(lambda: not house.aggregator.is_healthy())
+        wait_for(lambda: len(machines.moments("db2")) == 2)
+        assert house.state("db1") == ("unhealthy", "unreachable")
+
+
 @pytest.mark.skipif(not healthchecker.boot_number(), reason="the system numbers no boots")
 @pytest.mark.parametrize("starts", [1, 2])
 def test_a_boot_whose_clock_goes_on_from_where_it_stopped(house: House, starts: int) -> None:
