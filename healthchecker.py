@@ -10790,6 +10790,7 @@ class IncidentLog:
         # set by who knows: how each resource stands, and whether it counts; and why clients have no answer
         self.standings: Callable[[], Iterable[tuple[str, Standing, bool]]] = tuple
         self.unserved: Callable[[], str] = str
+        self.changed_at: dict[str, float] = {}      # the recorder's
 
     @property
     def due(self) -> bool:
@@ -10938,9 +10939,9 @@ class IncidentLog:
         moved = zero_at - self._zero_at
         if abs(moved) > CLOCK_DRIFT:
             self._zero_at, self._begun_at = zero_at, self._begun_at + moved
-            lasting: list[Any] = [*self._lasting.values(), *filter(None, [self._watched])]
-            for one in lasting:
+            for one in list[Any]([*self._lasting.values(), *filter(None, [self._watched])]):
                 one.from_at, one.to_at = one.from_at + moved, one.to_at + moved
+            self.changed_at.update({name: at + moved for name, at in self.changed_at.items()})
 
     def _note_gap(self, now_mono: float) -> None:
         """Of the time of a suspended machine nothing is known."""
@@ -11405,7 +11406,7 @@ class Recorder(threading.Thread):
         # What anybody tells of; nobody waits until that is written
         self._told: queue.SimpleQueue[tuple[Origin | None, dict[str, Any]]] = queue.SimpleQueue()
         self.logins = LoginWriter(self._store, self._woken, self._ending, self._unwritten)
-        self._changed_at = {SITE: self.wall()}      # when it, a group or a route last opened or closed
+        self._changed_at = self.incidents.changed_at = {SITE: self.wall()}  # when it, a group or a route last changed
         self._is_heard = not self._members.is_shared    # all that stands otherwise than was told last is told
         if self._members.speaks and not self._members.names - {store.machine}:
             self._events.append((None, {"kind": "gate", "text": "closed (the service starts)",
@@ -11731,10 +11732,14 @@ class ResourceLease:
         if has_polled and self.expires_mono - lease_clock() < self.target.settings.timeout + LEASE_GRACE:
             self.doubt.urge()
 
-    def shorten(self, seconds: float) -> None:
-        """What was found before the machine booted counts for so much less."""
+    def move(self, seconds: float, begin: float, end: float) -> None:
+        """The clock was set by so much: what has begun between these Unix times did so by the one of before, and what
+        was found before the machine booted is older than it looked."""
         with self._lock:
-            if not self.is_of_boot and self.expires_mono == self.lease_mono:
+            self.standing, self.news.told = (
+                replace(one, since_at=one.since_at + seconds) if begin <= one.since_at <= end else one
+                for one in (self.standing, self.news.told))
+            if seconds > 0 and not self.is_of_boot and self.expires_mono == self.lease_mono:
                 self.expires_mono = self.lease_mono = self.lease_mono - seconds
                 self._set_resource(self.expires_mono - lease_clock())
 
@@ -12214,11 +12219,11 @@ def write_clock(session: Session, store: Store, booted_mono: float, zero_at: flo
         session.merge(Setting(name=store.own(name), value=value))
 
 
-def take_step(pollers: Collection[Poller], moved: float) -> None:
-    """After the clock was set by so much, forward: what was found before the boot is older than it looked, and so is
-    all else if this machine was paused with all its clocks, which looks the same: it is polled anew."""
-    for poller in pollers if moved > 0 else ():
-        poller.shorten(moved)
+def take_step(pollers: Collection[Poller], moved: float, booted_at: float, now: float) -> None:
+    """After the clock, which said `now`, was set by so much. Forward looks as if this machine was paused with all its
+    clocks: what is known is older than it seems, and all is polled anew."""
+    for poller in pollers:
+        poller.move(moved, booted_at, now)
     running = [poller for poller in pollers if poller.is_alive() and not poller.rests and moved > CLOCK_STEP]
     left = [poller.expires_mono - lease_clock() for poller in running]
     for poller, delay in zip(running, first_polls(left, [one.target.settings for one in running]), strict=True):
@@ -12237,6 +12242,8 @@ def move_rows(session: Session, moved: float, now: float, booted_at: float) -> N
         begin = booted_at if moved > 0 else 0.0
         session.execute(sqlalchemy.update(Status).where(Status.polled_at.between(begin, now + CLOCK_STEP)).values(
             polled_at=Status.polled_at + moved))
+        session.execute(sqlalchemy.update(Status).where(Status.since_at.between(booted_at, now)).values(
+            since_at=Status.since_at + moved))
     if abs(moved) > CLOCK_STEP:
         move_times(session, moved, now)
 
@@ -12373,8 +12380,8 @@ class Monitor(threading.Thread):
                 move_rows(session, moved, lease_clock() + self._zero_at, self._booted_mono + self._zero_at)
                 if abs(moved - behind) > CLOCK_STEP:
                     self.clock_step = tell_step(session, moved - behind, self._wall())
-        self._zero_at = zero_at     # now that it is written
-        take_step(self.pollers.values(), moved)
+        before_at, self._zero_at = self._zero_at, zero_at   # now that it is written
+        take_step(self.pollers.values(), moved, self._booted_mono + before_at, lease_clock() + before_at)
         self.override.follow_clock(zero_at)
         self.guards.write_again(is_back=moved < 0)
         self.maintenance.follow(lease_clock() + zero_at)
@@ -18787,6 +18794,14 @@ class Announcer:
                                     for name, why in picture.problems.items() if name != f"receiver {row.name}"}, now)
         self._begin_new("maintenance", picture.works, now)
 
+    def move(self, seconds: float) -> None:
+        """The clock was set by so much: what lasts is no longer or shorter by that, nor what waits."""
+        times: list[tuple[Any, tuple[str, ...]]] = [(self.row, ("made_at", "next_at"))]
+        times += [(notice, ("since_at", "taken_at", "over_at", "told_at")) for notice in self.notices.values()]
+        for one, columns in times:
+            for column, at in as_mapping(one, *columns).items():
+                setattr(one, column, at and at + seconds)
+
     def compose(self, picture: Picture, now: float) -> None:
         """Makes what is to be said now, if anything is, the row's message; it counts as told, and what is over is
         forgotten."""
@@ -19215,10 +19230,13 @@ class Notifier(threading.Thread):
         self._told: list[Notice] = []       # of problems in a life before, while the database was away
 
     def run(self) -> None:
-        ended = False
+        ended, zero_at = False, math.nan    # the Unix time of lease_clock's 0
         while not ended:
             with self._trouble.caught():
-                self.look(self._store.wall())
+                moved, zero_at = (now := self._store.wall()) - lease_clock() - zero_at, now - lease_clock()
+                for announcer in self._announcers.values() if abs(moved) > CLOCK_STEP else ():
+                    announcer.move(moved)
+                self.look(now)
             ended = self._ending.wait(NOTIFY_INTERVAL * (1 if self._announcers else 5))    # a reload may name some
 
     def look(self, now: float) -> None:

@@ -330,8 +330,10 @@ def test_a_clock_that_is_set(bench: Bench, step: float) -> None:
     bench.look(300)
     bench.report(b=False)
     bench.look(100)
+    bench.log.changed_at[""] = bench.wall.now - 100
     bench.wall.now += step
     bench.report(b=True)
+    assert bench.wall.now - bench.log.changed_at[""] == pytest.approx(100)
     [incident] = bench.found()
     assert incident.to_at - incident.from_at == pytest.approx(100) and incident.to_at == bench.wall.now
     assert bench.uptime()["day"] == pytest.approx(75.0)

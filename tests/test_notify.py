@@ -312,6 +312,30 @@ def test_what_is_said_when(name: str) -> None:
     assert desk.titles == expected
 
 
+@pytest.mark.parametrize("seconds", [-3600, 3600])
+def test_what_lasts_while_the_clock_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
+    """It has lasted for as long as it has: nobody is told too soon, or never."""
+    with contextlib.closing(store_in(tmp_path)) as store:
+        with store.writing() as session:
+            session.add(Receiver(name="ops", url="x", joined_at=0.0, cursor=0,
+                                 settings=json.dumps({"name": "ops", "after": 30})))
+            healthchecker.record_event(session, "gate", "open -> closed (db1: limit)", state="closed",
+                                       at=store.wall() - 1000)
+        wall, set_by = store.wall, [0]
+        monkeypatch.setattr(store, "wall", lambda: wall() + set_by[-1])
+        notifier = Notifier(store, cast(Any, None), dict, "", ALONE)
+        notifier.start()
+        try:
+            [announcer] = wait_for(lambda: [one for one in notifier._announcers.values() if one.notices])
+            [notice] = announcer.notices.values()
+            before = notice.taken_at
+            set_by.append(seconds)
+            wait_for(lambda: notice.taken_at == notice.since_at == pytest.approx(before + seconds, abs=5))
+        finally:
+            notifier.close()
+        assert not announcer.row.message
+
+
 @pytest.mark.parametrize("is_reachable", [True, False])
 @pytest.mark.parametrize("back", [120, 3600, 86_400])
 def test_nothing_waits_for_what_a_clock_showed_before_it_was_set_back(back: int, is_reachable: bool) -> None:

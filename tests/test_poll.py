@@ -2160,6 +2160,20 @@ def test_a_poll_is_due_before_the_lease_ends(house: House, machines: Machines) -
             assert not [event for event in healthchecker.events(session, kind="state") if "stale" in event.text]
 
 
+@pytest.mark.parametrize("seconds", [-3600.0, 3600.0])
+def test_what_lasts_while_the_clock_is_set(house: House, seconds: float) -> None:
+    """It has lasted for as long as it has, by what is said of its end, too."""
+    house.write("name: db1")
+    ahead = [0.0]
+    with house.watching(lambda: time.time() + ahead[-1]):
+        wait_for(lambda: house.stored("db1")[0] == "healthy")
+        poller = house.poller("db1")
+        before = poller.standing.since_at
+        ahead.append(seconds)
+        wait_for(lambda: poller.standing.since_at == pytest.approx(before + seconds, abs=5))
+        assert poller.news.told.since_at == poller.standing.since_at
+
+
 def test_after_a_step_forward_everything_is_polled_at_once(house: House, machines: Machines) -> None:
     """A machine that its hypervisor paused looks like that: all its clocks stood still, and what it knows is old."""
     house.write("name: db1, interval: 600, fall: 1", "name: db2, interval: 600")
