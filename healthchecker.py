@@ -180,7 +180,7 @@ from enum import Enum
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import GenericAlias, MappingProxyType
-from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
+from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TextIO, TypeVar, cast, get_args
 from typing import get_type_hints as type_hints
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_to_bytes, urlencode, urljoin
 
@@ -11389,7 +11389,7 @@ class Recorder(threading.Thread):
         self.incidents = incident_log or IncidentLog(aggregator)
         self._store, self._aggregator, self._retention = store, aggregator, retention or Retention()
         self._upserts = upserts(store.database)
-        self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self._reports: collections.deque[Report] = collections.deque(maxlen=PENDING_ROWS)   # while nobody can write
         self._ending, self._woken = threading.Event(), threading.Event()
         self._trouble = Trouble("the recorder stopped and goes on")
         self._unwritten = Trouble("the database cannot be written")
@@ -11417,7 +11417,7 @@ class Recorder(threading.Thread):
         if report.transition:
             self.tell(report)
         _ = report.status, report.sample_row    # made here, one at a time: a hundred in flush would hold up requests
-        self._reports.put(report)
+        self._reports.append(report)
         if not report.standing.healthy and report.standing.since_at == report.at:
             self._woken.set()       # killed before it is written, the next start would go on from what was good
 
@@ -11533,7 +11533,7 @@ class Recorder(threading.Thread):
                 at, why = self.changed_at(each.name), "" if is_open else each.why
                 self._events.append((None, self._turn(at, is_open, why, each.name)))
         self.incidents.look(transitions)
-        for report in (self._reports.get() for _ in range(self._reports.qsize())):
+        for report in (self._reports.popleft() for _ in range(len(self._reports))):
             resource_id = report.target.id
             self._latest[resource_id] = report
             self._samples.append((origin_of(report), report.sample_row))
@@ -13927,7 +13927,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 # That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set: if
 # each served as soon as it is ready, a start that fails would have served somebody.
 # Gives: ENDINGS, HANGUPS, LogFile, Supervisor, bound_address, handed_over, hear_signals, keep_out_of_collections,
-#   listen, set_up_logging, try_app
+#   listen, set_up_logging, stderr_in_thread, try_app
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)      # this machine does not have the address, or its family
 LISTEN_FAULTS = {
     errno.EADDRINUSE: "another program uses that port; stop it, or write another port at",
@@ -13948,6 +13948,9 @@ START_NEWS = 5.0                # seconds between two lines about a start that t
 WORKER_LIFE = 10.0              # seconds of serving after which a worker's end is no sign that it can never run
 WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)  # seconds before the 1st, 2nd, … replacement of short-lived workers
 WORKER_END = 2.0                # seconds between the end of draining and the end of the process
+STDERR_WRITES = 1000            # that wait for a stderr that takes nothing
+STDERR_END = 2.0                # seconds for the last of them when the service ends
+STDERR_PAUSE = 0.05             # seconds between two tries, where whoever shares it wants no try to wait
 ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)]
 HANGUPS = [getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name)]      # Windows has none
 
@@ -14223,6 +14226,59 @@ class LogFile(logging.handlers.RotatingFileHandler):
             except OSError:     # for what had found no room before there is still none
                 self.handleError(record)
         super().emit(record)
+
+
+class StderrThread(io.TextIOBase):
+    """In the place of stderr: whoever does not read it (a log driver that waits, Ctrl-S, a selection in a console of
+    Windows) holds nobody up. A thread writes; what does not find room to wait is counted, and told later."""
+
+    def __init__(self, plain: TextIO) -> None:
+        """Raises OSError, RuntimeError where it stays as it is."""
+        super().__init__()
+        self._plain, self._dropped = plain, 0
+        self._texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()    # a finalizer may interrupt a put by another
+        # `plain` has a lock that the end of the process waits for.
+        self._raw = open(plain.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115  # until the end
+        self._thread = threading.Thread(target=self._run, name="stderr", daemon=True)
+        self._thread.start()
+        sys.stderr = cast(Any, self)
+
+    def write(self, text: str) -> int:
+        if not self._thread.is_alive():     # after the end, or forked without it
+            return self._plain.write(text)
+        if self._texts.qsize() < STDERR_WRITES:
+            self._texts.put(text)
+        else:
+            self._dropped += 1
+        return len(text)
+
+    def close(self) -> None:
+        if sys.stderr is self:
+            sys.stderr = self._plain
+            self._texts.put(None)
+            self._thread.join(STDERR_END)
+
+    def _run(self) -> None:
+        told = 0
+        while (text := self._texts.get()) is not None:
+            rest = memoryview(text.encode("utf-8", "backslashreplace"))
+            with contextlib.suppress(OSError):      # nobody has the other end any more
+                while rest:
+                    taken = self._raw.write(rest)
+                    time.sleep(0 if taken else STDERR_PAUSE)
+                    rest = rest[taken or 0:]
+            if told < (dropped := self._dropped) and self._texts.empty():
+                log.warning("stderr took nothing for a while: %d lines are missing", dropped - told)
+                told = dropped
+
+
+@contextlib.contextmanager
+def stderr_in_thread() -> Iterator[None]:
+    """Until the end of the block; as it is under pythonw, which has none, and where there are no more threads."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(AttributeError, OSError, RuntimeError):
+            stack.enter_context(StderrThread(sys.stderr))
+        yield
 
 
 def set_up_logging(log_file: Path | None) -> None:
@@ -20914,13 +20970,8 @@ def complain(text: str, inventory: Path) -> None:
             break
 
 
-def run_command(argv: Sequence[str] | None) -> int:
-    arguments = parsed(command_line(), sys.argv[1:] if argv is None else argv)
-    inventory = arguments.inventory.absolute()
-    for name in ("paramiko", "pypsrp", "urllib3", "spnego", "psycopg"):    # they repeat what we report
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    if arguments.run is not serve:      # which hears of them when it can
-        hear_signals()
+def outcome(arguments: argparse.Namespace, inventory: Path) -> int:
+    """The exit code of a command, after a line about what ended it."""
     try:
         return int(arguments.run(arguments))
     except HealthCheckerError as error:
@@ -20936,6 +20987,18 @@ def run_command(argv: Sequence[str] | None) -> int:
         return 1
     except (KeyboardInterrupt, EOFError):       # Ctrl-C, or Ctrl-D at a question
         return 130
+
+
+def run_command(argv: Sequence[str] | None) -> int:
+    arguments = parsed(command_line(), sys.argv[1:] if argv is None else argv)
+    inventory = arguments.inventory.absolute()
+    for name in ("paramiko", "pypsrp", "urllib3", "spnego", "psycopg"):    # they repeat what we report
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if arguments.run is serve:
+        with stderr_in_thread():
+            return outcome(arguments, inventory)
+    hear_signals()      # the service hears of them when it can
+    return outcome(arguments, inventory)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

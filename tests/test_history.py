@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -338,6 +339,22 @@ def test_an_average(notebook: Notebook) -> None:
         *(1000, 5000, None, None, None, 25),
         *(6000, 5000, None, None, None, 25),
     )
+
+
+def test_reports_that_nobody_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the recorder waits for a database, say: the newest are kept, and nobody waits for room."""
+    monkeypatch.setattr(healthchecker, "PENDING_ROWS", 3)
+    notebook = Notebook(tmp_path, count=2)
+    with contextlib.closing(notebook.store):
+        reports = [notebook.report(START + at, number=at % 2) for at in range(9)]
+        for report in reports:
+            notebook.recorder.put(report)
+        assert len(notebook.recorder._reports) == 3
+        notebook.write()
+        with notebook.store.reading() as session:
+            rows = session.execute(sqlalchemy.select(Status.resource_id, Status.polled_at)).all()
+        assert {*map(tuple, rows)} == {(report.target.id, report.at) for report in reports[-2:]}
+        assert notebook.count(healthchecker.SAMPLES) == 3
 
 
 def test_a_quarter_is_not_summed_up_before_its_last_reports_are_written(notebook: Notebook) -> None:

@@ -403,7 +403,7 @@ def test_recorder_and_monitor_go_on(house: House, machines: Machines, caplog: py
     house.write("name: db1, interval: 1, fall: 1")
     with house.watching(wall):
         wait_for(lambda: house.stored("db1") == ("healthy", ""))
-        house.monitor._context.recorder._reports.put(cast(Report, Deadly()))
+        house.monitor._context.recorder._reports.append(cast(Report, Deadly()))
         deadly.set()
         wait_for(lambda: caplog.text.count("SystemExit") == 2)
         machines.behaviours["db1"] = unreachable

@@ -17,12 +17,22 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
 from conftest import wait_for
-from service import PROGRAM, Program, Service, ask_to_end, prepared_keys, prepared_tables, write_inventory
+from service import (
+    PROGRAM,
+    SERVING,
+    Program,
+    Service,
+    ask_to_end,
+    command,
+    prepared_keys,
+    prepared_tables,
+    write_inventory,
+)
 
 HERE = "  - {name: here, platform: local, interval: 1, timeout: 10}"
 EXAMPLE = PROGRAM.with_name("inventory.example.yaml")
@@ -264,6 +274,45 @@ def test_hangups_while_the_log_has_no_room(tmp_path: Path) -> None:
             wait_for(lambda count=count: len(told.findall(service.output)) == count, ENDED)
         assert told.findall(service.output)[-1].startswith("INFO inventory: 0 added")
     assert (tmp_path / "service.log").read_text(encoding="utf-8").endswith(" INFO ended\n")
+
+
+def test_a_stderr_that_nobody_reads(tmp_path: Path) -> None:
+    """A log driver that waits, a terminal that was stopped by Ctrl-S: the gate goes on, and so does the end."""
+    log, (reader, writer) = tmp_path / "service.log", os.pipe()
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), os.fdopen(writer, "wb", 0) as pipe:
+            pipe.write(bytes(1 << 20))
+
+    def status() -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", int(found[2]), timeout=30)
+        with contextlib.closing(connection):
+            connection.request("GET", "/")
+            return connection.getresponse().status
+
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as door:
+        port = door.getsockname()[1]
+        row = f"  - {{name: door, platform: tcp, hostname: 127.0.0.1, port: {port}, interval: 1, retry_interval: 1}}"
+        path = write_inventory(tmp_path, row, "  log_file: service.log")
+        process = subprocess.Popen(command(path), stdin=subprocess.DEVNULL, stdout=writer, stderr=writer)
+        filling = threading.Thread(target=fill)
+        try:
+            wait_for(lambda: log.exists() and SERVING.search(log.read_text(encoding="utf-8")), 60)
+            found = cast("re.Match[str]", SERVING.search(log.read_text(encoding="utf-8")))
+            wait_for(lambda: status() == 200, 60)
+            filling.start()
+            door.close()
+            wait_for(lambda: status() == 503, 60)
+            with socket.create_server(("127.0.0.1", port), reuse_port=True):
+                wait_for(lambda: status() == 200, 60)
+                process.terminate()
+                assert process.wait(ENDED) == 0
+        finally:
+            process.kill()
+            process.wait()
+            os.close(reader)
+            filling.join(60) if filling.ident else os.close(writer)
+    assert log.read_text(encoding="utf-8").endswith(" INFO ended\n")
 
 
 def loopback() -> str:

@@ -62,6 +62,7 @@ from healthchecker import (
     MessagePipe,
     ServiceSettings,
     SparingFilter,
+    StderrThread,
     Supervisor,
     UsageError,
     WorkerProcess,
@@ -879,6 +880,59 @@ def test_how_many_complaints_were_kept_back_is_told() -> None:
         texts += [one.getMessage()] if spared.filter(one) else []
     start = f"failed at {'/x' * 495}"
     assert texts == [start, f"{start} (2 more like it before)", f"{start} (1 more like it before)"]
+
+
+def test_a_stderr_that_takes_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Who writes does not wait; what there is no room for is counted, and told once it goes on."""
+    reader, writer = os.pipe()
+    monkeypatch.setattr(healthchecker, "STDERR_WRITES", 10)
+    with open(writer, "w", encoding="utf-8") as plain, open(reader, "rb") as end, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(sys, "stderr", plain)
+        with StderrThread(plain) as stderr:
+            big = "\u00e4" * 1_000_000 + "\n"     # more than a pipe holds
+            assert sys.stderr.write(big) == len(big)
+            wait_for(stderr._texts.empty)
+            for number in range(13):
+                sys.stderr.write(f"line {number}\n")
+            assert not caplog.messages
+            read = pool.submit(end.read)
+            wait_for(lambda: caplog.messages == ["stderr took nothing for a while: 3 lines are missing"])
+            print("last words", file=sys.stderr)
+        assert sys.stderr is plain
+        print("words of a thread that nobody waits for", file=stderr, flush=True)
+        plain.close()
+        expected = [big[:-1], *(f"line {number}" for number in range(10)), "last words"]
+        expected.append("words of a thread that nobody waits for")
+        assert read.result(60).decode().splitlines() == expected
+
+
+def test_a_stderr_that_takes_nothing_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for a little while. What nobody can read any more is no error."""
+    monkeypatch.setattr(healthchecker, "STDERR_END", 0.1)
+    reader, writer = os.pipe()
+    with open(writer, "w", encoding="utf-8") as plain, open(reader, "rb"):
+        monkeypatch.setattr(sys, "stderr", plain)
+        with StderrThread(plain) as stderr:
+            stderr.write("x" * 1_000_000)
+        assert stderr._thread.is_alive()
+        plain.flush()   # as the end of the process does; it waits for nobody
+    stderr._thread.join(60)
+    assert not stderr._thread.is_alive()
+
+
+@pytest.mark.parametrize("kind", ["none, as under pythonw", "no file", "no thread"])
+def test_a_stderr_that_stays_as_it_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is lost before a start says what is wrong."""
+    def refused(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    if kind == "no thread":
+        monkeypatch.setattr(threading.Thread, "start", refused)
+    else:
+        monkeypatch.setattr(sys, "stderr", io.StringIO() if kind == "no file" else None)
+    before = sys.stderr
+    with healthchecker.stderr_in_thread():
+        assert sys.stderr is before
 
 
 def test_a_complaint_that_nobody_hears_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
