@@ -96,6 +96,30 @@ import os
 import signal
 import sys
 
+# The first process of a container without an init has to reap what checks leave behind, and is ended by no signal that
+# it does not handle. So it becomes an init, as early as it can, and another one is the program: nobody takes the exit
+# status of what that one starts. What a terminal sends, both are sent. Of who a signal ended it says 128 + n.
+if __name__ == "__main__" and sys.platform == "linux" and os.getpid() == 1:
+    init = """
+import os, signal, sys
+program, ended = int(sys.argv[1]), (0, 0)
+while ended[0] != program:
+    came = signal.sigwaitinfo(signal.valid_signals())
+    if came.si_signo != signal.SIGCHLD and came.si_code <= 0:
+        os.kill(program, came.si_signo)
+    while ended[0] != program and any(ended := os.waitpid(-1, os.WNOHANG)):
+        pass
+code = os.waitstatus_to_exitcode(ended[1])
+sys.exit(code if code >= 0 else 128 - code)
+"""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # of what is ignored nobody is told
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    if program := os.fork():
+        os.execv(sys.executable, [sys.executable, "-IS", "-c", init, str(program)])     # noqa: S606  # no shell
+    signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    if os.environ.get("LISTEN_PID") == "1":
+        os.environ["LISTEN_PID"] = str(os.getpid())
+
 # To import what follows takes a second: a reload that is asked for meanwhile waits until the service can hear of it.
 if __name__ == "__main__" and sys.platform != "win32":
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])

@@ -416,6 +416,61 @@ def test_a_signal_right_after_the_start(tmp_path: Path) -> None:
         assert service.process.wait(ENDED) == 0, service.output
 
 
+# --- as the first process of a container ---
+ALONE = ["unshare", *(["--user", "--map-root-user"] if os.geteuid() else []), "--pid", "--fork", "--mount-proc"] \
+    if sys.platform == "linux" else []
+no_container = pytest.mark.skipif(
+    not ALONE or not shutil.which(ALONE[0]) or subprocess.run([*ALONE, "true"], capture_output=True).returncode != 0,
+    reason="needs a Linux where this account may have namespaces")
+
+
+@contextlib.contextmanager
+def first_process(service: Program) -> Iterator[psutil.Process]:
+    """Of a container without an init."""
+    service.command[:0] = [*ALONE, "--kill-child"]
+    service.begin()
+    try:
+        yield wait_for(lambda: psutil.Process(service.pid).children() or service.process.poll() is not None)[0]
+    finally:
+        service.kill()
+
+
+@no_container
+def test_no_zombies_in_a_container(tmp_path: Path) -> None:
+    """Of what checks leave behind, at once or after a while; others would not find room for a process at last."""
+    came = tmp_path / "came"
+    check = f"echo >> {came}; sleep 0.1 & setsid sleep 0.2 & sleep 60 | cat"
+    row = f"checks: [{{name: hangs, command: '{check}', timeout: 1}}]"
+    path = write_inventory(tmp_path, f"  - {{name: here, platform: local, interval: 1, critical: false, {row}}}")
+
+    def zombies() -> int:
+        count = 0
+        for each in first.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                count += each.status() == psutil.STATUS_ZOMBIE
+        return count
+
+    with first_process(service := Program(path)) as first:
+        service.wait_line("serving on http://")
+        wait_for(lambda: came.exists() and came.read_text(encoding="utf-8").count("\n") > 3)
+        wait_for(lambda: not zombies(), 5)
+        first.terminate()
+        assert service.process.wait(ENDED) == 0, service.output
+        service.wait_line("INFO ended")
+
+
+@no_container
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, 137)])
+def test_a_signal_during_the_imports_in_a_container(number: int, code: int, tmp_path: Path) -> None:
+    """It ends the start, as everywhere; so does one to the program alone, whose code is told."""
+    with first_process(service := Program(write_inventory(tmp_path, HERE))) as first:
+        held = re.compile(r"^SigBlk:\t.*[13579bdf]$", re.MULTILINE)    # SIGHUP is among them
+        status = Path(f"/proc/{first.pid}/status")
+        wait_for(lambda: first.children() or held.search(status.read_text(encoding="ascii")))
+        (first if number == signal.SIGTERM else wait_for(first.children)[0]).send_signal(number)
+        assert service.process.wait(ENDED) == code, service.output
+
+
 # --- once more ---
 @contextlib.contextmanager
 def asking(port: int, statuses: list[int]) -> Iterator[None]:
