@@ -13224,6 +13224,9 @@ class ForwardedHeaders:
             environ["HTTP_HOST"] = host
 
 
+NO_ROOM = "there is no room for temporary files"
+
+
 def too_large(limit: int) -> BadRequest:
     return BadRequest("413 Content Too Large", f"service.body_limit is {limit} bytes")
 
@@ -13294,7 +13297,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
         except BadRequest as refused:
             self.refuse(refused)
         except OSError:     # there is no room for the temporary file of a large body
-            self.refuse(BadRequest("503 Service Unavailable"))
+            self.refuse(BadRequest("503 Service Unavailable", NO_ROOM))
         return len(data)
 
     def close(self) -> None:
@@ -13514,7 +13517,7 @@ class GateErrorTask(ErrorTask):    # type: ignore[misc]  # waitress carries no t
             super().service()
         finally:
             channel.served("5xx" if isinstance(error, InternalServerError) else "bad")
-        if str(error).startswith("service."):
+        if str(error).startswith(("service.", NO_ROOM)):
             channel.server.complain(f"a request was refused, for {error}")
 
 
@@ -20978,6 +20981,16 @@ def be_discreet() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
+def ensure_temporary_folder() -> None:
+    """Where no folder can be written, as in a container whose root is read-only, temporary files are in memory."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        os.environ["TMPDIR"] = memory = "/dev/shm"      # noqa: S108  # only by unguessable names
+        if not os.access(memory, os.W_OK):
+            print("no folder for temporary files can be written: set TMPDIR to one that can", file=sys.stderr)
+
+
 def complain(text: str, inventory: Path) -> None:
     """On stderr; where there is none, as under pythonw, in the log, also of an inventory that cannot be used."""
     if sys.stderr:
@@ -21031,6 +21044,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in streams:      # a pipe has the code page of the machine
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")     # /bin/sh knows no \r
     be_discreet()
+    ensure_temporary_folder()
     try:
         try:
             return run_command(argv)

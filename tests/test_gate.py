@@ -1163,14 +1163,17 @@ def test_an_answer_that_the_disk_has_no_room_for(
 @POOL
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # such a file cannot be closed, either
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
-def test_a_request_that_the_disk_has_no_room_for(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large bodies are in temporary files, too: 503, and everybody else is served."""
+def test_a_request_that_the_disk_has_no_room_for(
+    threads: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Large bodies are in temporary files, too: 503, which is said, and everybody else is served."""
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda mode: open("/dev/full", mode))  # noqa: SIM115  # waitress closes it
     with Serving(hello, threads) as serving:
         with socket.create_connection(serving.address, timeout=60) as sock:
             sock.sendall(ask("/", "POST", "Content-Length: 1000000") + bytes(1_000_000))
             assert sock.recv(1000).startswith(b"HTTP/1.1 503 ")
         assert serving.get() == (200, b"hello")
+        wait_for(lambda: "a request was refused, for there is no room for temporary files" in caplog.text)
         wait_for(lambda: not serving.server.active_channels)
 
 

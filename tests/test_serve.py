@@ -29,6 +29,7 @@ from service import (
     Service,
     ask_to_end,
     command,
+    environment,
     prepared_keys,
     prepared_tables,
     write_inventory,
@@ -425,9 +426,9 @@ no_container = pytest.mark.skipif(
 
 
 @contextlib.contextmanager
-def first_process(service: Program) -> Iterator[psutil.Process]:
+def first_process(service: Program, *inside: str) -> Iterator[psutil.Process]:
     """Of a container without an init."""
-    service.command[:0] = [*ALONE, "--kill-child"]
+    service.command[:0] = [*ALONE, "--kill-child", *inside]
     service.begin()
     try:
         yield wait_for(lambda: psutil.Process(service.pid).children() or service.process.poll() is not None)[0]
@@ -469,6 +470,55 @@ def test_a_signal_during_the_imports_in_a_container(number: int, code: int, tmp_
         wait_for(lambda: first.children() or held.search(status.read_text(encoding="ascii")))
         (first if number == signal.SIGTERM else wait_for(first.children)[0]).send_signal(number)
         assert service.process.wait(ENDED) == code, service.output
+
+
+# Nothing can be written but the inventory's folder, which is /mnt here, and perhaps memory.
+READ_ONLY = """
+set -e
+mount --bind "$0" /mnt
+for folder in /tmp /var/tmp $READ_ONLY_TOO; do
+    mount --bind $folder $folder
+    mount -o remount,bind,ro $folder
+done
+cd /proc
+exec "$@"
+"""
+LARGE = """
+def app(environ, start_response):
+    body = environ["wsgi.input"].read()
+    start_response("200 OK", [("Content-Length", "3000000")])
+    return [body.ljust(3_000_000, b"x")]
+"""
+
+
+@no_container
+def test_a_root_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large bodies and answers go to memory; where there is none that can be written, it is said what to do."""
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "large.py").write_text(LARGE, encoding="utf-8")
+    write_inventory(tmp_path, HERE, "  app: large:app")
+    inventory, inside = Path("/mnt/inventory.yaml"), ("--mount", "sh", "-c", READ_ONLY, str(tmp_path))
+
+    def check(read_only_too: str = "") -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*ALONE, *inside, *command(inventory, "check")], capture_output=True, encoding="utf-8",
+                              env=environment({"READ_ONLY_TOO": read_only_too}))  # fmt: skip
+
+    assert "is valid" in check().stdout
+    with first_process(service := Program(inventory), *inside) as first:
+        found = SERVING.search(service.wait_line("serving on http://"))
+        assert found
+        service.port = int(found[2])
+        service.wait_status("/", 200)
+        connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request("POST", "/", bytes(900_000))
+            answer = connection.getresponse()
+            assert answer.status == 200 and len(answer.read()) == 3_000_000
+        first.terminate()
+        assert service.process.wait(ENDED) == 0, service.output
+    said = check("/dev/shm")
+    assert said.returncode == 1 and "set TMPDIR to one that can" in said.stderr, said
 
 
 # --- once more ---
