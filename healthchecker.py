@@ -1332,6 +1332,12 @@ class Retention(Settings):
     events: Days = 365.0    # days of transitions and changes
 
 
+@functools.cache
+def host_name() -> str:
+    """This machine's, as it was when this process asked first: what runs under a name goes on when it is changed."""
+    return socket.gethostname()
+
+
 class ServiceSettings(Settings):
     """The `service` part of the inventory."""
 
@@ -1403,7 +1409,7 @@ class ServiceSettings(Settings):
     @property
     def machine_name(self) -> str:
         """Of several on one database; empty where there is one alone."""
-        return "" if self.database_path else self.machine or socket.gethostname()
+        return "" if self.database_path else self.machine or host_name()
 
     @property
     def worker_count(self) -> int:
@@ -11066,7 +11072,7 @@ def prune_incidents(session: Session, retention: Retention, now: float) -> None:
 # Several machines on one database: which of them polls what, and what the others found. In come the places that a Claim
 # heard of and rows of Result, out go standings for the pollers that rest. Nobody locks anything: two that poll the same
 # for a moment are harmless, and what a machine wrote that was taken for dead does not count.
-# Gives: Found, Membership, Origin, PLACE, TAKE_OVER
+# Gives: Found, Membership, NEIGHBOURS, Origin, PLACE, TAKE_OVER
 TAKE_OVER = CLAIM_LIFE + 2 * CLAIM_INTERVAL + 2.0   # seconds for which what another found counts longer than it does
                                 # there: so long it takes to know that it is dead, and to poll in its place
 RESULTS = sqlalchemy.text(f"""SELECT resource_id, {DATABASE_CLOCK} - found_at AS age, counts, opens,
@@ -11082,6 +11088,7 @@ WRITE_RESULT = sqlalchemy.text("""INSERT INTO result (resource_id, serial, machi
     ON CONFLICT (resource_id) DO UPDATE SET serial = excluded.serial, machine = excluded.machine,
     found_at = excluded.found_at, counts = excluded.counts, opens = excluded.opens""")
 PLACE = sqlalchemy.text(f"SELECT count(*) FROM machine WHERE name = :name AND {IS_LIVING}")     # noqa: S608
+NEIGHBOURS = sqlalchemy.text(f"SELECT count(*) FROM machine WHERE name NOT IN ('', :name) AND {IS_LIVING}")     # noqa: S608
 LIFE = sqlalchemy.text(f"SELECT count(*) FROM machine WHERE instance = :epoch AND {IS_LIVING}")     # noqa: S608
 
 
@@ -19857,7 +19864,7 @@ class Installation:
         machine = self.service.machine_name
         try:
             if not self.runs:
-                return f"does not run{self.place}: the gate is closed"
+                return f"does not run{self.place}: {self.without_it}"
             if remembered(session, own_name(STANDING, machine)).text:   # or it starts, or ends
                 told_by_service(session, machine)
         except StorageError as error:
@@ -19868,6 +19875,13 @@ class Installation:
     def place(self) -> str:
         """Where it is, as the end of a text."""
         return f", on {self.service.machine_name}" if self.service.machine_name else ""
+
+    @property
+    def without_it(self) -> str:
+        """What it means that it does not run: nobody knows of one that began before the host was called as it is."""
+        is_renamed = self.service.machine_name and not self.service.machine and self.database.is_running()
+        return ("the gate is closed, unless the host had another name when it began: then set service.machine, and "
+                "restart it") if is_renamed else "the gate is closed"
 
     @contextlib.contextmanager
     def serving(self, lost: Callable[[], None]) -> Iterator[None]:
@@ -19901,6 +19915,24 @@ class Installation:
             raise StorageError("no machine has taken an inventory over yet; first start one with `inventory: own`")
         return owner
 
+    def first_owner(self, session: Session, imported: Callable[[], Changes]) -> str:
+        """The same at a start, which takes the place of one that is gone also where no other lives and nothing would be
+        removed that is `imported`: a container has another name each time. Raises StorageError."""
+        owner = self.rows_owner(session)
+        if not owner or self.service.inventory == "follow" or session.scalar(
+                NEIGHBOURS, {"name": self.service.machine_name}):
+            return owner
+        try:
+            self._require_kept(imported().removed)
+        except HealthCheckerError as error:     # it is as good as the machine's that may come back
+            log_refusal(error)
+            return owner
+        return ""
+
+    def is_orphaned(self, owner: str) -> bool:
+        """Whether the machine whose inventory is watched in place of the one here, if there is any, is gone."""
+        return bool(owner) and self.service.inventory == "own" and not self.database.is_running(owner)
+
     def access(self, *, keeps: bool = False) -> ConnectionContext:
         known_hosts = KnownHosts(self.service.known_hosts)
         return ConnectionContext(known_hosts, Resolver(), keeps=keeps, drain=self.service.drain)
@@ -19910,9 +19942,13 @@ class Installation:
         for line in (*circles(self.service, self.inventory.gates, self.inventory.resources),
                      *without_login(self.inventory)):
             log.warning("%s", line)
-        if changes.alarming and not self._accepts_removals:
-            raise InventoryError(f"{self.path.name}: {len(changes.removed)} resources are not in it any more "
-                                 f"({', '.join(changes.removed[:10])}); if that is meant: --accept-removals")
+        if changes.alarming:
+            self._require_kept(changes.removed)
+
+    def _require_kept(self, removed: Sequence[str]) -> None:
+        if removed and not self._accepts_removals:
+            raise InventoryError(f"{self.path.name}: {len(removed)} resources are not in it any more "
+                                 f"({', '.join(removed[:10])}); if that is meant: --accept-removals")
 
     def take_over(self, session: Session, vault: Vault, actor: str = "") -> Changes:
         """Has the rows follow the inventory, within the caller's transaction, and notes what changed."""
@@ -19973,6 +20009,14 @@ def database_at(text: str, installation: Installation) -> Database:
     return database_of(named)
 
 
+def rehearsed(session: Session, installation: Installation, vault: Vault) -> Changes:
+    """What it would change to take the inventory over. Raises HealthCheckerError."""
+    with session.begin_nested() as trial:
+        changes = import_inventory(session, installation.inventory, vault)
+        trial.rollback()
+    return changes
+
+
 def prepare(installation: Installation, store: Store) -> Vault:
     """Brings database and keys to what the inventory says, all or nothing, and says what is to be known."""
     with store.writing(long=True) as session:
@@ -19981,7 +20025,8 @@ def prepare(installation: Installation, store: Store) -> Vault:
         record_event(session, "service", f"started, version {VERSION}{installation.place}")
         installation.keep_service(session)
         waiting = installation.changed_service(session)
-        owner, initial = installation.rows_owner(session), initial_user(session)
+        owner = installation.first_owner(session, functools.partial(rehearsed, session, installation, vault))
+        initial = initial_user(session)
         changes = "" if owner else installation.take_over(session, vault)
         if owner:
             import_receivers(session, installation.inventory, vault, secrets_only=True)
@@ -20178,9 +20223,12 @@ ALIKE = {"unhealthy": "closed", "unknown": "unknown", "degraded": "degraded"}   
 def parts_told(installation: Installation, names: Sequence[str]) -> tuple[ServiceView, list[PartView]]:
     """What the running service says of everything, and of what has these names. Raises HealthCheckerError."""
     if not installation.database.inspect(whole=False) or not installation.runs:
-        raise UsageError(f"the service does not run{installation.place}: the gate is closed")
+        raise UsageError(f"the service does not run{installation.place}: {installation.without_it}")
     with installation.store(scratch=True, whole=False) as store, store.reading() as session:
         view = told_by_service(session, store.machine)
+        if installation.is_orphaned(differs_from(session, store.machine)):
+            view.others.insert(0, PartView(name="inventory", state="degraded", since=None, why=(
+                "another machine's is watched, which does not run, and the one here differs from it")))
         rows = session.execute(RESOURCES).all() if names else ()
     known = {part.name: part for part in view.gates[1:]} | {row.name: PartView.model_validate({
         "name": row.name, "state": known.state, "why": "", "since": known.since_at or None})
@@ -20570,6 +20618,17 @@ def show_readable(inventory: Inventory) -> None:
         print(f"{path} can be changed by all other users, who could run what they like as the service's account; {how}")
 
 
+def show_changes(installation: Installation, changes: Changes) -> tuple[Changes, int]:
+    """Prints what a start would make of the inventory, and gives what it would change; with an exit code."""
+    owner = ""
+    if installation.service.machine_name and installation.database.inspect(whole=False) == SCHEMA:
+        with installation.store() as store, store.reading() as session:
+            owner = installation.first_owner(session, lambda: changes)
+    print(f"{installation.path.name} is valid; a start would "
+          + (f"not take it over: the inventory of {owner} is watched" if owner else f"make: {changes}"))
+    return Changes([], [], [], []) if owner else changes, int(installation.is_orphaned(owner))
+
+
 def check(arguments: argparse.Namespace) -> int:
     """Says what a start would say, and what it would change; changes nothing."""
     installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals,
@@ -20580,7 +20639,8 @@ def check(arguments: argparse.Namespace) -> int:
         code = fault.exit_code
     code = check_app(installation) or code
     with rehearsal(installation, opens=arguments.probe is not None) as (vault, changes, targets):
-        print(f"{installation.path.name} is valid; a start would make: {changes}")
+        changes, unwatched = show_changes(installation, changes)
+        code = unwatched or code
         if 0 < (version := installation.database.inspect(whole=False)) < SCHEMA:
             way = "`backup`" if installation.service.database_path else "copy by pg_dump"
             print(f"a start would bring the database from schema {version} to {SCHEMA}, and no earlier version opens it"

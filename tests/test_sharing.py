@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ from console import Client, prepared_database
 from postgres import PASSWORD, URL_FILE, Postgres, Program, database_in, execute, open_postgres, refusing
 from pydantic import SecretStr
 from service import Program as Separate
-from service import Service, prepared_keys, run, write_inventory
+from service import Service, command, environment, prepared_keys, run, write_inventory
 from soak_machines import Gate
 from sshd import Login, ParamikoSshd
 from test_notify import Hook, hook  # noqa: F401  # a fixture
@@ -728,6 +729,66 @@ def test_a_difference_is_said_when_it_comes_and_when_it_goes(site: Site) -> None
             wait_for(lambda: "the one here differs" not in str(client.ask("GET", "/-/").body))
             assert other.output.count(said) == 1
         assert run(other.inventory, "reload").returncode == 0, "it says the same, and the first one is gone"
+
+
+NAMED = "import socket\nfrom pathlib import Path\nsocket.gethostname = lambda: Path({file!r}).read_text()\n"
+ONE, TWO, THREE = (f"  - {{name: {name}, platform: simulated}}\n" for name in ("one", "two", "three"))
+
+
+def replace_in(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text("utf-8").replace(old, new), encoding="utf-8")
+
+
+def test_a_container_that_is_recreated_takes_its_inventory_over(site: Site) -> None:
+    """Under another name each time, with what it adds and changes; what it takes away has to be said twice, and until
+    then `check` and `status` say that nobody watches it."""
+    path, watched = site.write("a", ONE), "SELECT name FROM resource WHERE origin = 'inventory' ORDER BY name"
+    prepared_database(path.parent)
+    with Service(path, deadline=60):
+        pass
+    replace_in(path, "machine: a", "machine: f3a91c0b7d11")
+    replace_in(path, ONE, ONE + TWO)
+    said = run(path, "check")
+    assert said.returncode == 0 and "a start would make: 1 added" in said.stdout, said
+    with Service(path, deadline=60) as service:
+        assert "inventory: 1 added" in service.output and site.execute(watched) == [("one",), ("two",)]
+    replace_in(path, "machine: f3a91c0b7d11", "machine: 7c22de9a0042")
+    replace_in(path, ONE, THREE)
+    said = run(path, "check")
+    assert said.returncode == 1 and "not take it over: the inventory of f3a91c0b7d11 is watched" in said.stdout, said
+    with Service(path, deadline=60) as service:
+        assert "not taken over: inventory.yaml: 1 resources are not in it any more (one)" in service.output
+        assert site.execute(watched) == [("one",), ("two",)]
+        wait_for(lambda: run(path, "status").returncode == 1, 60)
+        assert "inventory degraded (another machine's is watched, which does not run" in run(path, "status").stdout
+        assert run(path, "--accept-removals", "reload").returncode == 0
+        assert site.execute(watched) == [("three",), ("two",)]
+        wait_for(lambda: run(path, "status").returncode == 0, 60)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no SIGHUP")
+def test_a_machine_that_is_renamed_while_it_serves(site: Site) -> None:
+    """It goes on under its name; what asks under the new one does not say that its gate is closed."""
+    path = site.write("a", ONE)
+    prepared_database(path.parent)
+    replace_in(path, "  machine: a\n", "")
+    name, environ = path.with_name("name"), {"PYTHONPATH": str(path.parent)}
+    path.with_name("sitecustomize.py").write_text(NAMED.format(file=str(name)), encoding="utf-8")
+
+    def ask(*words: str) -> str:
+        done = subprocess.run(command(path, *words), env=environment(environ), capture_output=True, timeout=120,
+                              encoding="utf-8", check=False)  # fmt: skip
+        return done.stdout + done.stderr
+
+    name.write_text("localhost", encoding="utf-8")
+    with Separate(path, env=environ) as service:
+        name.write_text("web1", encoding="utf-8")
+        for asked in ("status", "gate"):
+            assert "closed, unless the host had another name when it began" in ask(asked)
+        replace_in(path, ONE, ONE + TWO)
+        assert "not take it over: the inventory of localhost is watched" in ask("check")
+        os.kill(service.pid, signal.SIGHUP)
+        service.wait_line("inventory: 1 added")
 
 
 @pytest.mark.long
