@@ -1285,9 +1285,9 @@ def fits_platform(expect: Expect, info: Any) -> Expect:
 # What can be set of the service and of a resource: frozen models with default, unit and bounds. In come nested texts,
 # out go settings in which every path is absolute, or a ValidationError. A validation's context is the inventory's
 # folder. Pure.
-# Gives: COMPANIONS, conflicts, CREDENTIALS, defaults_for, FILES, foreign_fields, HOSTLESS, KEY_FILES, LEASE_GRACE,
-# LOCAL_SERVICES, LOGIN, LOOPBACK, of_url, PASSPHRASES, ReceiverSettings, ResourceSettings, Retention, SECRETS,
-# ServiceSettings, STARTED, UNASKED, USUAL
+# Gives: COMPANIONS, conflicts, CREDENTIALS, defaults_for, FILES, foreign_fields, host_name, HOSTLESS, KEY_FILES,
+# LEASE_GRACE, LOCAL_SERVICES, LOGIN, LOOPBACK, of_url, PASSPHRASES, ReceiverSettings, ResourceSettings, Retention,
+# SECRETS, ServiceSettings, STARTED, UNASKED, USUAL
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 KEY_FILES = ("private.pem", "public.pem", "next.pem")
 STARTED = "started"             # beside them: the name of the database that a start has begun
@@ -13139,7 +13139,7 @@ class LeaseFile:
 # Requests, read more strictly than by waitress, whose own parser lets pass what hides one request in another: what two
 # programs could understand in two ways is refused, and what is too large. The loop's thread feeds the parser what has
 # come. And who asks, behind a proxy: a WSGI middleware, for the application's door and for the console's.
-# Gives: BadRequest, ForwardedHeaders, GateParser
+# Gives: BadRequest, FORWARDED, ForwardedHeaders, GateParser
 HEADER_BYTES = 16 << 10         # bytes of a request's line and headers, or of what is between two chunks of its body
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Z-]{1,32}) ([!\"$-~\x80-\xff]+) HTTP/(1\.[01])")
@@ -13196,7 +13196,8 @@ class ForwardedHeaders:
     """WSGI: what a proxy in `networks` says of its client counts, what anybody else says of it is dropped.
 
     The client is the last address in X-Forwarded-For that is not itself one of the proxies: what stands before it came
-    from the client and may be anything. Of `Forwarded` nobody looks at, so it may be the client's own.
+    from the client and may be anything. Of `Forwarded` nobody looks at, so it may be the client's own. Under which path
+    the application is, it is told in X-Forwarded-Prefix, for those that ask for it: no other has to live elsewhere.
     """
 
     def __init__(self, app: WSGIApplication, networks: Iterable[str]) -> None:
@@ -13229,6 +13230,8 @@ class ForwardedHeaders:
         environ["wsgi.url_scheme"] = scheme
         if "HTTP_X_FORWARDED_HOST" in said:
             environ["HTTP_HOST"] = host
+        if "HTTP_X_FORWARDED_PREFIX" in said:
+            environ["HTTP_X_FORWARDED_PREFIX"] = nearest(said["HTTP_X_FORWARDED_PREFIX"])
 
 
 NO_ROOM = "there is no room for temporary files"
@@ -18521,27 +18524,47 @@ CONSOLE_BODY = 1 << 18          # bytes of a request to the pages and the API
 CONSOLE_DRAIN = 2.0             # seconds for requests in flight when the service ends
 CONSOLE_IDLE = 30.0             # seconds that a connection without a request is kept
 CONSOLE_SENT = 1 << 18          # bytes that the system takes ahead: of megabytes a slow line takes none for a minute
+OTHER_NAME = "The console does not answer to this name: use its address or localhost, or set service.console_url."
+OTHER_PROXY = "A proxy before the console needs service.console_url, and its address in service.trusted_proxy."
 ADDRESS_AS_HOST = re.compile(r"(\d+(\.\d+){3}|\[[\da-f:.]+\])(:\d{1,5})?")     # no name ends in a number
+
+
+def refuse_with(why: str, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    return respond(environ, start_response, ("421 Misdirected Request", [], f"{why}\n".encode()))
 
 
 def check_host(app: WSGIApplication, service: ServiceSettings) -> WSGIApplication:
     """WSGI: refuses requests under a name that is not the console's: anybody's site can let its name stand for this
     address (DNS rebinding), and its pages, of one origin with us then, would log in with the documented password. An
-    address, `localhost`, this machine's name, that of `service.console` and that of `service.console_url` are ours.
-    Without the latter no proxy is meant to be here: what the application's says, anyone could say beside it."""
-    proxies = () if service.console_url else tuple(map(ipaddress.ip_network, service.trusted_proxy))
-    names = {"localhost", socket.gethostname().lower(), service.console.rpartition(":")[0].lower()}
+    address, `localhost`, this machine's name, that of `service.console` and that of `service.console_url` are ours."""
+    names = {"localhost", host_name().lower(), service.console.rpartition(":")[0].lower()}
     if service.console_url:
         names.add(read_url(service.console_url).host)
 
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         host = environ.get("HTTP_HOST", "localhost").lower()    # without one, it is no browser
-        ours = re.sub(r":\d{1,5}$", "", host) in names or ADDRESS_AS_HOST.fullmatch(host)
-        if ours and not ("FORWARDED" in "".join(environ) and is_within(client_address(environ), proxies)):
+        if re.sub(r":\d{1,5}$", "", host) in names or ADDRESS_AS_HOST.fullmatch(host):
             return app(environ, start_response)
-        return respond(environ, start_response, ("421 Misdirected Request", [], (
-            b"The console does not answer to this name: use its address or localhost, or set service.console_url, "
-            b"which a proxy of trusted_proxy needs.\n")))
+        return refuse_with(OTHER_NAME, environ, start_response)
+
+    return answer
+
+
+def check_proxy(app: WSGIApplication, service: ServiceSettings) -> WSGIApplication:
+    """WSGI: refuses what came by a proxy that is not the console's: whoever asks it would pass for the proxy itself,
+    which is mostly this machine. Where the console has no name of its own no proxy is: what the application's says,
+    anyone could say beside it."""
+    proxies = tuple(map(ipaddress.ip_network, service.trusted_proxy if service.console_url else ()))
+    told: list[str] = []
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        address = environ["REMOTE_ADDR"].partition("%")[0]
+        if not any(map(FORWARDED.fullmatch, environ)) or is_within(plain_address(address), proxies):
+            return app(environ, start_response)
+        if not told:        # once, for anybody may send such a request
+            told.append(address)
+            log.warning("console: refused what came by a proxy at %s. %s", address, OTHER_PROXY)
+        return refuse_with(OTHER_PROXY, environ, start_response)
 
     return answer
 
@@ -18562,7 +18585,8 @@ def build_console(context: ConsoleContext, metrics: Metrics) -> flask.Flask:
         app.register_error_handler(kind, functools.partial(refuse, context))
     service = context.inventory.service
     forwarded = ForwardedHeaders(check_host(app.wsgi_app, service), service.trusted_proxy)
-    app.wsgi_app = check_host(forwarded, service)   # type: ignore[assignment,method-assign]  # as Flask says
+    named = check_host(forwarded, service)
+    app.wsgi_app = check_proxy(named, service)      # type: ignore[assignment,method-assign]  # as Flask says
     return app
 
 

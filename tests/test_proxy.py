@@ -20,6 +20,7 @@ import yaml
 from conftest import no_leaks, wait_for
 from service import PROGRAM, Service, environment, fresh_processes, write_inventory
 from test_gate import POOL, Serving, hello
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 from healthchecker import Lease, ServiceSettings, load_inventory
 
@@ -118,6 +119,18 @@ def test_anybody_else(trusted: tuple[str, ...], headers: list[tuple[str, str]]) 
     assert (status, seen["headers"], plain["headers"]) == (200, [], ["HTTP_FAST_FORWARDED"])
     assert (seen["REMOTE_ADDR"], seen["wsgi.url_scheme"]) == ("127.0.0.1", "http")
     assert seen["HTTP_HOST"] == "inside.example.com"
+
+
+@pytest.mark.parametrize(("trusted", "root"), [(TRUSTED, "/shop"), (STRANGERS, "")], ids=["trusted", "not trusted"])
+def test_the_path_before_which_a_proxy_stands(trusted: tuple[str, ...], root: str) -> None:
+    """An application that asks for it is told by the nearest proxy, and by nobody else."""
+    def rooted(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "application/json")])
+        return [json.dumps([environ["SCRIPT_NAME"], environ["PATH_INFO"]]).encode()]
+
+    with serving(trusted, ProxyFix(rooted, x_for=0, x_proto=0, x_prefix=1)) as server:
+        said = ask(server, ("X-Forwarded-Prefix", "/evil"), ("X-Forwarded-Prefix", "/shop"), path="/cart")
+    assert said == (200, [root, "/cart"])
 
 
 MALFORMED = [

@@ -910,6 +910,7 @@ def test_names_of_the_console(named: Local, host: str, answers: bool) -> None:
     ("https://ops.example.com/-/", "127.0.0.1:8081", {"For": FOREIGN}, 403),
     ("https://ops.example.com/-/", "127.0.0.1:8081", {"Host": "evil.example.com"}, 421),
     ("https://ops.example.com/-/", "evil.example.com", {"Host": "ops.example.com"}, 421),
+    ("https://ops.example.com/-/", "ops.example.com", {"For": "192.0.2.1", "Prefix": "/x"}, 200),
 ])  # fmt: skip
 def test_proxy_of_the_console(url: str, host: str, said: dict[str, str], status: int, tmp_path: Path) -> None:
     """It is believed under the name that is said in the inventory; the application's has no say here."""
@@ -917,6 +918,19 @@ def test_proxy_of_the_console(url: str, host: str, said: dict[str, str], status:
     with local_console(tmp_path, STATED, service) as local:
         headers = {"Host": host} | {f"X-Forwarded-{name}": value for name, value in said.items()}
         assert local.ask("GET", "/-/login", headers=headers).status == status
+
+
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Forwarded"])
+@pytest.mark.parametrize("named", ["", "console_url: https://ops.example.com/-/", "trusted_proxy: [192.0.2.9]"])
+def test_a_proxy_that_nobody_named(named: str, header: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its clients do not pass for this machine; answer and log say what to set, the log once."""
+    with local_console(tmp_path, STATED, f"  {named}\n" if named else "") as local:
+        for path in ("/-/login", "/-/metrics", "/-/health") * 2:
+            reply = local.ask("GET", path, headers={"Host": "127.0.0.1:8081", header: FOREIGN})
+            assert reply.status == 421 and "service.trusted_proxy" in reply.body, path
+    assert [one.getMessage() for one in caplog.records if "trusted_proxy" in one.getMessage()] == [
+        "console: refused what came by a proxy at 127.0.0.1. A proxy before the console needs service.console_url, and "
+        "its address in service.trusted_proxy."]  # fmt: skip
 
 
 def test_page_of_the_application_cannot_act_in_the_console(running: tuple[Service, Client]) -> None:
