@@ -11088,7 +11088,8 @@ WRITE_RESULT = sqlalchemy.text("""INSERT INTO result (resource_id, serial, machi
     ON CONFLICT (resource_id) DO UPDATE SET serial = excluded.serial, machine = excluded.machine,
     found_at = excluded.found_at, counts = excluded.counts, opens = excluded.opens""")
 PLACE = sqlalchemy.text(f"SELECT count(*) FROM machine WHERE name = :name AND {IS_LIVING}")     # noqa: S608
-NEIGHBOURS = sqlalchemy.text(f"SELECT count(*) FROM machine WHERE name NOT IN ('', :name) AND {IS_LIVING}")     # noqa: S608
+NEIGHBOURS = sqlalchemy.text("SELECT count(*) FROM machine "    # noqa: S608
+                             f"WHERE name NOT IN ('', :name) AND {IS_LIVING}")
 LIFE = sqlalchemy.text(f"SELECT count(*) FROM machine WHERE instance = :epoch AND {IS_LIVING}")     # noqa: S608
 
 
@@ -16112,7 +16113,7 @@ OPERATIONS = (
 # Gives: add_security_headers, API_ROUTES, authorize, client_address, current_principal, give_cookie, is_same_origin,
 # problem
 SEEN_INTERVAL = 60.0            # seconds after which a request is noted as a session's last one
-COOKIE = "healthchecker_session"
+COOKIE = "healthchecker_session"    # begins its name; see cookie_name
 CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
                            "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 FORMULA = re.compile(r"(^|;)(?=\s*[=+@\uff1d\uff0b\uff0d\uff20-])")   # in a spreadsheet; some end a cell at ;
@@ -16177,7 +16178,8 @@ def openapi() -> dict[str, Any]:
             "security": [{"bearer": []}, {"session": []}],
             "components": {"schemas": components["$defs"], "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
-                "session": {"type": "apiKey", "in": "cookie", "name": COOKIE}}}}
+                "session": {"type": "apiKey", "in": "cookie", "name": COOKIE,
+                            "description": f"with the port that the console is asked at, as in {COOKIE}_8081"}}}}
 
 
 # --- requests ---
@@ -16192,12 +16194,19 @@ def client_address(environ: WSGIEnvironment) -> Address:
     return ipaddress.IPv4Address(0)
 
 
+def cookie_name(request: flask.Request) -> str:
+    """Of the session's cookie: with the port that the browser knows, for cookies know none, and the consoles of two
+    services of a host, or two that `ssh -L` brings to it, would log each other out."""
+    port = re.search(r":(\d+)$", request.host)
+    return f"{COOKIE}_{port[1]}" if port else COOKIE
+
+
 def identify(context: ConsoleContext, request: flask.Request, *, by_login: bool = True) -> Principal:
     """Who it is, `by_login` or by the address alone, which no database has to be there for. A bearer token counts
     before a cookie, other schemes are somebody else's: of a proxy, for instance. Nobody looks into those: what cannot
     be read there makes werkzeug's own parser raise."""
     stranger = Principal(context, str(client_address(request.environ)))
-    by_cookie, token = True, request.cookies.get(COOKIE)
+    by_cookie, token = True, request.cookies.get(cookie_name(request))
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         by_cookie, token = False, bearer.strip()
@@ -16262,8 +16271,8 @@ def authorize(context: ConsoleContext, routes: Mapping[str, Route]) -> None:
 
 def give_cookie(response: Response, token: str) -> Response:
     """Sets the session's cookie, or takes it away; the application behind the gate never sees it."""
-    response.set_cookie(COOKIE, token, max_age=None if token else 0, path=PREFIX, secure=flask.request.is_secure,
-                        httponly=True, samesite="Strict")
+    response.set_cookie(cookie_name(flask.request), token, max_age=None if token else 0, path=PREFIX,
+                        secure=flask.request.is_secure, httponly=True, samesite="Strict")
     return response
 
 

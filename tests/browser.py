@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pytest
 from console import Client, Local
@@ -86,7 +86,8 @@ def visit(browser: Browser, service: Service | Local, **options: Any) -> tuple[B
 def enter(page: Page, service: Service | Local, name: str = FIRST_USER) -> None:
     """A login without its form."""
     client = Client(*service.console).open_session(name, PASSWORD)
-    page.context.add_cookies([{"name": COOKIE, "value": client.cookie, "url": f"{client.origin}/-/"}])
+    cookie = {"name": f"{COOKIE}_{client.port}", "value": client.cookie, "url": f"{client.origin}/-/"}
+    page.context.add_cookies([cast("Any", cookie)])
 
 
 def log_in(page: Page, name: str = FIRST_USER, password: str = PASSWORD) -> None:

@@ -80,7 +80,7 @@ class Reply(NamedTuple):
         """The session that it sets, empty for none."""
         for part in self.headers.get("set-cookie", "").split(";"):
             name, _, value = part.strip().partition("=")
-            if name == COOKIE:
+            if name.startswith(COOKIE):
                 return value
         return ""
 
@@ -99,7 +99,7 @@ class Client:
     def ask(self, method: str, path: str, body: str | bytes = "", headers: Mapping[str, str] | None = None) -> Reply:
         """One request with just these headers and, where there is one, the login."""
         login = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        login |= {"Cookie": f"{COOKIE}={self.cookie}"} if self.cookie else {}
+        login |= {"Cookie": f"{COOKIE}_{self.port}={self.cookie}"} if self.cookie else {}
         connection = http.client.HTTPConnection(self.host, self.port, timeout=70)
         try:
             connection.request(method, path, body or None, {**login, **(headers or {})})

@@ -564,7 +564,8 @@ def test_in_a_browser(tmp_path: Path) -> None:
         wait_for(lambda: local.context.is_healthy)
         context, page, faults = visit(browser, cast(Any, local))
         local.log_in_as("SpiceWorks")
-        cookie = {"name": "healthchecker_session", "value": local.cookie, "url": "http://{}:{}/-/".format(*local.console)}
+        name, url = f"healthchecker_session_{local.console[1]}", "http://{}:{}/-/".format(*local.console)
+        cookie = {"name": name, "value": local.cookie, "url": url}
         context.add_cookies([cast(Any, cookie)])
         page.goto("/-/?q=A")
         other = context.new_page()

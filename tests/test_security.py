@@ -962,7 +962,31 @@ def test_session_does_not_reach_the_application(running: tuple[Service, Client])
     connection.request("POST", "/-/login", body, {"Content-Type": FORM})
     cookie = connection.getresponse().headers["Set-Cookie"]
     connection.close()
-    assert cookie.startswith(f"{COOKIE}=") and "Path=/-/" in cookie and "Domain" not in cookie
+    assert cookie.startswith(f"{COOKIE}_{service.console[1]}=") and "Path=/-/" in cookie and "Domain" not in cookie
+
+
+def test_two_consoles_of_one_host(tmp_path: Path) -> None:
+    """They do not log each other out, though a browser has the same cookies for both: by host, name and path."""
+    fields, jar = f"username={NAME}&password={PASSWORD.replace(' ', '+')}", dict[str, str]()
+    with contextlib.ExitStack() as stack:
+        consoles = dict[str, Local]()
+        for port in ("8081", "8082"):
+            (tmp_path / port).mkdir()
+            consoles[f"127.0.0.1:{port}"] = stack.enter_context(local_console(tmp_path / port, STATED))
+
+        def ask(method: str, path: str, host: str, body: str = "") -> int:
+            headers = {"Host": host, "Origin": f"http://{host}", "Content-Type": FORM,
+                       "Cookie": "; ".join(f"{name}={value}" for name, value in jar.items())}  # fmt: skip
+            reply = consoles[host].ask(method, path, body, headers)
+            name, _, value = reply.headers.get("set-cookie", "").partition(";")[0].partition("=")
+            jar.update({name: value} if name else {})
+            return reply.status
+
+        for host in consoles:
+            assert ask("POST", "/-/login", host, fields) == 303
+        assert [ask("GET", "/-/", host) for host in consoles] == [200, 200]
+        assert ask("POST", "/-/logout", "127.0.0.1:8081") == 303
+        assert [ask("GET", "/-/", host) for host in consoles] == [303, 200]
 
 
 # --- over a raw socket ---
