@@ -1290,7 +1290,7 @@ def fits_platform(expect: Expect, info: Any) -> Expect:
 # SECRETS, ServiceSettings, STARTED, UNASKED, USUAL
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 KEY_FILES = ("private.pem", "public.pem", "next.pem")
-STARTED = "started"             # beside them: the name of the database that a start has begun
+STARTED = "started"             # beside them: the names of the databases that a start has begun
 COMPANIONS = ("-wal", "-shm", "-journal", ".lock")      # files beside the database
 TOKEN_CHARS = 16                # of a password that has to be shown by whoever reports, or looks
 WORKERS_MAX = 8                 # worker processes that `auto` starts at most
@@ -19834,6 +19834,7 @@ class Installation:
         if listen_on:
             self.service = self.service.model_copy(update={"listen": listen_on})
         self.database, self.members = database_of(self.service), Membership()
+        self._mark = self.service.keys / STARTED
         if self.service.listen == (console := self.service.console) and not console.endswith(":0"):
             raise UsageError(f"service.console {console} is the address of {self.listen_name}; write another port, or "
                              "off")
@@ -19853,21 +19854,31 @@ class Installation:
     def schema(self, *, whole: bool = True) -> int:
         """That of the database, 0 before the first start alone: without what was added and said in the console, its
         gate would be open. Raises StorageError."""
-        version, mark = self.database.inspect(whole=whole), self.service.keys / STARTED
-        if not version and mark.is_file() and mark.read_bytes() == os.fsencode(str(self.database)):
-            raise StorageError(f"database {self.database} of an earlier start is not there: mount it; or move "
-                               f"inventory and keys away and `restore` a backup; or remove {mark} to begin anew")
+        version = self.database.inspect(whole=whole)
+        if not version and str(self.database) in self._begun():
+            raise StorageError(f"database {self.database} of an earlier start is not there: mount it; or move inventory"
+                               f" and keys away and `restore` a backup; or remove {self._mark} to begin anew")
         return version
+
+    def _begun(self) -> list[str]:
+        """The names of the databases that have begun with these keys."""
+        return os.fsdecode(self._mark.read_bytes()).split("\0") if self._mark.is_file() else []
+
+    def require_own_keys(self) -> None:
+        """Raises UsageError where the keys are another database's, too, whose secrets no other key opens."""
+        if others := [name for name in self._begun() if name != str(self.database)]:
+            raise UsageError(f"{self.service.keys.name} holds the key of {', '.join(others)}, too, which nothing else "
+                             "opens: have its service.keys name a copy of it, then, or where that database is gone, "
+                             f"remove {self._mark}")
 
     def mark(self) -> None:
         """Notes that the database has begun, but in folders that are not the service's own to write."""
-        mark, name = self.service.keys / STARTED, os.fsencode(str(self.database))
         with contextlib.suppress(OSError):
-            if not mark.exists() or mark.read_bytes() != name:
-                create_private(mark, name, os.replace)
+            if str(self.database) not in (begun := self._begun()):
+                create_private(self._mark, os.fsencode("\0".join([*begun, str(self.database)])), os.replace)
         with contextlib.suppress(OSError):
             if not left_beside(self.path):
-                create_private(mark_beside(self.path), name)
+                create_private(mark_beside(self.path), os.fsencode(str(self.database)))
 
     @contextlib.contextmanager
     def store(self, *, scratch: bool = False, locked: bool = False, whole: bool = True,
@@ -20387,6 +20398,7 @@ def seal(arguments: argparse.Namespace) -> int:
 def rotate_keys(arguments: argparse.Namespace) -> int:
     """Seals every secret with a new key. Interrupted, it leaves both keys; it is run again then."""
     installation = Installation(arguments.inventory)
+    installation.require_own_keys()
     document = installation.read_again()
     nodes = secret_nodes(installation.inventory, document, sealed=True)
     if len(list(sealed_tokens(None, installation.inventory))) > len(nodes):

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rights import ROOT, without_root_rights
-from service import fresh_processes, prepared_keys, write_inventory
+from service import Service, fresh_processes, prepared_keys, write_inventory
 
 import healthchecker
 from healthchecker import SecretError, Vault, open_vault
@@ -726,6 +726,26 @@ def test_rotate_refuses_beside_a_service(tmp_path: Path, capsys: pytest.CaptureF
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert {item.name: item.read_bytes() for item in (tmp_path / "keys").iterdir()} == before
     assert len(all_open(path)) == 1
+
+
+def test_rotate_takes_no_key_from_another_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two inventories with a database each, whose keys are in one folder, as they are where nobody says another one:
+    whichever has started last, neither loses its passwords."""
+    prepared_keys(tmp_path)
+    rows = "  - {name: one, hostname: 127.0.0.1, port: 9, username: u, password: p, critical: false, platform: linux}\n"
+    paths = [write_inventory(tmp_path, rows, f"  database: sqlite:///{name}.db\n", f"{name}.yaml") for name in "ab"]
+    for path in paths:
+        with Service(path):
+            pass
+    old = (tmp_path / "keys" / PRIVATE).read_bytes()
+    for path, other in zip(paths, "ba", strict=True):
+        assert healthchecker.main(["--inventory", str(path), "keys", "rotate"]) == 2
+        assert f"keys holds the key of {tmp_path / other}.db, too" in capsys.readouterr().err
+    assert (tmp_path / "keys" / PRIVATE).read_bytes() == old
+    (tmp_path / "keys" / "started").unlink()
+    with Service(paths[0]):
+        pass
+    assert healthchecker.main(["--inventory", str(paths[0]), "keys", "rotate"]) == 0
 
 
 # what runs first, what comes in between at which step of it, and the exit codes of both
