@@ -2691,16 +2691,17 @@ class Vault:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
         self._load(self.folder / name)
 
-    @key_files_written()
     def publish(self) -> None:
-        """Makes public.pem follow private.pem."""
+        """Makes public.pem follow private.pem, where it can: nothing here needs it, and a folder with the other one may
+        be there to be read alone, as a Secret of Kubernetes is."""
         path, key = self.folder / "public.pem", next(iter(self._keys.values()))
         public = key.public_key().public_bytes(serialization.Encoding.PEM, SPKI)
-        if not path.exists():
-            path.write_bytes(public)
-            give(path, self.folder)
-        elif path.read_bytes() != public:
-            path.write_bytes(public)
+        with contextlib.suppress(OSError):
+            if not path.exists():
+                path.write_bytes(public)
+                give(path, self.folder)
+            elif path.read_bytes() != public:
+                path.write_bytes(public)
 
     @key_files_written()
     def retire(self) -> None:

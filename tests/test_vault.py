@@ -341,6 +341,20 @@ def test_an_existing_key_is_never_overwritten(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["private.pem", "public.pem"]
 
 
+@POSIX_ONLY
+def test_a_private_key_alone_where_nothing_can_be_written(tmp_path: Path) -> None:
+    """As a Secret of Kubernetes is: a start needs no more, nor does `check` say that it would."""
+    folder = prepared_keys(tmp_path)
+    (folder / PUBLIC).unlink()
+    folder.chmod(0o500)
+    try:
+        with without_root_rights():
+            vault = open_vault(folder, [])
+    finally:
+        folder.chmod(0o700)
+    assert vault.open(vault.seal(SECRET, *ROW), *ROW) == SECRET and not (folder / PUBLIC).exists()
+
+
 def test_two_first_starts_at_once_agree(tmp_path: Path) -> None:
     """One makes the keys; the other says so or uses them, and never has keys of its own."""
     vaults: list[Vault] = []
