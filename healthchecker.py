@@ -21080,10 +21080,15 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def be_discreet() -> None:
-    """Nothing that this process makes is for others to write, and none of its secrets goes into a core dump."""
+    """Nothing that this process makes is for others to write, and none of its secrets goes into a core dump; and its
+    account has a name."""
     os.umask(os.umask(0o077) | 0o022)
     if sys.platform != "win32":
         import resource  # noqa: PLC0415  # POSIX only
+        try:
+            getpass.getuser()
+        except (KeyError, OSError):     # of a container, whose account may have a number alone; paramiko asks, too
+            os.environ["LOGNAME"] = str(os.getuid())
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 

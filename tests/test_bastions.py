@@ -22,7 +22,8 @@ from conftest import late_logins, no_leaks, wait_for
 from console import Local, local_console
 from hostile import ClosedPort, swallow
 from paramiko import common
-from service import run_cheaply, write_inventory
+from rights import ROOT
+from service import command, environment, run_cheaply, write_inventory
 from sshd import OPENSSH, Login, ParamikoSshd, Sshd, SshServer, make_key, public_line, write_private
 from test_transport import (
     AMPLE,
@@ -761,6 +762,19 @@ def test_ssh_config_as_people_write_it(tmp_path: Path, case: str) -> None:
         assert said == {name: theirs[word] for name, word in SshConfig.SAID.items()
                         if word in theirs and theirs[word] not in ("none", host)} | {"hostname": theirs["hostname"]}
         assert command == ("proxycommand" in theirs)
+
+
+@pytest.mark.skipif(not ROOT, reason="no other account can be had")
+def test_ssh_config_of_an_account_without_a_name(tmp_path: Path) -> None:
+    """As in a container that runs under a number; with root's rights, for the interpreter may be closed to others."""
+    path = write_inventory(tmp_path, "  - {hostname: db, username: u, password: p, ssh_config: config}\n")
+    (tmp_path / "config").write_text("Host *\n  HostName %h.example.com\n", encoding="utf-8")
+    (tmp_path / "sitecustomize.py").write_text("import os\nos.setreuid(54321, 0)\n", encoding="utf-8")
+    environ = {name: value for name, value in environment({"PYTHONPATH": str(tmp_path)}).items()
+               if name not in ("LOGNAME", "USER", "LNAME", "USERNAME")}  # fmt: skip
+    ended = subprocess.run(command(path, "check"), env=environ, capture_output=True, encoding="utf-8", check=False,
+                           timeout=120)  # fmt: skip
+    assert "hostname db.example.com" in ended.stdout, ended
 
 
 @pytest.mark.skipif(not shutil.which("ssh"), reason="no ssh here")
