@@ -3323,9 +3323,10 @@ def revise(session: Session) -> None:
 # What holds the tables: a file of SQLite, or a database of PostgreSQL that several machines reach. What the two do
 # differently is in their classes, and nowhere else. The main process alone opens it, in any thread: reads see one
 # state, writes wait for each other.
-# Gives: Claim, CLAIM_INTERVAL, Database, CLAIM_LIFE, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, PATIENCE,
-# PostgresServer, SqliteFile, Store
+# Gives: Claim, CLAIM_INTERVAL, Database, CLAIM_LIFE, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, locks_nothing, NO_LOCKS,
+# PATIENCE, PostgresServer, SqliteFile, Store
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
+NO_LOCKS = "its folder locks no files, as NFS without lockd; set service.database to one that does"
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one, and whoever connects for a server
 # PostgreSQL gives a statement up, and we a connection without a byte of it, after so many seconds: two of these and one
 # try to connect take less time than an open gate outlasts a monitor that waits.
@@ -3391,6 +3392,19 @@ def passing_reason(error: BaseException, path: Path) -> str:
     if isinstance(error, OSError) and error.errno in SCARCE:
         return f"{error.strerror}; try again"
     return f"{error}; try again" if refused and str(error).startswith(MOMENTARY) and is_writable(path) else ""
+
+
+def locks_nothing(folder: Path) -> bool:
+    """Whether no file there can be locked, as on NFS without lockd, which SQLite takes for the lock of another."""
+    if sys.platform == "win32":
+        return False
+    import fcntl  # noqa: PLC0415  # POSIX only
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno == errno.ENOLCK
+    return False
 
 
 def reason_of(error: Exception, path: Path) -> str:
@@ -3464,6 +3478,8 @@ class SqliteFile:
                 connection.close()
             if connection is None or "locked" not in str(error):
                 raise StorageError(f"database {path} cannot be used: {reason_of(error, path)}") from error
+            if locks_nothing(path.parent):
+                raise StorageError(f"database {path}: {NO_LOCKS}") from None
             raise StorageError(f"another HealthChecker is using database {path}{self._use_as_yet()}") from None
         return contextlib.closing(connection)
 
@@ -20602,6 +20618,8 @@ def check_folders(service: ServiceSettings) -> Iterator[HealthCheckerError]:
             yield error(f"{what}: the file system is read-only")
         elif not os.access(folder, os.W_OK):
             yield error(f"{what}: {denial(folder, 'write')}")
+        elif error is StorageError and locks_nothing(folder):
+            yield error(f"database {path}: {NO_LOCKS}")
 
 
 def check_doors(installation: Installation) -> Iterator[HealthCheckerError]:

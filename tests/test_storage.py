@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import platform
 import random
 import re
 import shutil
@@ -32,7 +33,16 @@ import sqlalchemy
 from conftest import wait_for
 from postgres import database_in, execute, settings_of
 from rights import without_root_rights
-from service import Program, Service, fresh_processes, prepared_keys, prepared_tables, run_cheaply, write_inventory
+from service import (
+    Program,
+    Service,
+    environment,
+    fresh_processes,
+    prepared_keys,
+    prepared_tables,
+    run_cheaply,
+    write_inventory,
+)
 from sqlalchemy.orm import Session
 
 import healthchecker
@@ -1527,3 +1537,29 @@ def test_what_is_behind_a_link_is_written_beside_its_target(mode: int, tmp_path:
             assert healthchecker.is_writable(tmp_path / "hc.db") is (mode == 0o700)
     finally:
         (tmp_path / "disk").chmod(0o700)
+
+
+# Has the kernel answer as NFS without lockd does, through seccomp.
+NO_LOCKS = """
+import ctypes, platform, struct
+number = {"x86_64": 72, "aarch64": 25}[platform.machine()]  # of fcntl
+steps = [(0x20, 0, 0, 0), (0x15, 0, 3, number), (0x20, 0, 0, 24), (0x15, 0, 1, 6),  # its second argument is F_SETLK
+         (0x06, 0, 0, 0x50000 | 37), (0x06, 0, 0, 0x7fff0000)]  # then ENOLCK
+filter = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(filter)))
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program, 0, 0):
+    raise SystemExit(f"seccomp: {ctypes.get_errno()}")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"), reason="no seccomp")
+def test_a_folder_that_locks_no_files(tmp_path: Path) -> None:
+    """Nobody else is using the database, which is what SQLite takes it for."""
+    path = write_inventory(tmp_path, "  - {name: one, platform: simulated}\n")
+    (tmp_path / "sitecustomize.py").write_text(NO_LOCKS, encoding="utf-8")
+    for words in ((), ("check",)):
+        ended = subprocess.run([*Program(path).command, *words], env=environment({"PYTHONPATH": str(tmp_path)}),
+                               check=False, capture_output=True, encoding="utf-8", timeout=120)  # fmt: skip
+        assert ended.returncode == 4 and "another HealthChecker" not in ended.stderr, ended
+        assert f"database {tmp_path / 'healthchecker.db'}: its folder locks no files" in ended.stderr, ended
