@@ -2412,7 +2412,7 @@ def load_inventory(path: Path, *, secrets: bool = True) -> Inventory:
 # Secrets at rest: in come passwords and what they belong to, out go tokens, and the other way round. Called in any
 # thread of the main process; only the start and `keys rotate` write key files. A secret never shows in an error.
 # Gives: length_prefixed, create_private, denial, ensure_private, everybody_changes, give, is_read_only, let_read,
-#   make_folder, NO_ROOM, private_file, take_place, Vault, hash_password
+#   locks_nothing, make_folder, NO_LOCKS, NO_ROOM, private_file, take_place, Vault, hash_password
 RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"HealthChecker/HC1")
 SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
@@ -2423,6 +2423,7 @@ EVERYBODY = frozenset(("WD", "AN", "AU", "IU", "NU", "BU", "BG", "CO"))
 CHANGES, CHANGE_BITS = frozenset(("FA", "FW", "GA", "GW", "DC", "LC", "SD", "WD", "WO")), 0x500D0006
 OWNERS = ("S-1-3-4", "SY", "BA")      # the file's owner ("OW"), the system, the administrators
 NO_ROOM = "the disk is full; make room on it"
+NO_LOCKS = "its folder locks no files, as NFS without lockd; set service.database to one that does"
 OPEN_ELSEWHERE = 2.0    # seconds that a scanner may keep a file open on Windows, where nothing replaces it meanwhile
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 SEALED = re.compile(r"HC[12]\.([0-9a-f]{16})(?:\.[^.]*){3}")    # of a sealed secret, with the id of its key
@@ -2537,6 +2538,19 @@ def denial(path: Path, verb: str) -> str:
 def is_read_only(folder: Path) -> bool:
     """Whether nobody can write there, as where a disk failed."""
     return sys.platform != "win32" and bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+
+
+def locks_nothing(folder: Path) -> bool:
+    """Whether no file there can be locked, as on NFS without lockd, which SQLite takes for the lock of another."""
+    if sys.platform == "win32":
+        return False
+    import fcntl  # noqa: PLC0415  # POSIX only
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno == errno.ENOLCK
+    return False
 
 
 def put_name(temporary: Path, path: Path) -> None:
@@ -3323,10 +3337,9 @@ def revise(session: Session) -> None:
 # What holds the tables: a file of SQLite, or a database of PostgreSQL that several machines reach. What the two do
 # differently is in their classes, and nowhere else. The main process alone opens it, in any thread: reads see one
 # state, writes wait for each other.
-# Gives: Claim, CLAIM_INTERVAL, Database, CLAIM_LIFE, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, locks_nothing, NO_LOCKS,
-# PATIENCE, PostgresServer, SqliteFile, Store
+# Gives: Claim, CLAIM_INTERVAL, Database, CLAIM_LIFE, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, PATIENCE,
+# PostgresServer, SqliteFile, Store
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
-NO_LOCKS = "its folder locks no files, as NFS without lockd; set service.database to one that does"
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one, and whoever connects for a server
 # PostgreSQL gives a statement up, and we a connection without a byte of it, after so many seconds: two of these and one
 # try to connect take less time than an open gate outlasts a monitor that waits.
@@ -3392,19 +3405,6 @@ def passing_reason(error: BaseException, path: Path) -> str:
     if isinstance(error, OSError) and error.errno in SCARCE:
         return f"{error.strerror}; try again"
     return f"{error}; try again" if refused and str(error).startswith(MOMENTARY) and is_writable(path) else ""
-
-
-def locks_nothing(folder: Path) -> bool:
-    """Whether no file there can be locked, as on NFS without lockd, which SQLite takes for the lock of another."""
-    if sys.platform == "win32":
-        return False
-    import fcntl  # noqa: PLC0415  # POSIX only
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno == errno.ENOLCK
-    return False
 
 
 def reason_of(error: Exception, path: Path) -> str:
@@ -3478,9 +3478,8 @@ class SqliteFile:
                 connection.close()
             if connection is None or "locked" not in str(error):
                 raise StorageError(f"database {path} cannot be used: {reason_of(error, path)}") from error
-            if locks_nothing(path.parent):
-                raise StorageError(f"database {path}: {NO_LOCKS}") from None
-            raise StorageError(f"another HealthChecker is using database {path}{self._use_as_yet()}") from None
+            raise StorageError(f"database {path}: {NO_LOCKS}" if locks_nothing(path.parent) else
+                               f"another HealthChecker is using database {path}{self._use_as_yet()}") from None
         return contextlib.closing(connection)
 
     def _use_as_yet(self) -> str:
@@ -19750,7 +19749,7 @@ def restore(arguments: argparse.Namespace) -> int:
 # locks it, and has the workers load the application: up to here a fault ends the start, and nothing was written. Then
 # it takes the inventory over, stored states open the gate, the console answers, the workers may serve. It ends the
 # other way round: the workers drain while the pollers go on, then console, pollers and database close.
-# Gives: check_files, database_at, Installation, MUTE, reload, serve
+# Gives: check_files, database_at, Installation, MUTE, not_running, reload, serve
 RELOAD_END = 2.0                # seconds that the end of the service waits for one
 MUTE = "does not answer"        # a service that runs
 
@@ -19925,7 +19924,7 @@ class Installation:
         machine = self.service.machine_name
         try:
             if not self.runs:
-                return f"does not run{self.place}: {self.without_it}"
+                return not_running(self)
             if remembered(session, own_name(STANDING, machine)).text:   # or it starts, or ends
                 told_by_service(session, machine)
         except StorageError as error:
@@ -19936,13 +19935,6 @@ class Installation:
     def place(self) -> str:
         """Where it is, as the end of a text."""
         return f", on {self.service.machine_name}" if self.service.machine_name else ""
-
-    @property
-    def without_it(self) -> str:
-        """What it means that it does not run: nobody knows of one that began before the host was called as it is."""
-        is_renamed = self.service.machine_name and not self.service.machine and self.database.is_running()
-        return ("the gate is closed, unless the host had another name when it began: then set service.machine, and "
-                "restart it") if is_renamed else "the gate is closed"
 
     @contextlib.contextmanager
     def serving(self, lost: Callable[[], None]) -> Iterator[None]:
@@ -19979,9 +19971,8 @@ class Installation:
     def first_owner(self, session: Session, imported: Callable[[], Changes]) -> str:
         """The same at a start, which takes the place of one that is gone also where no other lives and nothing would be
         removed that is `imported`: a container has another name each time. Raises StorageError."""
-        owner = self.rows_owner(session)
-        if not owner or self.service.inventory == "follow" or session.scalar(
-                NEIGHBOURS, {"name": self.service.machine_name}):
+        owner, beside = self.rows_owner(session), {"name": self.service.machine_name}
+        if not owner or self.service.inventory == "follow" or session.scalar(NEIGHBOURS, beside):
             return owner
         try:
             self._require_kept(imported().removed)
@@ -20055,6 +20046,14 @@ class Installation:
         before = before or now
         return ["the names of groups and routes" if name == "gates" else f"service.{name}"
                 for name in sorted(before.keys() | now) if not is_same(before.get(name), now.get(name))]
+
+
+def not_running(installation: Installation) -> str:
+    """What that means, as the end of a text; nobody knows of one that began before the host was called as it is."""
+    service, means = installation.service, f"does not run{installation.place}: the gate is closed"
+    if service.machine or not service.machine_name or not installation.database.is_running():
+        return means
+    return f"{means}, unless the host had another name when it began: then set service.machine, and restart it"
 
 
 def database_at(text: str, installation: Installation) -> Database:
@@ -20284,7 +20283,7 @@ ALIKE = {"unhealthy": "closed", "unknown": "unknown", "degraded": "degraded"}   
 def parts_told(installation: Installation, names: Sequence[str]) -> tuple[ServiceView, list[PartView]]:
     """What the running service says of everything, and of what has these names. Raises HealthCheckerError."""
     if not installation.database.inspect(whole=False) or not installation.runs:
-        raise UsageError(f"the service does not run{installation.place}: {installation.without_it}")
+        raise UsageError(f"the service {not_running(installation)}")
     with installation.store(scratch=True, whole=False) as store, store.reading() as session:
         view = told_by_service(session, store.machine)
         if installation.is_orphaned(differs_from(session, store.machine)):

@@ -724,7 +724,7 @@ def test_no_gate_closes_while_the_database_is_away(outage: str, folder: Path, ow
             open_until(service, lambda: "the configuration cannot be taken over" in service.output)
             reply = client.api("GET", "resources")
             assert (reply.status, reply.json["detail"]) == (503, "the database cannot be used now; see the log")
-            cookie = {"Authorization": "Basic eA==", "Cookie": f"{healthchecker.COOKIE}=x"}
+            cookie = {"Authorization": "Basic eA==", "Cookie": f"{healthchecker.COOKIE}_{client.port}=x"}
             began_mono = time.monotonic()
             assert client.ask("POST", "/-/api/push/pushes", '{"healthy": true}', token).status == 204
             for path in ("/-/livez", "/-/metrics", "/-/login"):
