@@ -4954,7 +4954,7 @@ class LoginGuard:
             most = min(self.rows.journal.most, REFUSALS_ASKED if name in self._asked else REFUSALS)
             most = most if self.rows.journal.is_heard() else self.rows.journal.share(most)
             good = self._good if self.polled is None else self._good.intersection(self.polled)
-            shared = max(1, most - (name not in good and bool(good) and name not in self._asked))
+            shared = max(1, min(most, REFUSALS) - 1) if good and name not in good else most
             unseen = self.rows.unseen(self._accepted_mono)
             before = [] if good else self.replaced.counted(is_new=not wrong)
             both = sorted([*wrong, *before, *(at for at, _ in unseen)]) if wrong or before else []

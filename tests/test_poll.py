@@ -631,6 +631,9 @@ GUARDS = {
     "check now": "a no; a ask; a=0; a no; a=300",
     "check now, again and again": "a no; a ask; a no; a ask; a no; a ask; a no; a ask; a=1860; b ask; b=1860",
     "check now while all are stopped": "a no; b no; c no; d ask; d=0; a=1860; d no; d ask; d=1860",
+    "who asks leaves the last attempt to one that was accepted": (
+        "x yes; +1; a ask; a no; a ask; a no; a ask; a=1860; x=0; x yes; a=0; +1; a no; x=0; y=0"
+    ),
     "accepted clears its own": "a no; +300; a yes; a=0; +1; a no; a=60",
 }
 
