@@ -4853,6 +4853,11 @@ class LoginRows:
             return self.journal.keep(self.of[name], text, patience, [*self.of.values()] if patience else ())
         return True
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        self.of = {names.get(name, name): row for name, row in self.of.items()}
+        self._unseen = {names.get(name, name): tries for name, tries in self._unseen.items()}
+        self._written = {names.get(name, name) for name in self._written}
+
     def read(self, name: str, text: str, *, is_own: bool) -> tuple[list[float], bool]:
         """How many seconds ago it refused, and whether that is alone; `is_own`: before the start of this machine."""
         with contextlib.suppress(ValueError, TypeError, LookupError):   # a database may hold anything
@@ -5109,6 +5114,18 @@ def count_with(guard: LoginGuard, wrong: Iterable[float]) -> None:
         guard._wrong = sorted(both.elements())
 
 
+def rename_in(guard: LoginGuard, names: Mapping[str, str]) -> None:
+    """What a guard knows of resources, by their names before, it knows by those of now."""
+    with guard._turn:
+        refused, guard._refused = guard._refused, {}
+        for name, times in refused.items():
+            others = guard._refused.get(names.get(name, name), ())
+            guard._refused[names.get(name, name)] = sorted([*others, *times])
+        guard._asked, guard._alone, guard._good = (
+            {names.get(name, name) for name in known} for known in (guard._asked, guard._alone, guard._good))
+        guard.rows.rename(names)
+
+
 class TypedGuard(LoginGuard):
     """Of what is typed for one user, who may guess: it counts with what is watched, and that with it."""
 
@@ -5153,6 +5170,7 @@ class Guards:
         self._journal = LoginJournal()
         self._own: dict[str, str] = {}                      # what is written, by row, from before the start on,
         self._others: Mapping[str, Sequence[str]] = {}      # and by other machines
+        self._names: dict[int, str] = {}                    # of resources, by their numbers
 
     def begin(self, journal: LoginJournal, before: Mapping[str, str]) -> None:
         """All that becomes known of logins is written down from now on."""
@@ -5241,6 +5259,11 @@ class Guards:
         watched = {target.name: target for target in targets}
         shown = [one for target in watched.values() for one in (target, *target.bastions())]
         with self._lock:
+            renamed = {before: one.name for one in watched.values()
+                       if (before := self._names.get(one.id, one.name)) != one.name}
+            for guard in self._guards.values() if renamed else ():
+                rename_in(guard, renamed)
+            self._names = {target.id: name for name, target in watched.items()}
             used = {key: self._guards.get(key) or self._begin(key) for key in map(self._key, shown)}
             gone = [(key, guard) for key, guard in self._guards.items() if key not in used and guard.is_used]
             self._guards, self._used = dict(gone[-REMEMBERED:]) | used, used

@@ -1290,6 +1290,26 @@ def test_refusals_follow_a_resource(house: House, machines: Machines, how: str) 
         assert not machines.logins
 
 
+def test_a_rename_counts_no_refusal_again(house: House, machines: Machines) -> None:
+    """It would be the third of a password that others are accepted with, and stop them, too."""
+    machines.behaviours = {"good": machines.login("good")} | {name: machines.login(name, refused) for name in ("a", "b")}
+    house.write("name: good, interval: 1", "name: a, interval: 60, critical: false")
+    with house.watching():
+        wait_for(lambda: house.state("a") == ("unhealthy", "auth"))
+        house.monitor.poll_now("a", 5)
+        wait_for(lambda: [len(told["refused"]) for told in kept_logins(house)] == [2])
+        house.write("name: good, interval: 1", "name: b, was: a, interval: 60, critical: false")
+        house.monitor.catch_up()
+        guard = house.monitor.guards.of(house.poller("b").target)
+        assert guard.refusals <= 2 and guard.has_refused("b") and not guard.has_refused("a")
+        assert [house.monitor.login_wait(name) > 0 for name in ("good", "b")] == [False, True]
+        wait_for(lambda: [len(told["refused"]) for told in kept_logins(house)] == [2])
+        wait_for(lambda: not guard.refusals)        # the other one is accepted again
+        machines.behaviours["b"] = machines.login("b")
+        assert house.monitor.poll_now("b", 5)
+        wait_for(lambda: not kept_logins(house))
+
+
 @pytest.mark.parametrize("meanwhile", ["name: b, platform: simulated", "name: a, password: another"],
                          ids=["taken out", "another password"])  # fmt: skip
 def test_a_refused_password_that_comes_back_after_a_restart_is_known(
