@@ -5170,6 +5170,7 @@ class Guards:
         self._journal = LoginJournal()
         self._own: dict[str, str] = {}                      # what is written, by row, from before the start on,
         self._others: Mapping[str, Sequence[str]] = {}      # and by other machines
+        self._had: set[str] = set()                         # rows that resources had before
         self._names: dict[int, str] = {}                    # of resources, by their numbers
 
     def begin(self, journal: LoginJournal, before: Mapping[str, str]) -> None:
@@ -5199,8 +5200,11 @@ class Guards:
         settings, guard = target.settings, self._shared(target)
         row = login_row(target.login_mark, target.name, settings.hostname, settings.username)
         if not settings.locks_nothing and (known := guard.rows.of.get(target.name)) != row:
+            if row in guard.rows.of:
+                rename_in(guard, {row: target.name})
             guard.rows.of[target.name] = row
             if known:       # the same credential, sealed with another key
+                self._had.add(known)
                 guard.rows.journal.keep(known, "", 0.0, ())
                 guard.write(target.name)
             older = hashlib.sha256(length_prefixed(target.credential_digest, target.name)).hexdigest()[:ROW_LENGTH]
@@ -5211,10 +5215,27 @@ class Guards:
             self._take_replaced(guard, target.name, row)
         return guard
 
+    def _written(self) -> list[tuple[str, str]]:
+        return [*self._own.items(), *((row, text) for row, texts in self._others.items() for text in texts)]
+
+    def hear_gone(self) -> None:
+        """Takes up what was written of credentials by resources that are gone, or had another name or hostname, under
+        the row's name; after all others, for what was accepted since then clears it."""
+        written = collections.defaultdict[str, list[tuple[str, str]]](list)
+        for row, text in self._written():
+            written[row[ACCOUNT_LENGTH:]].append((row, text))
+        for guard in list(self._guards.values()):
+            known = set(guard.rows.of.values())
+            for credential in {row[ACCOUNT_LENGTH:] for row in known} & written.keys():
+                for row, text in written[credential]:
+                    if row not in known and row not in self._had:
+                        guard.rows.of[row] = row
+                        guard.hear(row, text, is_own=False)
+
     def _take_replaced(self, guard: LoginGuard, name: str, row: str) -> None:
         """Takes up which passwords of the same account were refused."""
         account, credential = row[:ACCOUNT_LENGTH], row[ACCOUNT_LENGTH:]
-        written = [*self._own.items(), *((one, text) for one, texts in self._others.items() for text in texts)]
+        written = self._written()
         for other in {one[ACCOUNT_LENGTH:] for one, _ in written if one.startswith(account)} - {credential}:
             read = (guard.rows.read(name, text, is_own=False) for one, text in written if one.endswith(other))
             if agos := [ago for refused, alone in read if not alone for ago in refused]:
@@ -12494,6 +12515,7 @@ class Monitor(threading.Thread):
         refused = {number for number, row in stored.items() if row.status.strip.endswith(REFUSED_MARK)}
         for name in sorted(fresh, key=lambda name: targets[name].id in refused):    # those that were accepted first
             self._launch(targets[name], 0.0, found[name], stored.get(targets[name].id))
+        self.guards.hear_gone()
         spread([self.pollers[name] for name in fresh])
         everything = [target.settings for target in targets.values()]
         covered = self.maintenance.covered(lease_clock() + self._zero_at)
@@ -20559,6 +20581,7 @@ def poll_each(targets: Mapping[str, Target], chosen: Sequence[Target], access: C
     """Polls each once, PROBES_AT_ONCE at a time, and prints a table; 1 when a critical one is unhealthy."""
     room = threading.Semaphore(PROBES_AT_ONCE)
     make_connections(targets.values(), access)
+    access.guards.hear_gone()
     rows: dict[str, list[str]] = {}     # by name; each thread adds one
     bad: list[str] = []
 

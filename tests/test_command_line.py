@@ -599,6 +599,17 @@ def test_a_probe_counts_with_the_service(tmp_path: Path, capsys: pytest.CaptureF
         assert [probed("newest") for _ in range(2)] == [5, 5], "nor while it does not run"
 
 
+def test_a_probe_counts_whatever_the_resource_is_called(tmp_path: Path) -> None:
+    """A name, or a hostname, that is corrected in between: the account is the same."""
+    prepared_database(tmp_path)
+    with ParamikoSshd() as host:
+        for name in "abcde":
+            line = f"hostname: 127.0.0.1, port: {host.port}, username: u, password: wrong"
+            path = write_inventory(tmp_path, f"  - {{name: {name}, {line}}}\n")
+            assert main(["--inventory", str(path), "check", "--probe"]) == 1
+        assert (host.folder / "log").read_text("utf-8").count("Failed") == 3
+
+
 def test_a_probe_beside_who_writes_for_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No login waits for the database, and what cannot be written down is said once."""
     prepared_database(tmp_path)

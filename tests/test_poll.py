@@ -1292,7 +1292,7 @@ def test_refusals_follow_a_resource(house: House, machines: Machines, how: str) 
 
 def test_a_rename_counts_no_refusal_again(house: House, machines: Machines) -> None:
     """It would be the third of a password that others are accepted with, and stop them, too."""
-    machines.behaviours = {"good": machines.login("good")} | {name: machines.login(name, refused) for name in ("a", "b")}
+    machines.behaviours = {name: machines.login(name, refused) for name in "ab"} | {"good": machines.login("good")}
     house.write("name: good, interval: 1", "name: a, interval: 60, critical: false")
     with house.watching():
         wait_for(lambda: house.state("a") == ("unhealthy", "auth"))
@@ -1332,6 +1332,37 @@ def test_a_refused_password_that_comes_back_after_a_restart_is_known(
         assert house.monitor.login_wait("a") > 200
         wait_for(lambda: house.state("a") == ("unhealthy", "auth"))
         assert len(machines.logins) == 2
+
+
+@pytest.mark.parametrize("then", ["name: a, hostname: elsewhere", "name: b"], ids=["hostname", "name"])
+@pytest.mark.parametrize("is_good", [False, True], ids=["refused", "accepted elsewhere"])
+def test_refusals_outlast_what_a_resource_is_called(
+    house: House, machines: Machines, then: str, is_good: bool
+) -> None:
+    """A corrected hostname or name is another row of logins, and a directory counts on; unless it has cleared."""
+    def write(line: str) -> None:
+        house.write(f"{line}, interval: 1, platform: freebsd, username: monitor", *["name: good"] * is_good)
+
+    machines.behaviours = {name: machines.login(name, refused) for name in "ab"} | {"good": machines.login("good")}
+    write("name: a, hostname: here")
+    with house.watching():
+        wait_for(lambda: house.state("a") == ("unhealthy", "auth"))
+        for _ in range(2):
+            house.monitor.poll_now("a", 5)
+        wait_for(lambda: not is_good or house.state("good")[0] == "healthy")
+        for _ in range(is_good):    # after all refusals
+            house.monitor.poll_now("good", 5)
+    tried = len(machines.logins)
+    write(then if "hostname" in then else f"{then}, hostname: here")
+    for _ in range(2):
+        with house.watching():
+            name = then[6]
+            assert (house.monitor.login_wait(name) > 1800) is not is_good
+            assert is_good or house.monitor.guards.of(house.poller(name).target).refusals == 3
+    assert is_good or len(machines.logins) == tried
+    write("name: a, hostname: here")
+    with house.watching():
+        assert is_good or house.monitor.guards.of(house.poller("a").target).refusals == 3, "each is still one"
 
 
 def test_refusals_that_the_version_before_wrote_count(house: House) -> None:
