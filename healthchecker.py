@@ -2650,6 +2650,11 @@ def belong_together(key: rsa.RSAPrivateNumbers) -> bool:
                     for prime, part in ((key.p, key.dmp1), (key.q, key.dmq1))))
 
 
+def decoded(part: str) -> bytes:
+    """That of a token; raises ValueError."""
+    return base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True)
+
+
 class Vault:
     """Seals secrets: AES-256-GCM with a fresh key per secret, that key under RSA-OAEP, bound to its row.
 
@@ -2661,6 +2666,7 @@ class Vault:
         self.folder = folder
         self._keys: dict[str, rsa.RSAPrivateKey] = {}
         self._marks: dict[str, bytes] = {}      # by key, what secrets are marked with
+        self._unwrapped: dict[bytes, bytes] = {}    # keys of secrets, see unwrap
         self.key_id = ""    # first 16 hex digits of the SHA-256 of the public key (DER) that seals; empty without keys
         for name in ("private.pem", "next.pem"):
             self._load(folder / name)
@@ -2742,13 +2748,20 @@ class Vault:
         version, key_id, *parts = token.split(".")
         bound = length_prefixed(version, key_id, *(row[:-1] if version == "HC1" else row))      # the port stands last
         try:
-            wrapped, nonce, sealed = (
-                base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True) for part in parts)
-            key = self._keys[key_id].decrypt(wrapped, OAEP)
+            wrapped, nonce, sealed = map(decoded, parts)
+            key = self._unwrapped.get(wrapped) or self._keys[key_id].decrypt(wrapped, OAEP)
             return AESGCM(key).decrypt(nonce, sealed, bound).decode()
         except (ValueError, InvalidTag, binascii.Error) as error:
             raise SecretError("a sealed secret belongs to another name, hostname, port or username, or was altered; "
                               "write the password again") from error
+
+    def unwrap(self, tokens: Iterable[str]) -> None:
+        """Does ahead what takes a millisecond of opening each; what cannot be opened is a matter of whoever does."""
+        for token in filter(SEALED.fullmatch, tokens):
+            _, key_id, part, *_ = token.split(".")
+            with contextlib.suppress(LookupError, ValueError):
+                wrapped = decoded(part)
+                self._unwrapped[wrapped] = self._keys[key_id].decrypt(wrapped, OAEP)
 
     def read(self, secret: str, *row: str) -> str:
         """A secret that is sealed or not; raises SecretError."""
@@ -19797,6 +19810,7 @@ def restore(arguments: argparse.Namespace) -> int:
 # Gives: check_files, database_at, Installation, MUTE, not_running, reload, serve
 RELOAD_END = 2.0                # seconds that the end of the service waits for one
 MUTE = "does not answer"        # a service that runs
+RELOAD_TRIES = 5                # times that a reload begins while others are faster
 
 
 def mark_beside(inventory: Path) -> Path:
@@ -19906,11 +19920,14 @@ class Installation:
         self.inventory = InventoryLoader(self.path, document, secrets=self._secrets).load()
         return document
 
-    def reads_same(self) -> bool:
-        """Reads the inventory again, with what it names, and says whether they say what they said."""
-        before = self.inventory
-        self.read_again()
-        return self.inventory == before and self.inventory.digest == before.digest      # to == mappings have no order
+    def taken(self, session: Session) -> int:
+        """How often this machine's inventory was taken over, in all."""
+        return remembered(session, own_name("file", self.service.machine_name)).value
+
+    def take(self, session: Session) -> None:
+        """Notes that it is, or, for `differs_from`, was to be."""
+        name = own_name("file", self.service.machine_name)
+        session.merge(Setting(name=name, text=self.inventory.digest, value=self.taken(session) + 1))
 
     def schema(self, *, whole: bool = True) -> int:
         """That of the database, 0 before the first start alone: without what was added and said in the console, its
@@ -20080,7 +20097,7 @@ class Installation:
             self.read_again()       # a `reload` while this one waited or began the workers is not to be taken back
         except InventoryError as error:     # an edit that is not done yet
             log_refusal(error)
-        session.merge(Setting(name=own("file"), text=self.inventory.digest))    # for differs_from
+        self.take(session)
         session.merge(Setting(name=own(STANDING), text=""))     # the one before may have been killed a moment ago
 
     def changed_service(self, session: Session) -> list[str]:
@@ -20146,28 +20163,41 @@ def prepare(installation: Installation, store: Store) -> Vault:
     return vault
 
 
-def take_over_again(installation: Installation, store: Store, actor: str = "") -> Iterator[str]:
-    """Has the rows follow an edited inventory while the service runs, all or nothing, and gives what is to be known;
-    the service itself follows the rows. Raises HealthCheckerError."""
+def read_for(installation: Installation, store: Store) -> tuple[int, Vault, list[str]]:
+    """Does what takes long of a reload, before nobody else may write: reads the files, and unwraps the keys of secrets.
+    Gives how often others were faster until it began, the keys, and what needs a restart. Raises HealthCheckerError."""
+    with store.reading() as session:
+        taken = installation.taken(session)
+    installation.read_again()
     with store.reading() as session:
         waiting = installation.changed_service(session)
         if fixed := [name for name in waiting if name in ("service.database", "service.keys")]:
             raise UsageError(f"{installation.path.name}: {', '.join(fixed)} changed: restart the service")
         vault = installation.open_vault(session)
-    for fault in check_receivers(installation.inventory, vault):
-        if isinstance(fault, InventoryError):
-            raise fault
-        yield str(fault)
-    with store.writing(long=True) as session:
-        # what was written meanwhile may have been taken over by who was faster
-        if is_meant := installation.open_vault(session).key_id == vault.key_id and installation.reads_same():
+        vault.unwrap(sealed_tokens(session, installation.inventory))
+    return taken, vault, waiting
+
+
+def take_over_again(installation: Installation, store: Store, actor: str = "") -> Iterator[str]:
+    """Has the rows follow an edited inventory while the service runs, all or nothing, and gives what is to be known;
+    the service itself follows the rows. Raises HealthCheckerError."""
+    for _ in range(RELOAD_TRIES):
+        taken, vault, waiting = read_for(installation, store)
+        for fault in check_receivers(installation.inventory, vault):
+            if isinstance(fault, InventoryError):
+                raise fault
+            yield str(fault)
+        with store.writing(long=True) as session:
+            # who was faster may have read what was written meanwhile
+            if installation.taken(session) != taken or installation.open_vault(session).key_id != vault.key_id:
+                continue
             owner = installation.rows_owner(session, again=True)
             changes = "" if owner else installation.take_over(session, vault, actor)
-            session.merge(Setting(name=store.own("file"), text=installation.inventory.digest))
+            installation.take(session)
             revise(session)
-    if not is_meant:
-        yield from take_over_again(installation, store, actor)
-        return
+        break
+    else:
+        raise UsageError("others reload all the time: try again")
     if owner:
         way = ", or here with --accept-removals once that machine is gone for good"
         raise UsageError(f"the inventory of {owner} is watched; `reload` there"

@@ -12,19 +12,23 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from console import Client, Local, local_console, prepared_database, prepared_keys
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from service import Program, Service, command, environment, run, run_cheaply, store_in, write_inventory
+from sqlalchemy.orm import Session
 from sshd import wait_for
 
 import healthchecker
 from healthchecker import (
+    Changes,
     Installation,
     InventoryError,
     ResourceSettings,
     Standing,
+    Vault,
     events,
     load_targets,
     main,
@@ -213,6 +217,51 @@ def test_a_reload_that_another_one_overtook(
         with store.reading() as session:
             targets = load_targets(session, earlier.open_vault(session))
     assert {*targets} == names and targets["h0"].settings.secrets["password"] == password
+
+
+class Blind(Installation):
+    """It can neither read files nor use its key from the moment on in which nobody else may write."""
+
+    def open_vault(self, session: Session | None) -> Vault:
+        vault = super().open_vault(session)
+        if session and session.connection().get_execution_options().get("immediate"):
+            self.path.unlink(missing_ok=True)
+        return vault
+
+    def take_over(self, session: Session, vault: Vault, actor: str = "") -> Changes:
+        vault._keys = dict.fromkeys(vault._keys, cast(RSAPrivateKey, None))
+        return super().take_over(session, vault, actor)
+
+
+@pytest.mark.of_files
+def test_nobody_waits_while_a_reload_reads_files_and_opens_secrets(tmp_path: Path) -> None:
+    """Of some thousand passwords that takes seconds, in which the service could write nothing."""
+    prepared_database(tmp_path)
+    (tmp_path / "h0.password").write_text("secret", encoding="utf-8")
+    path = write_inventory(tmp_path, OWN_FILE + "  - {name: h1, hostname: 192.0.2.1, username: u, password: secret}\n")
+    assert "2 added" in said_by(path, "reload")
+    assert main(["--inventory", str(path), "seal"]) == 0 and "HC2." in path.read_text("utf-8")
+    write_inventory(tmp_path, path.read_text("utf-8").partition("resources:\n")[2] + HOSTS[3])
+    reloading = Blind(path)
+    with reloading.store(needed=True) as store:
+        assert [*take_over_again(reloading, store)] == [
+            "inventory: 1 added, 0 changed, 0 removed, 2 kept; added: h3"]
+    assert not path.exists()
+
+
+@pytest.mark.of_files
+def test_a_reload_that_another_one_overtakes_again_and_again(tmp_path: Path) -> None:
+    """It gives up, for it does not know any more what is meant."""
+    class Slow(Installation):
+        def read_again(self) -> healthchecker.Document:
+            document = super().read_again()
+            said_by(self.path, "reload")
+            return document
+
+    prepared_database(tmp_path)
+    slow = Slow(write_inventory(tmp_path, HOSTS[0]))
+    with slow.store(needed=True) as store, pytest.raises(healthchecker.UsageError, match="try again"):
+        list(take_over_again(slow, store))
 
 
 @pytest.mark.of_files
