@@ -811,6 +811,83 @@ def test_what_was_typed_and_refused_is_no_new_password(house: House, password: s
         assert (guards.of(saved).wait("a") > 0) is (password == "wrong")
 
 
+class Life:
+    """Guards whose rows are those that the lives before wrote."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, str] = {}
+        self.begin()
+
+    def keep(self, row: str, text: str, patience: float, siblings: Collection[str]) -> bool:
+        self.rows[row] = text
+        return True
+
+    def begin(self, *watched: Target) -> Guards:
+        self.guards = Guards()
+        self.guards.begin(healthchecker.LoginJournal(self.keep), {row: text for row, text in self.rows.items() if text})
+        self.watch(*watched)
+        return self.guards
+
+    def watch(self, *watched: Target) -> None:
+        self.guards.keep(watched)
+        for target in watched:
+            self.guards.of(target)
+        self.guards.hear_gone()
+
+
+def test_what_was_typed_and_refused_counts_after_a_restart(house: House) -> None:
+    """For the password, whatever it is saved under, for another one of the account, and for who types again."""
+    life, guess, other = Life(), *(one_target(house, password) for password in ("guess", "other"))
+    assert [refuse_trial(life.guards, guess) for _ in range(5)] == [True] * 4 + [False]
+    for saved in guess, replace(guess, settings=guess.settings.model_copy(update={"name": "b"})):
+        assert life.begin(saved).of(saved).refusals == 4
+        life.watch(saved)
+        assert life.guards.of(saved).refusals == 4, "once"
+    assert not refuse_trial(life.begin(), other)
+    assert not refuse_trial(life.begin(other), guess)
+    guards = life.begin(other)
+    assert guards.of(other).wait("a") == 0, "a new one is tried"
+    guards.of(other).refuse("a")
+    guards.of(other).ask("a")
+    assert guards.of(other).wait("a") > 1800, "once"
+
+
+def test_what_was_typed_and_accepted_counts_for_nobody(house: House) -> None:
+    life, guess, record = Life(), one_target(house, "guess"), LoginRecord()
+    for _ in range(2):
+        assert refuse_trial(life.guards, guess)
+    with life.guards.trial(guess, record).attempt("a", Deadline(5), record):
+        pass
+    assert not any(life.rows.values())
+    assert life.begin(guess).of(guess).refusals == 0
+
+
+@pytest.mark.parametrize("restarts", [False, True], ids=["saved", "after a restart"])
+def test_guesses_that_are_typed_count_for_the_one_that_is_saved(house: House, restarts: bool) -> None:
+    """They are tries of its account."""
+    life, saved = Life(), one_target(house, "saved")
+    for number in range(4):
+        assert refuse_trial(life.guards, one_target(house, f"guess{number}"))
+    if restarts:
+        life.begin()
+    life.watch(saved)
+    assert life.guards.of(saved).wait("a") > 1800
+
+
+def test_guesses_that_are_typed_count_for_what_is_watched(house: House) -> None:
+    """Unless it is good."""
+    life, watched = Life(), one_target(house, "watched")
+    life.watch(watched)
+    guard = life.guards.of(watched)
+    guard.refuse("a")
+    made = [refuse_trial(life.guards, one_target(house, f"guess{number}")) for number in range(4)]
+    assert made == [True] * 3 + [False]
+    guard.ask("a")
+    assert guard.wait("a") > 1800
+    guard.accept("a")
+    assert guard.wait("a") == 0
+
+
 @pytest.mark.parametrize("other", [
     "platform: tcp, hostname: 192.0.2.2, port: 25", "platform: dns, hostname: example.com",
     "platform: local", "platform: simulated",
