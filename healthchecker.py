@@ -5172,6 +5172,11 @@ class TypedGuard(LoginGuard):
         for row in {row for tried, row, _ in list(self._tried) if tried == key}:
             yield row, [*self._refused.get(row, ())]
 
+    def why(self, name: str) -> str:
+        """Whoever it was that refused them: it may be one account."""
+        whose = "passwords of this user were refused before, here or by other hosts; check username and password"
+        return f"{NOT_TRIED}{whose}; next attempt in {math.ceil(self.wait(name))} s"
+
     def require_no_wait(self, name: str) -> None:
         for other in self._watched():
             with other._turn:

@@ -2569,6 +2569,21 @@ def test_what_was_tested_and_is_refused_after_it_was_saved_counts(house: House) 
     assert guards.of(target).refusals == 1
 
 
+def test_a_test_says_that_other_hosts_refused_the_user() -> None:
+    """Each of which has a root of its own, as far as anybody knows who is not told so."""
+    def target(name: str) -> Target:
+        settings = ResourceSettings(name=name, hostname=name, username="root", password=SecretStr(f"{name}'s"))
+        return Target(0, settings, None, "", "")
+
+    guards, watched, record = Guards(), [target(f"h{number}") for number in range(4)], LoginRecord()
+    guards.keep(watched)
+    for one in watched:
+        guards.of(one).refuse(one.name)
+    trial = guards.trial(target("h4"), record)
+    with pytest.raises(ProbeError, match=r"of this user were refused before, here or by other hosts; .* in 18\d\d s"):
+        trial.require_no_wait("h4")
+
+
 def test_what_is_refused_while_a_test_waits_counts_for_it(house: House) -> None:
     """Both are asked about before either has an answer."""
     guards, watched, typed = Guards(), one_target(house, "wrong"), one_target(house, "typed")
