@@ -20712,6 +20712,9 @@ def probe(installation: Installation, targets: Mapping[str, Target], chosen: Seq
         access.guards.hear(others)
         for fault in filter(None, Uplink(installation.service.uplink, resolver=access.resolver).ask()):
             print(f"service.uplink: {fault}")
+        if not is_kept and not all(target.settings.locks_nothing for target in chosen):
+            print("there is no database of this version yet: each probe shows wrong passwords again, and so will the "
+                  "start; a directory locks an account after a few")
         return poll_each(targets, chosen, access)
 
 

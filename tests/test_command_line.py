@@ -578,6 +578,8 @@ def test_a_probe_counts_with_the_service(tmp_path: Path, capsys: pytest.CaptureF
         assert main([*inventory(password), "check", "--probe"]) == 1
         said = capsys.readouterr().out
         assert said.count("auth: ") == len(hosts) and "refused before" in said
+        is_kept = (tmp_path / "healthchecker.db").exists()
+        assert ("each probe shows wrong passwords again, and so will the start" in said) is not is_kept
         return tried()
 
     with contextlib.ExitStack() as stack:
