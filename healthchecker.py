@@ -34,7 +34,8 @@ Sections, in file order; a definition refers only to what stands above it:
     Inventory    texts -> validated settings, every fault with line and column
     Vault        AES-256-GCM data keys under RSA-OAEP, bound to the row they belong to
     Storage      the tables
-    Databases    SQLite and PostgreSQL through Flask-SQLAlchemy
+    SQLite       the tables in a file
+    Databases    that, or PostgreSQL, through Flask-SQLAlchemy
     Import       the rows follow the inventory; what a poller needs of one
     Connections  deadlines, byte caps, name look-up, TCP: what every connection needs
     Logins       the guard that keeps a wrong password from locking an account
@@ -65,6 +66,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Leases       the leases in a file, for gates in other servers
     HTTP         requests read strictly, clients with deadlines
     Serve        waitress on the loop, and its pools
+    Log          one line an event, whoever reads it
     Workers      processes that serve on one socket
     Accounts     users, logins and what proves them, the brake on guessing
     Principals   who asks, and what it is asked of
@@ -86,6 +88,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Service      serve: from the start to the end
     Status       what the running service says, for the command line and Nagios
     Sealing      secrets sealed in the file and in the rows, also with another key
+    Check        what a start would say, and one poll of each host
     Commands     the command line: check, seal, endpoint, trust, user, gate, maintenance, keys
 """
 
@@ -3346,30 +3349,14 @@ def revise(session: Session) -> None:
     session.merge(Setting(name="revision", value=revision(session) + 1))
 
 
-# === Databases ===============================================================
-# What holds the tables: a file of SQLite, or a database of PostgreSQL that several machines reach. What the two do
-# differently is in their classes, and nowhere else. The main process alone opens it, in any thread: reads see one
-# state, writes wait for each other.
-# Gives: Claim, CLAIM_INTERVAL, Database, CLAIM_LIFE, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, PATIENCE,
-# PostgresServer, SqliteFile, Store
+# === SQLite ==================================================================
+# The tables in a file, of one machine: opened by the main process alone, whose lock nobody else gets, and copied and
+# looked at whatever state it was left in.
+# Gives: BUSY_TIMEOUT, SqliteFile
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one, and whoever connects for a server
-# PostgreSQL gives a statement up, and we a connection without a byte of it, after so many seconds: two of these and one
-# try to connect take less time than an open gate outlasts a monitor that waits.
-STATEMENT_TIMEOUT, ANSWER_TIMEOUT = 10.0, 12.0
-# The latter in this thread: who has others to look after waits for less, and asks again.
-PATIENCE, IMPATIENCE = contextvars.ContextVar("PATIENCE", default=ANSWER_TIMEOUT), 3.0
-ABANDONED = 60.0                # seconds after which it ends a transaction in which nothing is asked, CLAIM_LIFE where
-                                # others wait for it
-WRITE_LOCK = APPLICATION        # number of its lock that whoever writes holds
-CLAIM_INTERVAL = 2.0            # seconds between two signs of life of a service
-CLAIM_LIFE = 6.0                # seconds after which one of them does not count
-OLDEST_POSTGRES = 14
 # What SQLite says of a lack of descriptors or memory, or of a quota, too.
 MOMENTARY = ("unable to open database file", "disk I/O error", "attempt to write a readonly database")
-REQUIRED = ("; have the server ask for the password by scram-sha-256, or write sslmode=verify-full or what it may ask "
-            "by, such as require_auth=md5, into service.database (with libpq 16 or newer)")
-NO_PSYCOPG = "service.database needs psycopg 3: in its environment run `pip install \"psycopg[binary]>=3.3\"`"
 
 
 def address_of(path: Path, mode: str) -> str:
@@ -3587,6 +3574,26 @@ class SqliteFile:
         connection.exec_driver_sql("COMMIT")
         if connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar():
             raise StorageError(f"database {self.path} is being read by another program; try again")
+
+
+# === Databases ===============================================================
+# What holds the tables: that file, or a database of PostgreSQL that several machines reach. What the two do
+# differently is in their classes, and nowhere else. The main process alone opens it, in any thread: reads see one
+# state, writes wait for each other.
+# Gives: Claim, CLAIM_INTERVAL, CLAIM_LIFE, Database, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, PATIENCE, PostgresServer,
+# Store
+STATEMENT_TIMEOUT, ANSWER_TIMEOUT = 10.0, 12.0
+# The latter in this thread: who has others to look after waits for less, and asks again.
+PATIENCE, IMPATIENCE = contextvars.ContextVar("PATIENCE", default=ANSWER_TIMEOUT), 3.0
+ABANDONED = 60.0                # seconds after which it ends a transaction in which nothing is asked, CLAIM_LIFE where
+                                # others wait for it
+WRITE_LOCK = APPLICATION        # number of its lock that whoever writes holds
+CLAIM_INTERVAL = 2.0            # seconds between two signs of life of a service
+CLAIM_LIFE = 6.0                # seconds after which one of them does not count
+OLDEST_POSTGRES = 14
+REQUIRED = ("; have the server ask for the password by scram-sha-256, or write sslmode=verify-full or what it may ask "
+            "by, such as require_auth=md5, into service.database (with libpq 16 or newer)")
+NO_PSYCOPG = "service.database needs psycopg 3: in its environment run `pip install \"psycopg[binary]>=3.3\"`"
 
 
 def until_silent(waiting: Generator[Any, Any, Any], seconds: float) -> Generator[Any, Any, Any]:
@@ -6641,8 +6648,8 @@ class Pipeline(PowerShell):
 
 
 # What is to be done about a certificate, by OpenSSL's numbers of what is wrong with it.
-OTHER_NAME = "name the host as it does, or make one there that names this host"
-CERTIFICATE_ADVICE = {9: "set the clock, there or here", 10: "renew it there", 62: OTHER_NAME, 64: OTHER_NAME}
+HOSTS_NAME = "name the host as it does, or make one there that names this host"
+CERTIFICATE_ADVICE = {9: "set the clock, there or here", 10: "renew it there", 62: HOSTS_NAME, 64: HOSTS_NAME}
 UNKNOWN_ISSUER = (2, 18, 19, 20, 21)
 
 
@@ -11065,8 +11072,7 @@ class IncidentLog:
             one.written = (one.id, one.refused, one.would_refuse) if one.id else one.written
         self._over.clear()
         self._numbered.clear()
-        self._begun = self._speaks
-        self._written_mono = self._clock()
+        self._begun, self._written_mono = self._speaks, self._clock()
 
     def _standing(self, since: Callable[[str], float]) -> str:
         gates = [{"name": each.name, "state": each.state, "why": each.why, "since": since(each.name)}
@@ -12187,6 +12193,12 @@ def spread(pollers: Sequence[Poller]) -> None:
         poller.put_off(delay)
 
 
+def report_again(pollers: Mapping[str, Poller]) -> None:
+    """Has all of them say how they stand, for what counts of it may be another."""
+    for poller in list(pollers.values()):
+        poller.report_again()
+
+
 def start_new(pollers: Iterable[Poller]) -> None:
     """Starts those that are not started yet."""
     for poller in pollers:
@@ -12417,11 +12429,11 @@ class Monitor(threading.Thread):
         self.guards, self.aggregator, self.uplink = context.access.guards, context.aggregator, context.uplink
         self.members, self.blames = context.members, functools.partial(blamed, pollers=self.pollers, context=context)
         self.changed_at, self.flush = context.recorder.changed_at, context.recorder.flush
-        self.override = OverrideKeeper(store, context.aggregator, self._wall)
         self._booted_mono = lease_clock()       # the first start since the machine booted
         self._zero_at = self._wall() - self._booted_mono    # the Unix time of lease_clock's 0: times are stored by it
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
         self.maintenance, self.exchange = MaintenanceKeeper(store), Exchange(store, context)
+        self.override = OverrideKeeper(store, context.aggregator, self._wall)
         context.recorder.incidents.standings = self.standings
         self._revision, self._looked_mono = -1, -math.inf   # of the rows that were followed, and when
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
@@ -12438,7 +12450,8 @@ class Monitor(threading.Thread):
         self._reconcile()
         self._take_clock(now_at, behind)
         self._context.aggregator.start()
-        self._context.uplink.begin(self._context.urge, self._report_again, self._context.recorder.note)
+        self._context.uplink.begin(self._context.urge, functools.partial(report_again, self.pollers),
+                                   self._context.recorder.note)
         self._context.recorder.start()
 
     def run(self) -> None:
@@ -12481,10 +12494,6 @@ class Monitor(threading.Thread):
             if report is None and self._ending.wait(MONITOR_INTERVAL / 10):     # else it was replaced just then
                 break
         return report
-
-    def _report_again(self) -> None:
-        for poller in list(self.pollers.values()):
-            poller.report_again()
 
     def behind(self, name: str) -> Standing | None:
         """How a resource stands that is cut off or behind an unhealthy one; None for any other. For any thread."""
@@ -13258,7 +13267,7 @@ class LeaseFile:
 # Requests, read more strictly than by waitress, whose own parser lets pass what hides one request in another: what two
 # programs could understand in two ways is refused, and what is too large. The loop's thread feeds the parser what has
 # come. And who asks, behind a proxy: a WSGI middleware, for the application's door and for the console's.
-# Gives: BadRequest, FORWARDED, ForwardedHeaders, GateParser
+# Gives: BadRequest, FORWARDED, ForwardedHeaders, GateParser, UNFILED
 HEADER_BYTES = 16 << 10         # bytes of a request's line and headers, or of what is between two chunks of its body
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Z-]{1,32}) ([!\"$-~\x80-\xff]+) HTTP/(1\.[01])")
@@ -13353,7 +13362,7 @@ class ForwardedHeaders:
             environ["HTTP_X_FORWARDED_PREFIX"] = nearest(said["HTTP_X_FORWARDED_PREFIX"])
 
 
-NO_ROOM = "there is no room for temporary files"
+UNFILED = "there is no room for temporary files"
 
 
 def too_large(limit: int) -> BadRequest:
@@ -13426,7 +13435,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
         except BadRequest as refused:
             self.refuse(refused)
         except OSError:     # there is no room for the temporary file of a large body
-            self.refuse(BadRequest("503 Service Unavailable", NO_ROOM))
+            self.refuse(BadRequest("503 Service Unavailable", UNFILED))
         return len(data)
 
     def close(self) -> None:
@@ -13646,7 +13655,7 @@ class GateErrorTask(ErrorTask):    # type: ignore[misc]  # waitress carries no t
             super().service()
         finally:
             channel.served("5xx" if isinstance(error, InternalServerError) else "bad")
-        if str(error).startswith(("service.", NO_ROOM)):
+        if str(error).startswith(("service.", UNFILED)):
             channel.server.complain(f"a request was refused, for {error}")
 
 
@@ -14075,212 +14084,15 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
             log.warning("requests cut, for they took longer than service.drain, %g s: %d", drain, len(cut))
 
 
-# === Workers =================================================================
-# The serving processes. The main process binds the doors, starts, watches, replaces and ends the workers (Supervisor,
-# with a WorkerProcess each); in each of them a Worker serves. It runs the customer's code: it is given sockets, lease,
-# counters, settings and a pipe, and no database, key, inventory or session. On the pipe it says `ready` or `failed` and
-# what is to be logged, in JSON; it hears stop, or end of file when the main process died.
-# That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set: if
-# each served as soon as it is ready, a start that fails would have served somebody.
-# Gives: ENDINGS, HANGUPS, LogFile, Supervisor, bound_address, handed_over, hear_signals, keep_out_of_collections,
-#   listen, set_up_logging, stderr_in_thread, try_app
-ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)      # this machine does not have the address, or its family
-LISTEN_FAULTS = {
-    errno.EADDRINUSE: "another program uses that port; stop it, or write another port at",
-    errno.EADDRNOTAVAIL: "this machine has no such address; write one that it has, such as 127.0.0.1, or 0.0.0.0 at",
-    errno.EACCES: "the port needs rights that this account does not have; write one above 1023 at"}
-BIND_OPTION = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)   # the former on Windows
-PORT_WAIT = 5.0                 # seconds for a port to become free: workers of a killed service hold theirs a moment
-READY_INTERVAL = 0.02           # seconds between two looks whether to serve
-ORPHAN_DRAIN = 0.5              # seconds for requests in flight of a worker whose main process died
-LAST_WORDS = 0.2                # seconds in which what a dead worker said is read
-SUPERVISOR_INTERVAL = 0.05      # seconds between two looks at the worker processes
-STANDSTILL = 1.0                # seconds between two looks that mean that this process, or the machine, stood still
-HANG_TIME = 10.0                # seconds without a turn of its loop after which a worker is replaced
-HANG_SPACING = 2.0              # seconds between two such replacements, so that never all are gone at once
-READY_TIME = 60.0               # seconds to import the application after which a replacement is replaced, at least
-UNSERVED_TIME = 5.0             # seconds without a worker that is ready, which are no replacement as any other
-START_NEWS = 5.0                # seconds between two lines about a start that takes long
-WORKER_LIFE = 10.0              # seconds of serving after which a worker's end is no sign that it can never run
-WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)  # seconds before the 1st, 2nd, … replacement of short-lived workers
-WORKER_END = 2.0                # seconds between the end of draining and the end of the process
+# === Log =====================================================================
+# One line an event, wherever it goes: to stderr, to a file, from a worker to the main process. What goes there is a
+# text that nobody forges; nobody waits who logs, and no client fills it.
+# Gives: log_to, LogFile, MessagePipe, set_up_logging, stderr_in_thread
 STDERR_WRITES = 1000            # that wait for a stderr that takes nothing
 STDERR_END = 2.0                # seconds for the last of them when the service ends
 STDERR_PAUSE = 0.05             # seconds between two tries, where whoever shares it wants no try to wait
-ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)]
-HANGUPS = [getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name)]      # Windows has none
 
 
-def hear_signals() -> None:
-    """Those that were held come now (POSIX)."""
-    if sys.platform != "win32":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDINGS, *HANGUPS))
-
-
-# --- the doors ---
-@functools.cache
-def handed_over() -> list[socket.socket]:
-    """The listening sockets that systemd has for this process (sd_listen_fds(3)). They outlive it: clients of a restart
-    wait, and nobody is refused."""
-    count = int(os.environ["LISTEN_FDS"]) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
-    socks = [socket.socket(fileno=number) for number in range(3, 3 + count)]
-    for sock in socks:
-        sock.set_inheritable(False)
-        sock.listen(BACKLOG)
-    return socks
-
-
-def bind(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets on each address of `host` that this machine has, on one port, or those that systemd has bound
-    to any of them. Raises OSError, UnicodeError."""
-    answers: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    addresses = sorted({(family, address) for family, _, _, _, address in answers})     # IPv4 first
-    wanted = {address[:2] for _, address in addresses}
-    if given := [sock for sock in handed_over() if sock.getsockname()[:2] in wanted]:
-        return given
-    socks, absent = [], OSError()
-    with contextlib.ExitStack() as bound:
-        for family, (name, _, *rest) in addresses:
-            try:
-                with contextlib.ExitStack() as stack:
-                    sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
-                    sock.setsockopt(socket.SOL_SOCKET, BIND_OPTION, 1)
-                    if family == socket.AF_INET6 and len(addresses) > 1:    # IPv4 has a socket of its own
-                        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                    sock.bind((name, port, *rest))
-                    sock.listen(BACKLOG)
-                    bound.push(stack.pop_all())
-                socks.append(sock)
-                port = sock.getsockname()[1]    # for 0 the system has chosen one
-            except OSError as error:
-                if error.errno not in ABSENT:
-                    raise
-                absent = error
-        if not socks:
-            raise absent
-        bound.pop_all()
-    return socks
-
-
-def meets(one: Address, other: Address) -> bool:
-    """Whether who has a port of one address has that of the other; the address of all is that of IPv4, too, in IPv6."""
-    return one == other or any(each.is_unspecified and (each.version == 6 or one.version == other.version)
-                               for each in (one, other))
-
-
-def is_ours(host: str, port: int, doors: Iterable[socket.socket]) -> bool:
-    """Whether one of our own sockets is on this port of an address of `host`."""
-    with contextlib.suppress(OSError):      # it was found a moment ago
-        found: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        return any(sock.getsockname()[1] == port and meets(*map(plain_address, (sock.getsockname()[0], address[0])))
-                   for sock in doors for *_, address in found)
-    return False
-
-
-def listen(setting: str, value: str, wait: float = PORT_WAIT,
-           other: tuple[str, Sequence[socket.socket]] = ("", ())) -> list[socket.socket]:
-    """Binds the address:port that `setting` of the inventory names, a name on all its addresses, or takes what systemd
-    has bound; one in use may become free for `wait` seconds. `other`: our other door, and what sets it. Raises
-    UsageError."""
-    host, _, port = value.rpartition(":")
-    place = host.strip("[]"), int(port)
-    ends = time.monotonic() + wait
-    while True:
-        try:
-            socks = bind(*place)
-            if not {*socks} & {*other[1]}:
-                return socks
-            raise OSError(errno.EADDRINUSE, "systemd's socket is the other door")
-        except (OSError, UnicodeError) as error:
-            number = getattr(error, "errno", 0)
-            if number == errno.EADDRINUSE and is_ours(*place, other[1]):
-                raise UsageError(
-                    f"{setting} {value} is the address of {other[0]}; write another port, or off") from None
-            if number != errno.EADDRINUSE or time.monotonic() > ends:
-                reason = f"{one_line(getattr(error, 'strerror', '') or 'not a host name')}; write another at"
-                raise UsageError(f"cannot listen on {value}: {LISTEN_FAULTS.get(number, reason)} {setting}") from error
-        time.sleep(SUPERVISOR_INTERVAL)
-
-
-def bound_address(value: str, socks: Sequence[socket.socket]) -> str:
-    """address:port as the inventory has it, with the port that the system chose for 0."""
-    return f"{value.rpartition(':')[0]}:{socks[0].getsockname()[1]}" if socks else value
-
-
-def connection_limit() -> int:
-    """Connections that may be served at once."""
-    if sys.platform == "win32":
-        return 400      # select takes 512 sockets there
-    return int(max(100, min(CONNECTIONS_MAX, allow_files() - 100)))     # the application needs some
-
-
-# --- the application ---
-def builtin_app(service: ServiceSettings) -> WSGIApplication:
-    """The page shown behind the gate until `service.app` names an application."""
-    app = flask.Flask("healthchecker.builtin")
-    console = "" if service.console == "off" else (
-        f' Operators: the <a href="http://{service.console}/-/">console</a>.')
-    app.add_url_rule("/", "welcome", lambda: WELCOME.format(console=console))
-    return app
-
-
-def application_fault(app: Any) -> str:
-    """Why something cannot be the WSGI application; empty where it can, as far as its signature tells."""
-    if not callable(app):
-        return "is not callable"
-    if inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(getattr(app, "__call__", None)):  # noqa: B004
-        return "is an ASGI application, and the gate serves WSGI: wrap it, for example with a2wsgi.ASGIMiddleware"
-    try:
-        parameters = inspect.signature(app).parameters.values()
-    except (TypeError, ValueError):     # written in C
-        return ""
-    places = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    needed = [each for each in places if each.default is each.empty]
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters) or 0 < len(needed) <= 2 <= len(places):
-        return ""
-    return "does not take (environ, start_response)" + ("" if needed else ": for a factory write `module:factory()`")
-
-
-def load_app(name: str, folder: Path) -> WSGIApplication:
-    """Imports `module:callable`, or calls `module:factory()`, with `folder` first on the path; raises UsageError."""
-    module, _, attribute = name.partition(":")
-    if str(folder) not in sys.path[:1]:
-        sys.path.insert(0, str(folder))
-    try:
-        app: Any = importlib.import_module(module)
-        for part in attribute.removesuffix("()").split("."):
-            app = getattr(app, part)
-        if attribute.endswith("()"):
-            app = app()
-        fault = application_fault(app)
-    except (Exception, SystemExit) as error:    # the user's own code may raise anything
-        reason = f"{type(error).__name__}: {one_line(str(error))}"
-        raise UsageError(f"service.app {name} cannot be imported: {reason}") from error
-    if fault:
-        raise UsageError(f"service.app {name} {fault}")
-    return cast("WSGIApplication", app)
-
-
-def try_app(name: str, folder: Path) -> None:
-    """Loads the application and ends the process; of what goes wrong in it, the frames that are its own."""
-    code = 0
-    try:
-        load_app(name, folder)
-    except UsageError as error:
-        if cause := error.__cause__:
-            trace = cause.__traceback__
-            while trace and trace.tb_frame.f_code.co_filename.startswith((__file__, "<frozen", os.path.dirname(
-                    importlib.__file__))):
-                trace = trace.tb_next
-            traceback.print_exception(cause.with_traceback(trace))
-        print(error, file=sys.stderr)
-        code = error.exit_code
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)      # whatever the application left running
-
-
-# --- the log ---
 def printable(text: str) -> str:
     """`text` with a backslash sequence for what could end or hide a line."""
     return text if text.isprintable() else "".join(
@@ -14470,6 +14282,208 @@ class MessagePipe(logging.handlers.QueueHandler):
         with contextlib.suppress(OSError):      # the other side has ended; Worker hears it
             while message := self.queue.get():
                 self._pipe.send_bytes(message)
+
+
+# === Workers =================================================================
+# The serving processes. The main process binds the doors, starts, watches, replaces and ends the workers (Supervisor,
+# with a WorkerProcess each); in each of them a Worker serves. It runs the customer's code: it is given sockets, lease,
+# counters, settings and a pipe, and no database, key, inventory or session. On the pipe it says `ready` or `failed` and
+# what is to be logged, in JSON; it hears stop, or end of file when the main process died.
+# That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set: if
+# each served as soon as it is ready, a start that fails would have served somebody.
+# Gives: bound_address, ENDINGS, handed_over, HANGUPS, hear_signals, keep_out_of_collections, listen, Supervisor,
+# try_app
+ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)      # this machine does not have the address, or its family
+LISTEN_FAULTS = {
+    errno.EADDRINUSE: "another program uses that port; stop it, or write another port at",
+    errno.EADDRNOTAVAIL: "this machine has no such address; write one that it has, such as 127.0.0.1, or 0.0.0.0 at",
+    errno.EACCES: "the port needs rights that this account does not have; write one above 1023 at"}
+BIND_OPTION = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)   # the former on Windows
+PORT_WAIT = 5.0                 # seconds for a port to become free: workers of a killed service hold theirs a moment
+READY_INTERVAL = 0.02           # seconds between two looks whether to serve
+ORPHAN_DRAIN = 0.5              # seconds for requests in flight of a worker whose main process died
+LAST_WORDS = 0.2                # seconds in which what a dead worker said is read
+SUPERVISOR_INTERVAL = 0.05      # seconds between two looks at the worker processes
+STANDSTILL = 1.0                # seconds between two looks that mean that this process, or the machine, stood still
+HANG_TIME = 10.0                # seconds without a turn of its loop after which a worker is replaced
+HANG_SPACING = 2.0              # seconds between two such replacements, so that never all are gone at once
+READY_TIME = 60.0               # seconds to import the application after which a replacement is replaced, at least
+UNSERVED_TIME = 5.0             # seconds without a worker that is ready, which are no replacement as any other
+START_NEWS = 5.0                # seconds between two lines about a start that takes long
+WORKER_LIFE = 10.0              # seconds of serving after which a worker's end is no sign that it can never run
+WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)  # seconds before the 1st, 2nd, … replacement of short-lived workers
+WORKER_END = 2.0                # seconds between the end of draining and the end of the process
+ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)]
+HANGUPS = [getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name)]      # Windows has none
+
+
+def hear_signals() -> None:
+    """Those that were held come now (POSIX)."""
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDINGS, *HANGUPS))
+
+
+# --- the doors ---
+@functools.cache
+def handed_over() -> list[socket.socket]:
+    """The listening sockets that systemd has for this process (sd_listen_fds(3)). They outlive it: clients of a restart
+    wait, and nobody is refused."""
+    count = int(os.environ["LISTEN_FDS"]) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
+    socks = [socket.socket(fileno=number) for number in range(3, 3 + count)]
+    for sock in socks:
+        sock.set_inheritable(False)
+        sock.listen(BACKLOG)
+    return socks
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets on each address of `host` that this machine has, on one port, or those that systemd has bound
+    to any of them. Raises OSError, UnicodeError."""
+    answers: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    addresses = sorted({(family, address) for family, _, _, _, address in answers})     # IPv4 first
+    wanted = {address[:2] for _, address in addresses}
+    if given := [sock for sock in handed_over() if sock.getsockname()[:2] in wanted]:
+        return given
+    socks, absent = [], OSError()
+    with contextlib.ExitStack() as bound:
+        for family, (name, _, *rest) in addresses:
+            try:
+                with contextlib.ExitStack() as stack:
+                    sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                    sock.setsockopt(socket.SOL_SOCKET, BIND_OPTION, 1)
+                    if family == socket.AF_INET6 and len(addresses) > 1:    # IPv4 has a socket of its own
+                        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    sock.bind((name, port, *rest))
+                    sock.listen(BACKLOG)
+                    bound.push(stack.pop_all())
+                socks.append(sock)
+                port = sock.getsockname()[1]    # for 0 the system has chosen one
+            except OSError as error:
+                if error.errno not in ABSENT:
+                    raise
+                absent = error
+        if not socks:
+            raise absent
+        bound.pop_all()
+    return socks
+
+
+def meets(one: Address, other: Address) -> bool:
+    """Whether who has a port of one address has that of the other; the address of all is that of IPv4, too, in IPv6."""
+    return one == other or any(each.is_unspecified and (each.version == 6 or one.version == other.version)
+                               for each in (one, other))
+
+
+def is_ours(host: str, port: int, doors: Iterable[socket.socket]) -> bool:
+    """Whether one of our own sockets is on this port of an address of `host`."""
+    with contextlib.suppress(OSError):      # it was found a moment ago
+        found: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return any(sock.getsockname()[1] == port and meets(*map(plain_address, (sock.getsockname()[0], address[0])))
+                   for sock in doors for *_, address in found)
+    return False
+
+
+def listen(setting: str, value: str, wait: float = PORT_WAIT,
+           other: tuple[str, Sequence[socket.socket]] = ("", ())) -> list[socket.socket]:
+    """Binds the address:port that `setting` of the inventory names, a name on all its addresses, or takes what systemd
+    has bound; one in use may become free for `wait` seconds. `other`: our other door, and what sets it. Raises
+    UsageError."""
+    host, _, port = value.rpartition(":")
+    place = host.strip("[]"), int(port)
+    ends = time.monotonic() + wait
+    while True:
+        try:
+            socks = bind(*place)
+            if not {*socks} & {*other[1]}:
+                return socks
+            raise OSError(errno.EADDRINUSE, "systemd's socket is the other door")
+        except (OSError, UnicodeError) as error:
+            number = getattr(error, "errno", 0)
+            if number == errno.EADDRINUSE and is_ours(*place, other[1]):
+                raise UsageError(
+                    f"{setting} {value} is the address of {other[0]}; write another port, or off") from None
+            if number != errno.EADDRINUSE or time.monotonic() > ends:
+                reason = f"{one_line(getattr(error, 'strerror', '') or 'not a host name')}; write another at"
+                raise UsageError(f"cannot listen on {value}: {LISTEN_FAULTS.get(number, reason)} {setting}") from error
+        time.sleep(SUPERVISOR_INTERVAL)
+
+
+def bound_address(value: str, socks: Sequence[socket.socket]) -> str:
+    """address:port as the inventory has it, with the port that the system chose for 0."""
+    return f"{value.rpartition(':')[0]}:{socks[0].getsockname()[1]}" if socks else value
+
+
+def connection_limit() -> int:
+    """Connections that may be served at once."""
+    if sys.platform == "win32":
+        return 400      # select takes 512 sockets there
+    return int(max(100, min(CONNECTIONS_MAX, allow_files() - 100)))     # the application needs some
+
+
+# --- the application ---
+def builtin_app(service: ServiceSettings) -> WSGIApplication:
+    """The page shown behind the gate until `service.app` names an application."""
+    app = flask.Flask("healthchecker.builtin")
+    console = "" if service.console == "off" else (
+        f' Operators: the <a href="http://{service.console}/-/">console</a>.')
+    app.add_url_rule("/", "welcome", lambda: WELCOME.format(console=console))
+    return app
+
+
+def application_fault(app: Any) -> str:
+    """Why something cannot be the WSGI application; empty where it can, as far as its signature tells."""
+    if not callable(app):
+        return "is not callable"
+    if inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(getattr(app, "__call__", None)):  # noqa: B004
+        return "is an ASGI application, and the gate serves WSGI: wrap it, for example with a2wsgi.ASGIMiddleware"
+    try:
+        parameters = inspect.signature(app).parameters.values()
+    except (TypeError, ValueError):     # written in C
+        return ""
+    places = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    needed = [each for each in places if each.default is each.empty]
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters) or 0 < len(needed) <= 2 <= len(places):
+        return ""
+    return "does not take (environ, start_response)" + ("" if needed else ": for a factory write `module:factory()`")
+
+
+def load_app(name: str, folder: Path) -> WSGIApplication:
+    """Imports `module:callable`, or calls `module:factory()`, with `folder` first on the path; raises UsageError."""
+    module, _, attribute = name.partition(":")
+    if str(folder) not in sys.path[:1]:
+        sys.path.insert(0, str(folder))
+    try:
+        app: Any = importlib.import_module(module)
+        for part in attribute.removesuffix("()").split("."):
+            app = getattr(app, part)
+        if attribute.endswith("()"):
+            app = app()
+        fault = application_fault(app)
+    except (Exception, SystemExit) as error:    # the user's own code may raise anything
+        reason = f"{type(error).__name__}: {one_line(str(error))}"
+        raise UsageError(f"service.app {name} cannot be imported: {reason}") from error
+    if fault:
+        raise UsageError(f"service.app {name} {fault}")
+    return cast("WSGIApplication", app)
+
+
+def try_app(name: str, folder: Path) -> None:
+    """Loads the application and ends the process; of what goes wrong in it, the frames that are its own."""
+    code = 0
+    try:
+        load_app(name, folder)
+    except UsageError as error:
+        if cause := error.__cause__:
+            trace = cause.__traceback__
+            while trace and trace.tb_frame.f_code.co_filename.startswith((__file__, "<frozen", os.path.dirname(
+                    importlib.__file__))):
+                trace = trace.tb_next
+            traceback.print_exception(cause.with_traceback(trace))
+        print(error, file=sys.stderr)
+        code = error.exit_code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)      # whatever the application left running
 
 
 # --- in a worker process ---
@@ -19851,7 +19865,7 @@ def restore(arguments: argparse.Namespace) -> int:
 # locks it, and has the workers load the application: up to here a fault ends the start, and nothing was written. Then
 # it takes the inventory over, stored states open the gate, the console answers, the workers may serve. It ends the
 # other way round: the workers drain while the pollers go on, then console, pollers and database close.
-# Gives: check_files, database_at, Installation, MUTE, not_running, reload, serve
+# Gives: check_files, database_at, first_owner, Installation, MUTE, not_running, reload, serve, silence
 RELOAD_END = 2.0                # seconds that the end of the service waits for one
 MUTE = "does not answer"        # a service that runs
 RELOAD_TRIES = 5                # times that a reload begins while others are faster
@@ -20025,18 +20039,6 @@ class Installation:
         """Whether its service does, here."""
         return self.database.is_running(self.service.machine_name)
 
-    def silence(self, session: Session) -> str:
-        """Why its service takes up nothing of what is written; empty: it does."""
-        machine = self.service.machine_name
-        try:
-            if not self.runs:
-                return not_running(self)
-            if remembered(session, own_name(STANDING, machine)).text:   # or it starts, or ends
-                told_by_service(session, machine)
-        except StorageError as error:
-            return f"{MUTE}: {error}"
-        return ""
-
     @property
     def place(self) -> str:
         """Where it is, as the end of a text."""
@@ -20074,18 +20076,9 @@ class Installation:
             raise StorageError("no machine has taken an inventory over yet; first start one with `inventory: own`")
         return owner
 
-    def first_owner(self, session: Session, imported: Callable[[], Changes]) -> str:
-        """The same at a start, which takes the place of one that is gone also where no other lives and nothing would be
-        removed that is `imported`: a container has another name each time. Raises StorageError."""
-        owner, beside = self.rows_owner(session), {"name": self.service.machine_name}
-        if not owner or self.service.inventory == "follow" or session.scalar(NEIGHBOURS, beside):
-            return owner
-        try:
-            self._require_kept(imported().removed)
-        except HealthCheckerError as error:     # it is as good as the machine's that may come back
-            log_refusal(error)
-            return owner
-        return ""
+    def is_new(self, session: Session) -> bool:
+        """Whether its service has never begun on the database, on this machine."""
+        return not remembered(session, own_name("service", self.service.machine_name)).text
 
     def is_orphaned(self, owner: str) -> bool:
         """Whether the machine whose inventory is watched in place of the one here, if there is any, is gone."""
@@ -20101,9 +20094,9 @@ class Installation:
                      *without_login(self.inventory)):
             log.warning("%s", line)
         if changes.alarming:
-            self._require_kept(changes.removed)
+            self.require_kept(changes.removed)
 
-    def _require_kept(self, removed: Sequence[str]) -> None:
+    def require_kept(self, removed: Sequence[str]) -> None:
         if removed and not self._accepts_removals:
             raise InventoryError(f"{self.path.name}: {len(removed)} resources are not in it any more "
                                  f"({', '.join(removed[:10])}); if that is meant: --accept-removals")
@@ -20162,6 +20155,19 @@ def not_running(installation: Installation) -> str:
     return f"{means}, unless the host had another name when it began: then set service.machine, and restart it"
 
 
+def silence(installation: Installation, session: Session) -> str:
+    """Why its service takes up nothing of what is written; empty: it does."""
+    machine = installation.service.machine_name
+    try:
+        if not installation.runs:
+            return not_running(installation)
+        if remembered(session, own_name(STANDING, machine)).text:   # or it starts, or ends
+            told_by_service(session, machine)
+    except StorageError as error:
+        return f"{MUTE}: {error}"
+    return ""
+
+
 def database_at(text: str, installation: Installation) -> Database:
     """The one of a URL, with the password that the inventory states for it, if it does. Raises UsageError."""
     try:
@@ -20183,16 +20189,32 @@ def rehearsed(session: Session, installation: Installation, vault: Vault) -> Cha
     return changes
 
 
+def first_owner(installation: Installation, session: Session, imported: Callable[[], Changes], *, is_new: bool) -> str:
+    """The rows' owner at a start: where this machine `is_new`, also in the place of one that is gone, if no other lives
+    and nothing would be removed that is `imported`, for a container has another name each time. What was here before
+    may have older texts than the one that is gone. Raises StorageError."""
+    owner, beside = installation.rows_owner(session), {"name": installation.service.machine_name}
+    if not (owner and is_new) or installation.service.inventory == "follow" or session.scalar(NEIGHBOURS, beside):
+        return owner
+    try:
+        installation.require_kept(imported().removed)
+    except HealthCheckerError as error:     # it is as good as the machine's that may come back
+        log_refusal(error)
+        return owner
+    return ""
+
+
 def prepare(installation: Installation, store: Store) -> Vault:
     """Brings database and keys to what the inventory says, all or nothing, and says what is to be known."""
     with store.writing(long=True) as session:
         vault = installation.open_vault(session)
         ensure_first_user(session)
         record_event(session, "service", f"started, version {VERSION}{installation.place}")
+        is_new = installation.is_new(session)
         installation.keep_service(session)
-        waiting = installation.changed_service(session)
-        owner = installation.first_owner(session, functools.partial(rehearsed, session, installation, vault))
-        initial = initial_user(session)
+        waiting, initial = installation.changed_service(session), initial_user(session)
+        imported = functools.partial(rehearsed, session, installation, vault)
+        owner = first_owner(installation, session, imported, is_new=is_new)
         changes = "" if owner else installation.take_over(session, vault)
         if owner:
             import_receivers(session, installation.inventory, vault, secrets_only=True)
@@ -20269,7 +20291,7 @@ def reload(arguments: argparse.Namespace) -> int:
         for line in take_over_again(installation, store, "command line"):
             print(line)
         with store.reading() as session:
-            if why := installation.silence(session):
+            if why := silence(installation, session):
                 print(f"the service {why}; it follows the inventory when it runs again", file=sys.stderr)
     return 0
 
@@ -20589,11 +20611,10 @@ def replace_keys(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# === Commands ================================================================
-# The command line: each command is a function of the arguments, works on an Installation and gives the exit code. What
-# it changes in the database a running service takes up within a second.
-# Gives: nothing
-TAKEN_UP = 2.0                  # seconds after which a running service has followed a row, and written what came of it
+# === Check ===================================================================
+# What a start would say and change, and one poll of each host, before anybody relies on it. Nothing is changed but what
+# becomes known of logins.
+# Gives: check, find_target, make_connections, print_table, rehearsal, show_progress
 APP_WAIT = 120.0                # seconds for the application to be loaded by `check`
 PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
 PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait without an end may never see Ctrl-C
@@ -20809,7 +20830,7 @@ def show_changes(installation: Installation, changes: Changes) -> tuple[Changes,
     owner = ""
     if installation.service.machine_name and installation.database.inspect(whole=False) == SCHEMA:
         with installation.store() as store, store.reading() as session:
-            owner = installation.first_owner(session, lambda: changes)
+            owner = first_owner(installation, session, lambda: changes, is_new=installation.is_new(session))
     print(f"{installation.path.name} is valid; a start would "
           + (f"not take it over: the inventory of {owner} is watched" if owner else f"make: {changes}"))
     return Changes([], [], [], []) if owner else changes, int(installation.is_orphaned(owner))
@@ -20848,6 +20869,13 @@ def check(arguments: argparse.Namespace) -> int:
     polled = [name for name, target in targets.items() if target.settings.is_asked]
     chosen = [find_target(targets, name) for name in arguments.probe or polled]
     return code or (0 if arguments.probe is None else probe(installation, targets, chosen))
+
+
+# === Commands ================================================================
+# The command line: each command is a function of the arguments, works on an Installation and gives the exit code. What
+# it changes in the database a running service takes up within a second.
+# Gives: nothing
+TAKEN_UP = 2.0                  # seconds after which a running service has followed a row, and written what came of it
 
 
 def notify_test(arguments: argparse.Namespace) -> int:
@@ -21033,7 +21061,7 @@ def gate_rows(installation: Installation, session: Session) -> Iterator[list[str
     started = remembered(session, own_name("service", installation.service.machine_name)).text
     mode = json.loads(started or "{}").get("mode", "enforce")   # as it was started with
     yield ["MODE", "observe: nothing is refused" if mode == "observe" else mode]
-    yield ["SERVICE", installation.silence(session) or "runs"]
+    yield ["SERVICE", silence(installation, session) or "runs"]
 
 
 def change_and_show(arguments: argparse.Namespace, change: Callable[[Principal], object] | None,
@@ -21047,7 +21075,7 @@ def change_and_show(arguments: argparse.Namespace, change: Callable[[Principal],
                 time.sleep(TAKEN_UP if installation.database.is_running() else 0.0)
         with store.reading() as session:
             print_table(rows(installation, session))
-            if (why := installation.silence(session)).startswith(MUTE):
+            if (why := silence(installation, session)).startswith(MUTE):
                 print(f"the service {why}{'; what was written counts when it goes on' if change else ''}",
                       file=sys.stderr)
                 return 0 if change else NAGIOS["unknown"]

@@ -752,7 +752,15 @@ def test_a_container_that_is_recreated_takes_its_inventory_over(site: Site) -> N
     assert said.returncode == 0 and "a start would make: 1 added" in said.stdout, said
     with Service(path, deadline=60) as service:
         assert "inventory: 1 added" in service.output and site.execute(watched) == [("one",), ("two",)]
-    replace_in(path, "machine: f3a91c0b7d11", "machine: 7c22de9a0042")
+    replace_in(path, "machine: f3a91c0b7d11", "machine: a")     # it was here before: its texts may be older
+    replace_in(path, ONE, ONE.replace("one", "zero") + ONE)
+    said = run(path, "check")
+    assert said.returncode == 1 and "not take it over: the inventory of f3a91c0b7d11 is watched" in said.stdout, said
+    with Service(path, deadline=60) as service:
+        assert "that of f3a91c0b7d11 is watched" in service.output
+        assert site.execute(watched) == [("one",), ("two",)]
+    replace_in(path, ONE.replace("one", "zero"), "")
+    replace_in(path, "machine: a", "machine: 7c22de9a0042")
     replace_in(path, ONE, THREE)
     said = run(path, "check")
     assert said.returncode == 1 and "not take it over: the inventory of f3a91c0b7d11 is watched" in said.stdout, said
