@@ -790,7 +790,8 @@ def test_nothing_is_sealed_with_a_key_that_is_gone(
     monkeypatch.setattr(owner, step, between)
     codes.insert(0, healthchecker.main(["--inventory", str(path), *first]))
     assert all_open(path) == {public_id(tmp_path / "keys")}
-    assert tuple(codes) == expected and len(capsys.readouterr().err.splitlines()) == sum(map(bool, codes))
+    faults = [line for line in capsys.readouterr().err.splitlines() if "the service does not run" not in line]
+    assert tuple(codes) == expected and len(faults) == sum(map(bool, codes))
     assert healthchecker.main(["--inventory", str(path), *(first if codes[0] else second)]) == 0
     assert all_open(path) == {public_id(tmp_path / "keys")}
 
