@@ -3082,7 +3082,8 @@ class Maintenance(Base):
     reason: Mapped[str]
     actor: Mapped[str] = mapped_column(default="")      # name of the user, empty for a plan
     plan: Mapped[str] = mapped_column(default="")       # JSON of the inventory's, empty for none
-    # When the last turn of its plan was to begin; of what has no plan when it was over. No clock moves that.
+    # When the last turn of its plan was to begin; of what was planned for later when it began, of what has no plan when
+    # it was over. No clock moves that.
     turn_at: Mapped[float] = mapped_column(default=0.0)
 
     @property
@@ -10660,6 +10661,7 @@ def finish_work(session: Session, row: Maintenance, text: str, at: float, **who:
 def take_turn(session: Session, row: Maintenance, now: float, *, gone: bool) -> None:
     if row.state == "planned" and row.start_at <= now and not gone:
         begin_work(session, row, row.start_at)
+        row.turn_at = now
     if row.state == "begun" and row.until_at <= now:
         tell_over(session, row, "maintenance is over", row.until_at)
         if not row.plan:
@@ -10703,17 +10705,26 @@ def take_turns(session: Session, now: float) -> None:
         begin_turn(session, plan, turns.get(text), now, held)
 
 
+def goes_on(row: Maintenance, seconds: float, now: float) -> bool:
+    """Whether what has begun lasts for as long as it had left, whatever the clock says; see move_times."""
+    begin = now + seconds if row.plan else min(now + seconds, now - lease_clock())      # the boot
+    return begin < row.start_at <= now
+
+
 def move_times(session: Session, seconds: float, now: float) -> None:
     """After the clock, which said `now`, was set by so much: what was begun by hand goes on for the time that it had
-    left, and no turn of a plan for longer than that; a clock that was put forward ends it as it says, and what was
-    begun before the machine booted, for it may have been wrong since then. What began later than `now` was begun by a
-    clock that was right, before a start with one that was behind. What a start with one that was ahead took for over
-    begins when it should."""
+    left, and so does a turn of a plan that is to begin later by the clock as it is now; any other one ends as that
+    says, and so does what was begun before the machine booted, for the clock may have been wrong since then. What was
+    planned for later than that is planned again, unless its times were moved since it began. What began later than
+    `now` was begun by a clock that was right, before a start with one that was behind. What a start with one that was
+    ahead took for over begins when it should."""
     for row in session.scalars(sqlalchemy.select(Maintenance).where(Maintenance.state != "planned")):
         if row.state == "over":
             if not row.plan and row.until_at > now + seconds:
                 row.state = "planned"
-        elif row.start_at <= now and (seconds < 0 or not (row.plan or row.start_at < now - lease_clock())):
+        elif not row.plan and now + seconds < row.start_at <= min(now, row.turn_at):
+            row.state = "planned"
+        elif goes_on(row, seconds, now):
             row.start_at += seconds
             row.until_at += seconds
 

@@ -366,7 +366,7 @@ def test_a_plan_that_changes_after_its_turn_was_ended(
 def test_a_clock_that_is_set(diary: Diary) -> None:
     """What was begun by hand goes on for as long as it had left. A turn of a plan never does so for longer, is over
     where the clock says so, and is held once."""
-    diary.write({}).add(SUNDAY, SUNDAY + HOUR, resources=["b"])
+    diary.write({}).add(SUNDAY, SUNDAY + HOUR, "begun", resources=["b"])
     assert diary.look(SUNDAY + 1800) == "abc"
 
     def put(seconds: float, now: float) -> None:
@@ -375,7 +375,7 @@ def test_a_clock_that_is_set(diary: Diary) -> None:
 
     put(-DAY, SUNDAY + 1800)
     assert diary.look(SUNDAY + 1800 - DAY) == diary.look(SUNDAY + 3590 - DAY) == "abc"
-    assert diary.look(SUNDAY + HOUR - DAY) == "" and diary.states == "begun begun over over"
+    assert diary.look(SUNDAY + HOUR - DAY) == "" and diary.states == "begun over over"
     assert diary.look(SUNDAY) == diary.look(SUNDAY + HOUR) == "", "that turn has been held"
     assert diary.look(SUNDAY + 7 * DAY) == "ac"
     diary.add(SUNDAY + 7 * DAY, SUNDAY + 7 * DAY + HOUR, resources=["b"])
@@ -383,7 +383,33 @@ def test_a_clock_that_is_set(diary: Diary) -> None:
     put(DAY, SUNDAY + 7 * DAY)
     assert diary.look(SUNDAY + 8 * DAY) == "b" == diary.look(SUNDAY + 8 * DAY + 3590)
     assert diary.look(SUNDAY + 8 * DAY + HOUR) == ""
-    assert diary.states.split().count("begun") == diary.states.split().count("over") == 4
+    assert diary.states.split().count("begun") + 1 == diary.states.split().count("over") == 4
+
+
+def test_a_clock_that_is_ahead_for_a_moment(diary: Diary) -> None:
+    """Planned work is when it was planned: it neither ends earlier by that, nor begins for good."""
+    diary.write({}).add(SUNDAY + 1800, SUNDAY + 2 * HOUR, resources=["b"])
+    assert diary.look(SUNDAY + 600) == "ac"
+    for at, ahead, right in (600, "abc", "ac"), (1900, "b", "b"):
+        diary.look(SUNDAY + at)
+        for seconds, now, covered in (1800, at, ahead), (-1800, at + 1801, right):
+            with diary.store.writing() as session:
+                move_times(session, seconds, SUNDAY + now)
+            assert diary.look(SUNDAY + now + seconds) == covered
+        if at == 600:
+            assert diary.look(SUNDAY + 1799) == "ac"
+            assert diary.look(SUNDAY + 1800) == "abc"
+    looks = [diary.look(SUNDAY + at, follow=at > HOUR) for at in (HOUR, 2 * HOUR - 1, 2 * HOUR)]
+    assert looks == ["b", "b", ""]
+
+
+def test_a_turn_goes_on_as_planned_after_a_clock_was_ahead(diary: Diary) -> None:
+    assert diary.write({}).look(SUNDAY + 600) == "ac"
+    for seconds, now in (1800, 600), (-1800, 2401):
+        with diary.store.writing() as session:
+            move_times(session, seconds, SUNDAY + now)
+        assert diary.look(SUNDAY + now + seconds) == "ac"
+    assert (diary.look(SUNDAY + HOUR - 1), diary.look(SUNDAY + HOUR)) == ("ac", "")
 
 
 def test_a_turn_that_somebody_ended_stays_so_when_the_clock_is_set_back(diary: Diary) -> None:
