@@ -12394,7 +12394,7 @@ def write_clock(session: Session, store: Store, booted_mono: float, zero_at: flo
 def take_step(pollers: Collection[Poller], moved: float, booted_at: float, now: float) -> None:
     """After the clock, which said `now`, was set by so much. Forward looks as if this machine was paused with all its
     clocks: what is known is older than it seems, and all is polled anew."""
-    for poller in pollers:
+    for poller in pollers if abs(moved) > CLOCK_DRIFT else ():
         poller.move(moved, booted_at, now)
     running = [poller for poller in pollers if poller.is_alive() and not poller.rests and moved > CLOCK_STEP]
     left = [poller.expires_mono - lease_clock() for poller in running]
