@@ -4912,9 +4912,9 @@ class ReplacedPasswords:
         self._of: dict[str, set[str]] = {}              # those of each resource, by what their rows end with
         self._refused: dict[str, list[float]] = {}      # when they were refused, by any
 
-    def add(self, name: str, credential: str, times: Iterable[float]) -> None:
+    def add(self, name: str, credential: str, agos: Iterable[float]) -> None:
         self._of.setdefault(name, set()).add(credential)
-        self._refused[credential] = sorted(times)
+        self._refused[credential] = sorted(self._clock() - ago for ago in agos)
 
     def counted(self, *, is_new: bool) -> list[float]:
         """Times of the refusals that still count, of the resource with most: the others' accounts may be others."""
@@ -5147,38 +5147,22 @@ def rename_in(guard: LoginGuard, names: Mapping[str, str]) -> None:
         guard.rows.rename(names)
 
 
-def take_up(guard: LoginGuard, row: str, times: Iterable[float]) -> None:
-    """Has a guard count what is written in a row of its credential, at times of its clock."""
-    with guard._turn:
-        name = next((name for name, its in guard.rows.of.items() if its == row), row)
-        guard.rows.of[name] = row
-        guard._refused[name] = sorted({*guard._refused.get(name, ()), *times})
-    count_with(guard, times)
-
-
-def row_of(target: Target) -> str:
-    return login_row(target.login_mark, target.name, target.settings.hostname, target.settings.username)
-
-
 class TypedGuard(LoginGuard):
-    """Of what is typed for one user, which may be guesses: it counts with what is watched, and that with it."""
+    """Of what is typed for one user, who may guess: it counts with what is watched, and that with it."""
 
-    def __init__(self, journal: LoginJournal, watched: Callable[[], Iterable[LoginGuard]],
-                 tell: Callable[[tuple[str, bytes], str, Sequence[float]], None]) -> None:
-        super().__init__(journal=journal)
-        self._watched, self._tell = watched, tell
-        self._tried: collections.deque[tuple[tuple[str, bytes], str, LoginRecord]] = collections.deque(maxlen=1000)
+    def __init__(self, watched: Callable[[], Mapping[tuple[str, bytes], LoginGuard]], user: str) -> None:
+        super().__init__()
+        self._watched, self._user = watched, user
+        self._tried: collections.deque[tuple[tuple[str, bytes], LoginRecord]] = collections.deque(maxlen=1000)
 
-    def trial(self, key: tuple[str, bytes], target: Target, record: LoginRecord) -> TypedGuard:
-        self._tried.append((key, row := row_of(target), record))
-        self.rows.of[row] = row
-        self.ask(target.name)
+    def trial(self, key: tuple[str, bytes], record: LoginRecord, name: str) -> TypedGuard:
+        self._tried.append((key, record))
+        self.ask(name)
         return self
 
-    def refused(self, key: tuple[str, bytes]) -> Iterator[tuple[str, list[float]]]:
-        """Rows of a credential, and when it was refused."""
-        for row in {row for tried, row, _ in list(self._tried) if tried == key}:
-            yield row, [*self._refused.get(row, ())]
+    def knows(self, key: tuple[str, bytes]) -> bool:
+        """Whether that credential was refused."""
+        return any(tried == key and record.outcomes["refused"] for tried, record in list(self._tried))
 
     def why(self, name: str) -> str:
         """Whoever it was that refused them: it may be one account."""
@@ -5186,19 +5170,18 @@ class TypedGuard(LoginGuard):
         return f"{NOT_TRIED}{whose}; next attempt in {math.ceil(self.wait(name))} s"
 
     def require_no_wait(self, name: str) -> None:
-        for other in self._watched():
-            with other._turn:
-                wrong = [*other._counted(other._wrong), *other.replaced.counted(is_new=False)]
-            count_with(self, wrong)
+        for (user, _), other in self._watched().items():
+            if user == self._user:
+                with other._turn:
+                    wrong = [*other._counted(other._wrong), *other.replaced.counted(is_new=False)]
+                count_with(self, wrong)
         super().require_no_wait(name)
 
     def _note(self, name: str, record: LoginRecord, *, accepted: bool, alone: bool = False) -> None:
         super()._note(name, record, accepted=accepted, alone=alone)
-        for key, row in [(key, row) for key, row, tried in list(self._tried) if tried is record]:
-            before = self._counted(self._refused.get(row, []))
-            self._refused[row] = times = [] if accepted or alone else [*before, self._refused[name][-1]]
-            self.write(row)
-            self._tell(key, row, times)
+        for key in [key for key, tried in list(self._tried) if tried is record and not accepted]:
+            if saved := self._watched().get(key):       # meanwhile
+                count_with(saved, [self._clock()])
 
 
 class Guards:
@@ -5210,11 +5193,11 @@ class Guards:
         self._used: Mapping[tuple[str, bytes], LoginGuard] = {}     # those of them that somebody has
         self._typed: dict[str, TypedGuard] = {}     # by user: whoever guesses has a new password each time
         self._lock = threading.Lock()               # guards which ones there are
+        self._journal = LoginJournal()
         self._own: dict[str, str] = {}                      # what is written, by row, from before the start on,
         self._others: Mapping[str, Sequence[str]] = {}      # and by other machines
         self._had: set[str] = set()                         # rows that resources had before
         self._names: dict[int, str] = {}                    # of resources, by their numbers
-        self.begin(LoginJournal(), {})
 
     def begin(self, journal: LoginJournal, before: Mapping[str, str]) -> None:
         """All that becomes known of logins is written down from now on."""
@@ -5240,8 +5223,9 @@ class Guards:
         return plain_user(target.settings.username), hashlib.blake2b(secret, key=self._salt).digest()
 
     def of(self, target: Target) -> LoginGuard:
-        guard, row = self._shared(target), row_of(target)
-        if not target.settings.locks_nothing and (known := guard.rows.of.get(target.name)) != row:
+        settings, guard = target.settings, self._shared(target)
+        row = login_row(target.login_mark, target.name, settings.hostname, settings.username)
+        if not settings.locks_nothing and (known := guard.rows.of.get(target.name)) != row:
             if row in guard.rows.of:
                 rename_in(guard, {row: target.name})
             guard.rows.of[target.name] = row
@@ -5281,7 +5265,7 @@ class Guards:
         for other in {one[ACCOUNT_LENGTH:] for one, _ in written if one.startswith(account)} - {credential}:
             read = (guard.rows.read(name, text, is_own=False) for one, text in written if one.endswith(other))
             if agos := [ago for refused, alone in read if not alone for ago in refused]:
-                guard.replaced.add(name, other, [guard._clock() - ago for ago in agos])
+                guard.replaced.add(name, other, agos)
 
     def _shared(self, target: Target) -> LoginGuard:
         if target.settings.locks_nothing:
@@ -5292,43 +5276,20 @@ class Guards:
     def trial(self, target: Target, record: LoginRecord) -> LoginGuard:
         """The guard of what somebody tries now, and what comes of it: that of the credential if it is watched, else of
         all tries of its user."""
-        key, row = self._key(target), row_of(target)
+        user, _ = key = self._key(target)
         with self._lock:
             if not (target.settings.locks_nothing or key in self._guards):
-                typed = self._typed.setdefault(key[0], TypedGuard(
-                    self._journal, lambda: [guard for (user, _), guard in self._used.items() if user == key[0]],
-                    self._tell))
-                self._recall(typed, row)
-                return typed.trial(key, target, record)
+                typed = self._typed.setdefault(user, TypedGuard(lambda: self._used, user))
+                return typed.trial(key, record, target.name)
             guard = self._shared(target)
-            guard.rows.of.setdefault(target.name, row)
         guard.ask(target.name)
         return guard
 
-    def _recall(self, typed: TypedGuard, row: str) -> None:
-        """Has counted what was written of an account before the start; with what is watched it is counted there."""
-        account, known = row[:ACCOUNT_LENGTH], set(typed.rows.of)
-        if not any(one.startswith(account) for guard in self._used.values() for one in guard.rows.of.values()):
-            for one, text in self._written():
-                if one.startswith(account) and one not in known:
-                    typed.rows.of[one] = one
-                    typed.hear(one, text, is_own=False)
-
-    def _tell(self, key: tuple[str, bytes], row: str, times: Sequence[float]) -> None:
-        """Has those that are watched count what was refused as it was typed."""
-        if (saved := self._used.get(key)) and times:       # meanwhile
-            take_up(saved, row, times)
-        for guard in self._used.values() if times else ():
-            for name, known in list(guard.rows.of.items()):
-                if known != row and known.startswith(row[:ACCOUNT_LENGTH]):
-                    guard.replaced.add(name, row[ACCOUNT_LENGTH:], times)
-
     def _begin(self, key: tuple[str, bytes]) -> LoginGuard:
         """That of a credential which is watched from now on: one that was typed and refused is saved all the same."""
-        guard = LoginGuard(journal=self._journal)
-        for typed in list(self._typed.values()):
-            for row, times in typed.refused(key):
-                take_up(guard, row, times)
+        guard, typed = LoginGuard(journal=self._journal), self._typed.get(key[0])
+        if typed and typed.knows(key):
+            count_with(guard, typed._wrong)
         return guard
 
     def write_again(self, *, is_back: bool) -> None:
