@@ -20133,6 +20133,9 @@ def silence(installation: Installation, session: Session) -> str:
     try:
         if not installation.runs:
             return not_running(installation)
+    except StorageError as error:
+        return f"is not known: {error}"
+    try:
         if remembered(session, own_name(STANDING, machine)).text:   # or it starts, or ends
             told_by_service(session, machine)
     except StorageError as error:
