@@ -685,6 +685,8 @@ def test_a_key_is_trusted_wherever_it_is_asked_for(site: Site) -> None:
                     "password": sshd.password, "platform": "linux"}  # fmt: skip
             os.kill(a.pid, signal.SIGSTOP)
             try:
+                # If it was writing just then, nobody else can until the server has ended that.
+                wait_for(lambda: client.api("POST", f"resources/{far}/trust", {}).status != 503, 30)
                 answers = [client.api("POST", f"resources/{far}/{what}", {}) for what in ("trust", "check")]
                 answers.append(client.api("POST", "test", body))
             finally:
