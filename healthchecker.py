@@ -4458,10 +4458,15 @@ class Target:
         """Those of its bastions that are addresses: where its own credential is shown, and whose keys are not learned,
         for there is no row to keep them in."""
         places = {hop: address for hop in self.settings.hops if (address := hop_address(hop))}
-        return [replace(self, host_key=None, settings=self.settings.model_copy(update={
+        return [replace(self, host_key=None, login_mark=self._mark_for(user), settings=self.settings.model_copy(update={
             "name": hop, "hostname": host, "port": port, "username": user or self.settings.username,
             "proxy_jump": None, "host_key": "strict", "host_key_alias": None}))
             for hop, (user, host, port) in places.items()]
+
+    def _mark_for(self, user: str | None) -> str:
+        """Of the same secret as of that user: another credential, which is refused or accepted by itself."""
+        is_same = not user or plain_user(user) == plain_user(self.settings.username)
+        return self.login_mark if is_same else f"{self.login_mark} {plain_user(user)}"
 
 
 def is_still(row: Resource, target: Target) -> bool:
@@ -10453,7 +10458,7 @@ class OverrideKeeper:
 
     def follow_clock(self, zero_at: float) -> None:
         """The clock was set: for how long one from before the machine booted has lasted is known better."""
-        if self._stored and self._stored.boot != boot_number():
+        if self._stored and self._stored.boot != boot_number() and self._stored.action == "open":   # not by a glitch
             self._ends_mono = min(self._ends_mono, end_of_override(self._stored, zero_at))
 
     def say(self) -> None:
@@ -10939,7 +10944,7 @@ class IncidentLog:
         now_mono, now_at = self._clock(), self._wall()
         self._before, self._now = self._now, self._counted()
         self._given.clear()
-        self._follow_clock(now_at - now_mono)
+        self.follow_clock()
         self._note_gap(now_mono)
         for at, is_open, why, name in transitions:
             if is_open:
@@ -11059,9 +11064,9 @@ class IncidentLog:
         return json.dumps({"mono": self._clock(), "mode": self._aggregator.lease.mode, "gates": gates,
                            "resources": counts, "others": others})
 
-    def _follow_clock(self, zero_at: float) -> None:
+    def follow_clock(self) -> None:
         """A clock that was set makes nothing longer or shorter that lasts."""
-        moved = zero_at - self._zero_at
+        moved = (zero_at := self._wall() - self._clock()) - self._zero_at
         if abs(moved) > CLOCK_DRIFT:
             self._zero_at, self._begun_at = zero_at, self._begun_at + moved
             for one in list[Any]([*self._lasting.values(), *filter(None, [self._watched])]):
@@ -11646,6 +11651,7 @@ class Recorder(threading.Thread):
                 "state": "open" if is_open else "closed"}
 
     def _gather(self, *, speaks: bool) -> None:
+        self.incidents.follow_clock()       # or what turned since it was set would be moved, too
         waiting = self._aggregator.transitions
         transitions = [waiting.get() for _ in range(waiting.qsize())]
         for at, is_open, why, name in transitions:

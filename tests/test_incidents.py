@@ -28,6 +28,7 @@ from healthchecker import (
     IncidentLog,
     Lease,
     Override,
+    Recorder,
     RequestCounters,
     Retention,
     Setting,
@@ -337,6 +338,24 @@ def test_a_clock_that_is_set(bench: Bench, step: float) -> None:
     [incident] = bench.found()
     assert incident.to_at - incident.from_at == pytest.approx(100) and incident.to_at == bench.wall.now
     assert bench.uptime()["day"] == pytest.approx(75.0)
+
+
+@pytest.mark.parametrize("step", [-7200.0, 7200.0])
+def test_what_turns_as_the_clock_is_set(bench: Bench, step: float) -> None:
+    """It is told by the new one, for as long as it has lasted; and has not lasted for longer because of it."""
+    aggregator = HealthAggregator(clock=bench.mono, wall=bench.wall)
+    aggregator.register("a")
+    aggregator.start()
+    recorder = Recorder(bench.store, aggregator, None, IncidentLog(aggregator, dict, bench.mono, bench.wall))
+    begun = bench.wall.now
+    aggregator.set_resource("a", True, "", ttl=1e6)
+    recorder.flush()
+    bench.mono.now, bench.wall.now = bench.mono.now + 100, bench.wall.now + 100 + step
+    aggregator.set_resource("a", False, "a is bad", ttl=1e6)
+    recorder.flush()
+    assert recorder.changed_at("") == bench.wall.now == begun + 100 + step
+    with bench.store.reading() as session:
+        assert any(one.text.endswith(" after 100 s") for one in healthchecker.events(session, kind="gate"))
 
 
 def test_what_cannot_be_written_is_kept(bench: Bench) -> None:

@@ -1365,6 +1365,34 @@ def test_refusals_outlast_what_a_resource_is_called(
         assert is_good or house.monitor.guards.of(house.poller("a").target).refusals == 3, "each is still one"
 
 
+def test_another_user_of_a_bastion_was_not_refused(house: House) -> None:
+    """The same password of another account is another credential, also after a restart: or one host that refuses its own
+    would cut off all that is behind the bastion."""
+    target, rows = one_target(house, "wrong"), dict[str, str]()
+
+    def watched(user: str, hop: str) -> Target:
+        settings = target.settings.model_copy(update={"username": user, "proxy_jump": f"{hop}@192.0.2.9:22"})
+        return replace(target, settings=settings)
+
+    def keep(row: str, text: str, *_: object) -> bool:
+        rows[row] = text
+        return True
+
+    app, guards = watched("app", "jump"), Guards()
+    guards.begin(healthchecker.LoginJournal(keep), {})
+    guards.keep([app])
+    for _ in range(3):
+        guards.of(app).refuse("a")
+        guards.of(app).write("a")
+    for hop, refusals in (("jump", 0), ("APP", 3)):
+        one, again = watched("app", hop), Guards()
+        again.begin(healthchecker.LoginJournal(), {row: text for row, text in rows.items() if text})
+        again.keep([one])
+        found = [again.of(each) for each in (one, *one.bastions())]
+        again.hear_gone()
+        assert [guard.refusals for guard in found] == [3, refusals]
+
+
 def test_refusals_that_the_version_before_wrote_count(house: House) -> None:
     """It found them by the token, which no other seal of the password has."""
     target, guards = one_target(house, "wrong"), Guards()
@@ -2289,6 +2317,23 @@ def test_what_was_to_end_while_the_machine_was_off(house: House, machines: Machi
         wait_for(lambda: not house.aggregator.is_healthy())
         wait_for(lambda: maintenance_events(house) == ["db1: maintenance is over"])
         wait_for(lambda: house.monitor.override.now is None)
+
+
+def test_a_gate_closed_by_hand_outlasts_a_clock_that_is_ahead_for_a_moment(house: House) -> None:
+    """Nobody is let in during the work, though it began before the machine booted."""
+    house.write("name: db1")
+    begun = time.time() - healthchecker.lease_clock() - 60
+    said = healthchecker.Override(action="close", at=begun, seconds=time.time() - begun + 600, reason="disks",
+                                  actor="adam", boot=1)  # fmt: skip
+    ahead = [0.0]
+    with house.store.writing() as session:
+        session.merge(healthchecker.Setting(name="override", value=0, text=said.model_dump_json()))
+    with house.watching(lambda: time.time() + ahead[-1]):
+        wait_for(lambda: house.stored("db1")[0] == "healthy")
+        for seconds, way in ((5 * 3600.0, "forward"), (0.0, "back")):
+            ahead.append(seconds)
+            wait_for(lambda way=way: way in house.monitor.clock_step[1])  # type: ignore[misc]
+            wait_for(lambda: house.monitor.override.now and not house.aggregator.is_healthy())
 
 
 # --- a poll on demand ---
