@@ -11652,8 +11652,7 @@ class Recorder(threading.Thread):
 
     def _gather(self, *, speaks: bool) -> None:
         self.incidents.follow_clock()       # or what turned since it was set would be moved, too
-        waiting = self._aggregator.transitions
-        transitions = [waiting.get() for _ in range(waiting.qsize())]
+        transitions = [self._aggregator.transitions.get() for _ in range(self._aggregator.transitions.qsize())]
         for at, is_open, why, name in transitions:
             turn = self._turn(at, is_open, why, name)
             log.warning("%s: %s", turn["kind"], turn["text"])
@@ -14066,7 +14065,9 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 # One line an event, wherever it goes: to stderr, to a file, from a worker to the main process. What goes there is a
 # text that nobody forges; nobody waits who logs, and no client fills it.
 # Gives: log_to, LogFile, MessagePipe, set_up_logging, stderr_in_thread
+COMPLAINTS_KEPT, COMPLAINT_PLACES = 1000, 30    # of complaints that are told apart, by so many calls
 STDERR_WRITES = 1000            # that wait for a stderr that takes nothing
+STDERR_PATIENCE = 0.5           # seconds without taking any after which nobody waits for room
 STDERR_END = 2.0                # seconds for the last of them when the service ends
 STDERR_PAUSE = 0.05             # seconds between two tries, where whoever shares it wants no try to wait
 
@@ -14089,9 +14090,9 @@ class LineFormatter(logging.Formatter):
 
 
 class SparingFilter(logging.Filter):
-    """Of what clients can have waitress say, and Flask of the console, as often as they like, a handler is given one of
-    each kind in COMPLAINT_INTERVAL, with how many were kept back: a kind is where it was said, and where the
-    application failed. Little of a path is enough."""
+    """Of what clients can have waitress say, and Flask of the console, as often as they like, the handlers are given
+    one of each kind in COMPLAINT_INTERVAL, with how many were kept back: a kind is where it was said, and where and by
+    what the application failed. Little of a path is enough."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
@@ -14101,13 +14102,20 @@ class SparingFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if not record.name.startswith(("waitress", "healthchecker.console")):
             return True
-        trace, now_mono = record.exc_info[2] if record.exc_info else None, self._clock()
-        places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(trace)]
-        kind = (record.pathname, record.lineno, *places[-1:])
+        if (said := getattr(record, "is_said", None)) is None:      # each handler asks
+            said = record.is_said = self._says(record)
+        return bool(said)
+
+    def _says(self, record: logging.LogRecord) -> bool:
+        error, now_mono = record.exc_info or (None, None, None), self._clock()
+        places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error[2])]
+        kind = (record.pathname, record.lineno, error[0], *places[-COMPLAINT_PLACES:])
         next_mono, before = self._kinds.get(kind, (-math.inf, 0))
         if now_mono < next_mono:
             self._kinds[kind] = next_mono, before + 1
             return False
+        if len(self._kinds) >= COMPLAINTS_KEPT:
+            self._kinds.clear()
         self._kinds[kind] = now_mono + COMPLAINT_INTERVAL, 0
         more = f" ({before} more like it before)" if before else ""
         record.msg, record.args = record.getMessage()[:LOG_CHARS] + more, ()
@@ -14116,8 +14124,9 @@ class SparingFilter(logging.Filter):
 
 def log_to(*handlers: logging.Handler) -> None:
     """Has `handlers` be given what is logged, but for what waitress says of clients with whom nothing is wrong."""
+    spared = SparingFilter()
     for handler in handlers:
-        handler.addFilter(SparingFilter())
+        handler.addFilter(spared)
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     logging.getLogger("waitress").setLevel(logging.WARNING)         # below it: who goes away before the answer
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)     # below it: who waits for a thread
@@ -14176,13 +14185,15 @@ class LogFile(logging.handlers.RotatingFileHandler):
 
 class StderrThread(io.TextIOBase):
     """In the place of stderr: whoever does not read it (a log driver that waits, Ctrl-S, a selection in a console of
-    Windows) holds nobody up. A thread writes; what does not find room to wait is counted, and told later."""
+    Windows) holds nobody up. A thread writes, all that waits at once; who is faster than that waits a little, and what
+    finds no room while nothing is taken is counted, and told later."""
 
     def __init__(self, plain: TextIO) -> None:
         """Raises OSError, RuntimeError where it stays as it is."""
         super().__init__()
         self._plain, self._dropped = plain, 0
         self._texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()    # a finalizer may interrupt a put by another
+        self._begun_mono = math.inf     # since when what is being written is not taken
         # `plain` has a lock that the end of the process waits for.
         self._raw = open(plain.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115  # until the end
         self._thread = threading.Thread(target=self._run, name="stderr", daemon=True)
@@ -14190,13 +14201,20 @@ class StderrThread(io.TextIOBase):
         sys.stderr = cast(Any, self)
 
     def write(self, text: str) -> int:
+        while self._has_no_room() and time.monotonic() - self._begun_mono < STDERR_PATIENCE:
+            if threading.current_thread() is self._thread:      # which would wait for itself
+                break
+            time.sleep(STDERR_PAUSE / 10)
         if not self._thread.is_alive():     # after the end, or forked without it
             return self._plain.write(text)
-        if self._texts.qsize() < STDERR_WRITES:
-            self._texts.put(text)
-        else:
+        if self._has_no_room():
             self._dropped += 1
+        else:
+            self._texts.put(text)
         return len(text)
+
+    def _has_no_room(self) -> bool:
+        return self._thread.is_alive() and self._texts.qsize() >= STDERR_WRITES
 
     def close(self) -> None:
         if sys.stderr is self:
@@ -14205,17 +14223,29 @@ class StderrThread(io.TextIOBase):
             self._thread.join(STDERR_END)
 
     def _run(self) -> None:
-        told = 0
-        while (text := self._texts.get()) is not None:
-            rest = memoryview(text.encode("utf-8", "backslashreplace"))
+        told, texts = 0, list[str | None]()
+        while None not in texts:
+            texts = [self._texts.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(texts) < STDERR_WRITES:
+                    texts.append(self._texts.get_nowait())
             with contextlib.suppress(OSError):      # nobody has the other end any more
-                while rest:
-                    taken = self._raw.write(rest)
-                    time.sleep(0 if taken else STDERR_PAUSE)
-                    rest = rest[taken or 0:]
+                self._write("".join(filter(None, texts)))
             if told < (dropped := self._dropped) and self._texts.empty():
                 log.warning("stderr took nothing for a while: %d lines are missing", dropped - told)
                 told = dropped
+
+    def _write(self, text: str) -> None:
+        rest = memoryview(text.encode("utf-8", "backslashreplace"))
+        try:
+            while rest:
+                self._begun_mono = min(self._begun_mono, time.monotonic())
+                if taken := self._raw.write(rest):
+                    self._begun_mono, rest = math.inf, rest[taken:]
+                else:
+                    time.sleep(STDERR_PAUSE)
+        finally:
+            self._begun_mono = math.inf
 
 
 @contextlib.contextmanager
@@ -14286,6 +14316,7 @@ STANDSTILL = 1.0                # seconds between two looks that mean that this 
 HANG_TIME = 10.0                # seconds without a turn of its loop after which a worker is replaced
 HANG_SPACING = 2.0              # seconds between two such replacements, so that never all are gone at once
 READY_TIME = 60.0               # seconds to import the application after which a replacement is replaced, at least
+READY_MOST = 960.0              # seconds that this becomes where they are not, doubled each time
 UNSERVED_TIME = 5.0             # seconds without a worker that is ready, which are no replacement as any other
 START_NEWS = 5.0                # seconds between two lines about a start that takes long
 WORKER_LIFE = 10.0              # seconds of serving after which a worker's end is no sign that it can never run
@@ -14701,6 +14732,8 @@ class Supervisor:
                 log.error("worker %d hangs: %s; it is killed", number, fault)
                 worker.process.kill()
                 self._judges_mono = now + HANG_SPACING
+                if not worker.serves:       # its application may have become slow, and is let in the next time
+                    self._patience = max(self._patience, min(2 * self._patience, READY_MOST))
             self._replace(worker, now)
         is_served = any(worker.serves for worker in self._workers)
         self._unserved_mono = math.inf if is_served else min(self._unserved_mono, now)
@@ -19980,7 +20013,8 @@ class Installation:
 
     def require_own_keys(self) -> None:
         """Raises UsageError where the keys are another database's, too, whose secrets no other key opens."""
-        if others := [name for name in self._begun() if name != str(self.database)]:
+        if others := [name for name in self._begun() if name != str(self.database)
+                      and ("://" in name or Path(name).parent.exists())]:       # else its folder was moved
             raise UsageError(f"{self.service.keys.name} holds the key of {', '.join(others)}, too, which nothing else "
                              "opens: have its service.keys name a copy of it, then, or where that database is gone, "
                              f"remove {self._mark}")
@@ -20145,7 +20179,7 @@ def silence(installation: Installation, session: Session) -> str:
         if remembered(session, own_name(STANDING, machine)).text:   # or it starts, or ends
             told_by_service(session, machine)
     except StorageError as error:
-        return f"{MUTE}: {error}"
+        return f"{MUTE}: {error}; it hangs, or was killed and starts again"
     return ""
 
 

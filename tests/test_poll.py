@@ -1366,8 +1366,8 @@ def test_refusals_outlast_what_a_resource_is_called(
 
 
 def test_another_user_of_a_bastion_was_not_refused(house: House) -> None:
-    """The same password of another account is another credential, also after a restart: or one host that refuses its own
-    would cut off all that is behind the bastion."""
+    """The same password of another account is another credential, also after a restart: or one host that refuses its
+    own would cut off all that is behind the bastion."""
     target, rows = one_target(house, "wrong"), dict[str, str]()
 
     def watched(user: str, hop: str) -> Target:

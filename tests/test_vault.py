@@ -756,7 +756,11 @@ def test_rotate_takes_no_key_from_another_service(tmp_path: Path, capsys: pytest
         assert healthchecker.main(["--inventory", str(path), "keys", "rotate"]) == 2
         assert f"keys holds the key of {tmp_path / other}.db, too" in capsys.readouterr().err
     assert (tmp_path / "keys" / PRIVATE).read_bytes() == old
-    (tmp_path / "keys" / "started").unlink()
+    started = tmp_path / "keys" / "started"
+    gone = tmp_path / "before" / "a.db"     # the folder was moved: there is no such database any more
+    started.write_text(f"{gone}\0{tmp_path / 'a.db'}", encoding="utf-8")
+    assert healthchecker.main(["--inventory", str(paths[0]), "keys", "rotate"]) == 0
+    started.unlink()
     with Service(paths[0]):
         pass
     assert healthchecker.main(["--inventory", str(paths[0]), "keys", "rotate"]) == 0

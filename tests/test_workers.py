@@ -538,6 +538,7 @@ def test_a_replacement_that_is_never_ready(folder: Path, caplog: pytest.LogCaptu
         assert caplog.text.count("worker 0 hangs: not ready after 60 s; it is killed") == 1
         wait_for(lambda: supervisor.look(time.monotonic()) or not supervisor.unserved, BACK)
         assert caplog.text.count("worker 0 hung; starting another") == 1
+        assert supervisor._patience == 2 * READY_TIME, "the next one may take longer"
 
 
 def test_no_worker_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -906,6 +907,17 @@ def test_a_stderr_that_takes_nothing(monkeypatch: pytest.MonkeyPatch, caplog: py
         assert read.result(60).decode().splitlines() == expected
 
 
+def test_a_stderr_that_is_read_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However fast it comes: who is faster than the thread waits for it."""
+    monkeypatch.setattr(healthchecker, "STDERR_PATIENCE", 60.0)
+    with open(tmp_path / "log", "w", encoding="utf-8") as plain:
+        monkeypatch.setattr(sys, "stderr", plain)
+        with StderrThread(plain):
+            for number in range(5000):
+                sys.stderr.write(f"line {number}\n")
+    assert (tmp_path / "log").read_text(encoding="utf-8").splitlines() == [f"line {number}" for number in range(5000)]
+
+
 def test_a_stderr_that_takes_nothing_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is waited for a little while. What nobody can read any more is no error."""
     monkeypatch.setattr(healthchecker, "STDERR_END", 0.1)
@@ -933,6 +945,27 @@ def test_a_stderr_that_stays_as_it_is(kind: str, monkeypatch: pytest.MonkeyPatch
     before = sys.stderr
     with healthchecker.stderr_in_thread():
         assert sys.stderr is before
+
+
+def test_complaints_of_several_failures_are_told_once_each(tmp_path: Path) -> None:
+    """All errors of a library are raised in one of its lines; in the log file as on stderr."""
+    def fails(error: type[Exception]) -> None:
+        raise error("no")
+
+    logger, told = logging.Logger("waitress"), [io.StringIO(), io.StringIO()]
+    spared = SparingFilter()
+    for stream in told:
+        handler = logging.StreamHandler(stream)
+        handler.addFilter(spared)
+        logger.addHandler(handler)
+    for _ in range(2):
+        for call in (lambda: fails(KeyError), lambda: fails(ValueError),
+                     lambda: fails(KeyError)):  # fmt: skip
+            try:
+                call()
+            except (KeyError, ValueError):
+                logger.exception("failed")
+    assert [stream.getvalue().count("failed\n") for stream in told] == [3, 3]
 
 
 def test_a_complaint_that_nobody_hears_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
