@@ -3583,6 +3583,9 @@ class SqliteFile:
 # state, writes wait for each other.
 # Gives: Claim, CLAIM_INTERVAL, CLAIM_LIFE, Database, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, PATIENCE, PostgresServer,
 # Store
+
+# PostgreSQL gives a statement up, and we a connection without a byte of it, after so many seconds: two of these and one
+# try to connect take less time than an open gate outlasts a monitor that waits.
 STATEMENT_TIMEOUT, ANSWER_TIMEOUT = 10.0, 12.0
 # The latter in this thread: who has others to look after waits for less, and asks again.
 PATIENCE, IMPATIENCE = contextvars.ContextVar("PATIENCE", default=ANSWER_TIMEOUT), 3.0
@@ -14232,8 +14235,9 @@ class StderrThread(io.TextIOBase):
             with contextlib.suppress(OSError):      # nobody has the other end any more
                 self._write("".join(filter(None, texts)))
             if told < (dropped := self._dropped) and self._texts.empty():
+                self._begun_mono = time.monotonic()     # or whoever has the handler's lock would wait for room for good
                 log.warning("stderr took nothing for a while: %d lines are missing", dropped - told)
-                told = dropped
+                told, self._begun_mono = dropped, math.inf
 
     def _write(self, text: str) -> None:
         rest = memoryview(text.encode("utf-8", "backslashreplace"))

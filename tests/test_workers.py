@@ -918,6 +918,36 @@ def test_a_stderr_that_is_read_loses_nothing(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "log").read_text(encoding="utf-8").splitlines() == [f"line {number}" for number in range(5000)]
 
 
+def test_a_stderr_that_tells_what_is_missing_waits_for_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who waits for room may hold the lock that it needs to say so."""
+    reader, writer = os.pipe()
+    monkeypatch.setattr(healthchecker, "STDERR_WRITES", 10)
+    with open(writer, "w", encoding="utf-8") as plain, open(reader, "rb") as end, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(sys, "stderr", plain)
+        with StderrThread(plain) as stderr:
+            stderr.write("x" * 1_000_000)
+            wait_for(stderr._texts.empty)
+            for _ in range(12):
+                stderr.write("y\n")
+            caplog.handler.acquire()
+            try:
+                read = pool.submit(end.read)
+                wait_for(lambda: stderr._texts.empty() and stderr._begun_mono < math.inf)
+                for _ in range(12):     # the last two find no room, while nobody takes any
+                    stderr.write("z\n")
+            finally:
+                caplog.handler.release()
+            missing = "stderr took nothing for a while: 2 lines are missing"
+            try:
+                wait_for(lambda: caplog.messages == [missing] * 2)
+            finally:
+                with open(os.devnull, "wb") as nothing:
+                    os.dup2(nothing.fileno(), writer)   # the end of what is read
+        assert len(read.result(60)) == 1_000_000 + 20 * 2
+
+
 def test_a_stderr_that_takes_nothing_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is waited for a little while. What nobody can read any more is no error."""
     monkeypatch.setattr(healthchecker, "STDERR_END", 0.1)
