@@ -18874,7 +18874,8 @@ class ConsoleServer(threading.Thread):
         if not self.is_alive():
             wasyncore.close_all(self._map)
             return
-        self._doors[0].trigger.pull_trigger(functools.partial(wasyncore.close_all, self._map))   # in its own thread
+        with contextlib.suppress(OSError):      # a turn that began just now has closed all, the trigger, too
+            self._doors[0].trigger.pull_trigger(functools.partial(wasyncore.close_all, self._map))   # in its own thread
         self.join(CONSOLE_DRAIN)
 
 

@@ -1242,6 +1242,23 @@ def test_console_answers_others_beside_a_flood_of_requests() -> None:
                 thread.join(60)
 
 
+def test_console_ends_in_a_turn_that_somebody_else_began() -> None:
+    """Before the byte that is to begin one is written, its loop may have closed all, the trigger, too."""
+    server = ConsoleServer(alive, [socket.create_server(("127.0.0.1", 0))], ServiceSettings())
+    server.start()
+    trigger = server._doors[0].trigger
+    pull = trigger._physical_pull
+
+    def pull_late() -> None:
+        pull()
+        server.join(60)
+        pull()
+
+    trigger._physical_pull = pull_late
+    server.close()
+    assert not server.is_alive()
+
+
 def test_console_says_nothing_of_who_waits(running: tuple[Service, Client]) -> None:
     """A line for each request that comes while its threads are at others would fill the log."""
     service, _ = running
