@@ -21069,8 +21069,8 @@ def manage_users(change: Callable[[Principal, argparse.Namespace], object], said
     return 0
 
 
-def gate_rows(installation: Installation, session: Session) -> Iterator[list[str]]:
-    """How the gate stands as far as it is written down, which takes a service a second."""
+def gate_rows(installation: Installation, session: Session, mute: str) -> Iterator[list[str]]:
+    """How the gate stands as far as it is written down, which takes a service a second; `mute`: see silence."""
     last = next(iter(events(session, kind="gate", limit=1)), None)
     override = stored_override(session)
     if override and (override.until or math.inf) < installation.database.wall():
@@ -21081,11 +21081,11 @@ def gate_rows(installation: Installation, session: Session) -> Iterator[list[str
     started = remembered(session, own_name("service", installation.service.machine_name)).text
     mode = json.loads(started or "{}").get("mode", "enforce")   # as it was started with
     yield ["MODE", "observe: nothing is refused" if mode == "observe" else mode]
-    yield ["SERVICE", silence(installation, session) or "runs"]
+    yield ["SERVICE", mute or "runs"]
 
 
 def change_and_show(arguments: argparse.Namespace, change: Callable[[Principal], object] | None,
-                    rows: Callable[[Installation, Session], Iterable[list[str]]]) -> int:
+                    rows: Callable[[Installation, Session, str], Iterable[list[str]]]) -> int:
     """Makes a change, if there is one, also while the service runs; then prints how it stands."""
     installation = Installation(arguments.inventory, secrets=False)
     with installation.store(scratch=change is None, whole=False, needed=True) as store:
@@ -21094,8 +21094,8 @@ def change_and_show(arguments: argparse.Namespace, change: Callable[[Principal],
             with contextlib.suppress(StorageError):     # what was changed is written
                 time.sleep(TAKEN_UP if installation.database.is_running() else 0.0)
         with store.reading() as session:
-            print_table(rows(installation, session))
-            if (why := silence(installation, session)).startswith(MUTE):
+            print_table(rows(installation, session, why := silence(installation, session)))
+            if why.startswith(MUTE):
                 print(f"the service {why}{'; what was written counts when it goes on' if change else ''}",
                       file=sys.stderr)
                 return 0 if change else NAGIOS["unknown"]
@@ -21109,7 +21109,7 @@ def gate(arguments: argparse.Namespace) -> int:
     return change_and_show(arguments, (lambda who: change_gate(who, given)) if given else None, gate_rows)
 
 
-def work_rows(installation: Installation, session: Session) -> Iterator[list[str]]:
+def work_rows(installation: Installation, session: Session, _: str) -> Iterator[list[str]]:
     yield ["NUMBER", "STATE", "FROM", "UNTIL", "WHAT", "REASON"]
     for turn in timetable(session, installation.database.wall()):
         yield [str(turn.id or "-"), turn.state, local_time(turn.start), local_time(turn.until), str(turn.scope),
