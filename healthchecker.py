@@ -9230,10 +9230,9 @@ class Group:
     def _good(self, now: float) -> int:
         return len(self._spans) - bisect.bisect_right(self._spans, (now, math.inf))
 
-    def state(self, now: float) -> Literal["healthy", "degraded", "unhealthy"]:
-        """At a moment of the lease's clock."""
-        short = self._warn and self._good(now) < quorum_of(self._warn, len(self._spans))
-        return "degraded" if short else "healthy"
+    def lacks(self, members: Collection[bool]) -> bool:
+        """Whether fewer of those that count are healthy than is well."""
+        return self._warn is not None and sum(members) < quorum_of(self._warn, len(members))
 
     def may_yet(self, member: Span | None, more: int, now: float) -> bool:
         """Whether it can be healthy with a member, as known until now, gone bad, by so many more that have no result
@@ -9267,9 +9266,18 @@ class GroupTree:
         self.relieved: dict[str, str] = {}                  # why what kept them closed counts no more, by group
         self.override: Override | None = None               # what an operator says, and until when that opens
         self.overridden_until = 0.0
+        self.beats: dict[str, float] = {}                   # until when those live who watch
         self._own: dict[str, Span] = {}                     # of resources, by their own results
         self._above: dict[str, tuple[str, ...]] = {SITE: ()}    # where each is a member; else of the site
         self._children: dict[str, tuple[str, ...]] = {}           # what depends on each resource and group
+
+    def copy(self) -> GroupTree:
+        """As it is now, to be looked at while reports come in: in groups of thousands that takes seconds."""
+        tree = copy.copy(self)
+        tree.spans, tree.reasons, tree.aside, tree.beats = (
+            copy.copy(each) for each in (self.spans, self.reasons, self.aside, self.beats))
+        tree.groups = {name: copy.copy(group) for name, group in self.groups.items()}
+        return tree
 
     def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]], known: Collection[str],
                 parents: Mapping[str, Sequence[str]]) -> None:
@@ -9329,8 +9337,9 @@ class GroupTree:
 
     def counted(self, group: str) -> dict[str, Span]:
         """Its members that count now."""
-        names = self.members[group] if group != SITE else (*self.groups, *self.spans)
-        spans = ((name, self._span(name)) for name in names if group in self.places(name))
+        names = self.members[group] if group != SITE else (
+            name for name in (*self.groups, *self.spans) if SITE in self._above.get(name, TOP))
+        spans = ((name, self._span(name)) for name in names if name not in self.aside)
         return {name: span for name, span in spans if span}
 
     def blocker(self, name: str, now: float) -> str:
@@ -9386,8 +9395,18 @@ class GroupTree:
                else f"parent: behind {behind[worst]}")
         return f"{good}{worst or 'the whole site'}: {why}" + (f" and {len(told) - 1} more" if len(told) > 1 else "")
 
-    def end_of(self, name: str, beats: Collection[float]) -> float:
-        """The end of a lease; without who watches, until `beats`, only what needs nothing is open."""
+    def told(self, name: str, is_open: bool, now: float) -> str:
+        """Why it is open or closed; nothing where it is open because all is well."""
+        override = self.override_of(name)
+        if override and is_open is (override.action == "open"):
+            return override.why
+        if is_open:
+            return ""
+        dead = ", ".join(each for each, until in self.beats.items() if until <= now)
+        return self.why(name, now) or f"no sign of life of {dead}"
+
+    def end_of(self, name: str) -> float:
+        """The end of a lease; without who watches only what needs nothing is open."""
         if name not in self.groups:
             return 0.0      # a group that is gone, and of which a worker still knows
         if name.startswith("/") and not self.members[name]:
@@ -9396,7 +9415,7 @@ class GroupTree:
         if override and override.action == "close":
             return 0.0
         end = span[0] if span else math.inf
-        return min([max(end, self.overridden_until) if override else end, *beats])
+        return min([max(end, self.overridden_until) if override else end, *self.beats.values()])
 
     def override_of(self, name: str) -> Override | None:
         """What an operator says of it; of groups, and of paths that need nothing, nobody does."""
@@ -9509,7 +9528,7 @@ class HealthAggregator:
         self._open: dict[str, bool] = {}            # as it was announced
         self._first = FirstResults(self._tree, clock)
         self._announced = False                     # the registration of the start is over
-        self.beats: dict[str, float] = {}          # until when those live who watch
+        self.beats = self._tree.beats
         self._tree.put(START, WAITED_FOR)
 
     @contextlib.contextmanager
@@ -9631,14 +9650,14 @@ class HealthAggregator:
     def groups(self, *, site: bool = False) -> list[GroupState]:
         """Groups and routes, as they stand; or the whole site alone."""
         with self._lock:
-            return [self._state(name, group) for name, group in self._tree.groups.items() if (name == SITE) is site]
+            tree, now = self._tree.copy(), self._clock()
+        return [self._state(tree, name, now) for name in tree.groups if (name == SITE) is site]
 
-    def _state(self, name: str, group: Group) -> GroupState:
-        now = self._clock()
-        members = {each: span[0] > now for each, span in self._tree.counted(name).items() if each != SITE}
-        is_open = self._tree.end_of(name, self.beats.values()) > now
-        why = self._told(name, is_open)
-        state = "unhealthy" if not is_open else "degraded" if why else group.state(now)
+    def _state(self, tree: GroupTree, name: str, now: float) -> GroupState:
+        group, is_open = tree.groups[name], tree.end_of(name) > now
+        members = {each: span[0] > now for each, span in tree.counted(name).items() if each != SITE}
+        why = tree.told(name, is_open, now)
+        state = "unhealthy" if not is_open else "degraded" if why or group.lacks(members.values()) else "healthy"
         mode = (self.lease.part(name) or self.lease).mode
         return GroupState(name, state, min(group.needed, len(members)), members, why, mode)
 
@@ -9651,7 +9670,7 @@ class HealthAggregator:
             self._tree.changed |= self._tree.groups.keys()
         changed, self._tree.changed = sorted(self._tree.changed), set()
         relieved, self._tree.relieved = self._tree.relieved, {}
-        ends = {name: self._tree.end_of(name, self.beats.values()) for name in changed}
+        ends = {name: self._tree.end_of(name) for name in changed}
         for name, until in ends.items():
             if lease := self.lease.part(name):
                 span = self._tree.groups[name].span if name in self._tree.groups else None
@@ -9667,20 +9686,10 @@ class HealthAggregator:
             decided = name in self._tree.groups and START not in self._tree.spans
             if decided and is_open is not self._open.get(name, None if name else False):    # the site's start is told
                 count = 0 if is_open else self._tree.behind(name)
-                why = self._told(name, is_open) or relieved.get(name, "")
+                why = self._tree.told(name, is_open, self._clock()) or relieved.get(name, "")
                 why += f"; {count} behind it" if count else ""
                 self.transitions.put((self._wall(), is_open, why, name))
                 self._open[name] = is_open
-
-    def _told(self, name: str, is_open: bool) -> str:
-        """Why it is open or closed; nothing where it is open because all is well."""
-        override = self._tree.override_of(name)
-        if override and is_open is (override.action == "open"):
-            return override.why
-        if is_open:
-            return ""
-        dead = ", ".join(each for each, until in self.beats.items() if until <= self._clock())
-        return self._tree.why(name, self._clock()) or f"no sign of life of {dead}"
 
     SetResource = set_resource
     IsHealthy = is_healthy
@@ -9689,9 +9698,9 @@ class HealthAggregator:
 def closed_groups(aggregator: HealthAggregator, known: Collection[str]) -> dict[str, str] | None:
     """The groups, routes and the site that are closed, and why unless that is `known`; None: nothing is decided yet."""
     with aggregator._lock:
-        now, beats, tree = aggregator._clock(), aggregator.beats.values(), aggregator._tree
-        return None if START in tree.spans else {name: "" if name in known else aggregator._told(name, False)
-                                                 for name in tree.groups if tree.end_of(name, beats) <= now}
+        now, tree = aggregator._clock(), aggregator._tree.copy()
+    return None if START in tree.spans else {name: "" if name in known else tree.told(name, False, now)
+                                             for name in tree.groups if tree.end_of(name) <= now}
 
 
 def counting_on(aggregator: HealthAggregator, name: str, closed: bool = False) -> frozenset[str]:

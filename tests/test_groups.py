@@ -31,6 +31,7 @@ from healthchecker import (
     Metrics,
     ResourceSettings,
     ServingMetrics,
+    closed_groups,
     generate_latest,
     load_inventory,
     quorum_of,
@@ -441,6 +442,27 @@ def test_many_bad_first_results_cost_a_report_little(monkeypatch: pytest.MonkeyP
     clock.now += 1
     aggregator.set_resource(fleet[-1], False, "auth")
     assert not aggregator.is_healthy()
+
+
+@pytest.mark.parametrize("look", [
+    lambda aggregator: {group.name: group.why for group in aggregator.groups()},
+    lambda aggregator: {name: why for name, why in closed_groups(aggregator, "").items() if name},
+])  # fmt: skip
+def test_who_looks_at_all_groups_holds_up_no_report(look: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10,000 resources in 400 groups of 10,000 that took seconds, under the lock of all."""
+    aggregator, _ = make(gates_with([{"name": "g", "members": ["a", "b"]}, {"name": "h", "members": ["g", "c"]}]))
+    for name in "abc":
+        aggregator.set_resource(name, name != "b", "on fire")
+    counted = GroupTree.counted
+
+    def report(tree: GroupTree, name: str) -> dict[str, Any]:
+        assert not aggregator._lock.locked()
+        aggregator.set_resource("b", True)
+        return counted(tree, name)
+
+    monkeypatch.setattr(GroupTree, "counted", report)
+    assert look(aggregator) == {"g": "b: on fire", "h": "g: b: on fire"}, "as it was then"
+    assert look(aggregator) in ({"g": "", "h": ""}, {})
 
 
 def test_who_is_not_asked_blocks_only_what_it_counts_for() -> None:
