@@ -11191,7 +11191,8 @@ RESULTS = sqlalchemy.text(f"""SELECT resource_id, {DATABASE_CLOCK} - found_at AS
     settings_digest, state, cause, reason, since_at, good, bad, credential_digest, strip, sample
     FROM result JOIN status USING (resource_id)
     WHERE serial > :serial AND (machine <> :machine OR :serial < 0) ORDER BY serial""")     # noqa: S608  # our words
-NEWS = sqlalchemy.text(f"SELECT resource_id, {DATABASE_CLOCK} - found_at FROM result "      # noqa: S608
+NEWS = sqlalchemy.text(f"SELECT resource_id, {DATABASE_CLOCK} - found_at AS age, counts, "      # noqa: S608
+                       "cause = 'stale' AND good = 0 AS is_late FROM result JOIN status USING (resource_id) "
                        "WHERE machine <> :machine AND resource_id = ANY(:numbers)")
 WELL = sqlalchemy.text("SELECT resource_id, found_at + counts FROM result JOIN status USING (resource_id) "
                        "WHERE machine <> :machine AND state <> 'unhealthy' AND resource_id = ANY(:numbers)")
@@ -11223,6 +11224,15 @@ class Found(NamedTuple):
     counts: float           # seconds for which it counts from then on
     opens: float            # seconds from then on until it can be healthy again
     stored: Any = None      # what of its Status tells of logins
+
+
+def is_better(news: Any, report: Report, age: float) -> bool:
+    """Whether what another machine found counts, and not a report of that age: what is newer; but that nothing came in
+    time is refuted by what did, as long as that counts."""
+    is_late = report.verdict.cause == "stale"
+    if is_late and not news.is_late:
+        return -CLOCK_DRIFT < news.age < max(age, news.counts)
+    return -CLOCK_DRIFT < news.age < age and (is_late or not news.is_late or age >= report.counts)
 
 
 @functools.lru_cache(1 << 15)
@@ -11299,8 +11309,10 @@ class Membership:
             or (report.verdict.cause != "stale" and not report.target.settings.is_asked))}
         now_mono, known = self._clock(), session.execute(
             NEWS, {"machine": self._claim.machine, "numbers": [*fresh]}).all()
-        newer = {number for number, age in known if -CLOCK_DRIFT < age < now_mono - fresh[number].made_mono}
-        return {number: report for number, report in fresh.items() if number not in newer}
+        for news in known:
+            if is_better(news, report := fresh[news.resource_id], now_mono - report.made_mono):
+                del fresh[news.resource_id]
+        return fresh
 
     def refuted(self, session: Session, found: Collection[Origin]) -> set[Origin]:
         """Of what was found in a life that is over, what another machine knew better: it was this one that was cut off
@@ -11942,7 +11954,9 @@ class ResourceLease:
             if is_late or (lasts and counts and standing.good and not standing.healthy):
                 return      # a good result closes nothing: only for that machine it was unhealthy until then
             self.outage.disregard()
-            self.standing, self._found_mono, self._spare = standing, found.found_mono, self._longer
+            self.standing, self._spare = standing, self._longer
+            if standing.cause != "stale" or standing.good:      # or what was said before that is still to be heard
+                self._found_mono = found.found_mono
             self.expires_mono = lease_clock() + left
             self._opens_mono = found.found_mono + found.opens
             if self.rests:      # or it tells of that itself, by its next result

@@ -45,6 +45,7 @@ from healthchecker import (
     Store,
     Target,
     Verdict,
+    lease_clock,
     owner_of,
     written_logins,
 )
@@ -225,6 +226,30 @@ def test_what_was_said_in_a_life_that_is_over(platform: Platform, two: Two) -> N
     a.recorder.flush()
     b.look()
     assert b.pollers[name].standing.healthy is (platform is Platform.PUSH)
+
+
+@pytest.mark.parametrize("first", ["stale", "the push"])
+def test_what_is_late_drops_nothing_that_was_said_in_time(first: str, two: Two) -> None:
+    """To another machine, a moment before: whichever is written first, all know what was said."""
+    [name] = owned_by("a", 1)
+    a, b = two(name, fall=1)
+    for machine in (a, b):
+        target = machine.pollers[name].target
+        machine.pollers[name].target = replace(
+            target, settings=target.settings.model_copy(update={"platform": Platform.PUSH}))  # fmt: skip
+        machine.pollers[name]._epoch = machine.members.epoch
+    a.pollers[name]._report(GOOD, 0.1, READ)
+    a.pollers[name].expires_mono = lease_clock()
+    a.pollers[name]._found_mono -= 60
+    b.pollers[name]._report(GOOD, 0.1, READ)
+    a.pollers[name]._report(Verdict("unhealthy", "stale", "no result for 130 s"), 0.0)
+    assert not a.aggregator.is_healthy() and b.aggregator.is_healthy()
+    for machine in (a, b) if first == "stale" else (b, a):
+        machine.recorder.flush()
+    for machine in (a, b):
+        machine.look()
+        assert machine.aggregator.is_healthy()
+    assert a.execute("SELECT state, cause FROM status") == [("healthy", "")]
 
 
 def test_what_was_found_before_the_clock_of_the_database_was_set_back(two: Two) -> None:

@@ -386,6 +386,18 @@ def test_who_reports_no_more_is_late_everywhere() -> None:
     assert is_open(lease)
 
 
+def test_what_was_said_before_another_took_it_for_late() -> None:
+    """To a third machine, and heard after that: it counts for as long as it does."""
+    lease = watched(Uplink(), PUSHED)
+    lease.rest()
+    lease.adopt(found("healthy", good=1)._replace(counts=0.0))
+    said = found("healthy", good=1)
+    lease.adopt(found("unhealthy", "stale", bad=1))
+    assert not is_open(lease)
+    lease.adopt(said)
+    assert is_open(lease)
+
+
 def test_the_newest_result_counts_whoever_polls() -> None:
     """Who polls may have changed just then, or somebody asked for a poll elsewhere."""
     lease = watched(Uplink())
