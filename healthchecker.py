@@ -9124,7 +9124,7 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
 # with the clock: of the whole site, of each route and of each group. Reports come from any thread; under one lock a
 # changed one goes up the groups it is in and down to what depends on it, as far as it changes them, and then the leases
 # of groups are written. What opens or closes is announced in `transitions`, which the recorder empties.
-# Gives: closed_groups, counting_on, gates_of, GroupState, HealthAggregator, Lease, Override, SITE
+# Gives: closed_groups, counting_on, gates_of, GroupState, HealthAggregator, Lease, Override, reached, SITE
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 OVERRIDE_TTL = 30.0             # seconds for which the gate is opened by hand, unless that is said again
 # Monotonic times: until when something is healthy, and, negative, when it can be so again. The greater one is better.
@@ -9227,9 +9227,6 @@ class Group:
             self.needed = quorum_of(self._quorum, len(self._spans))
         self.span = self._spans[-self.needed] if self.needed else None
 
-    def _good(self, now: float) -> int:
-        return len(self._spans) - bisect.bisect_right(self._spans, (now, math.inf))
-
     def lacks(self, members: Collection[bool]) -> bool:
         """Whether fewer of those that count are healthy than is well."""
         return self._warn is not None and sum(members) < quorum_of(self._warn, len(members))
@@ -9237,7 +9234,8 @@ class Group:
     def may_yet(self, member: Span | None, more: int, now: float) -> bool:
         """Whether it can be healthy with a member, as known until now, gone bad, by so many more that have no result
         yet."""
-        hoped = self._good(now) - bool(member and member[0] > now) + more
+        good = len(self._spans) - bisect.bisect_right(self._spans, (now, math.inf))
+        hoped = good - bool(member and member[0] > now) + more
         return bool(more) and hoped >= quorum_of(self._quorum, len(self._spans) + (member is None) + more)
 
 
@@ -9274,8 +9272,8 @@ class GroupTree:
     def copy(self) -> GroupTree:
         """As it is now, to be looked at while reports come in: in groups of thousands that takes seconds."""
         tree = copy.copy(self)
-        tree.spans, tree.reasons, tree.aside, tree.beats = (
-            copy.copy(each) for each in (self.spans, self.reasons, self.aside, self.beats))
+        tree.spans, tree.reasons = {**self.spans}, {**self.reasons}
+        tree.aside, tree.beats = {*self.aside}, {**self.beats}
         tree.groups = {name: copy.copy(group) for name, group in self.groups.items()}
         return tree
 
@@ -9519,7 +9517,6 @@ class HealthAggregator:
         # Unix time, open, why, and which group or route
         self.transitions: queue.SimpleQueue[tuple[float, bool, str, str]] = queue.SimpleQueue()
         self._clock, self._wall = clock, wall
-        self._until = self.lease.until
         self._lock = threading.Lock()               # guards all below and the writing of the leases
         self._owners: dict[str, object] = {}        # of the resources that count: critical and not in maintenance
         self._tree = GroupTree()
@@ -9614,7 +9611,7 @@ class HealthAggregator:
 
     def is_healthy(self) -> bool:
         """Whether every counted resource is healthy now; one comparison, without a lock."""
-        return self._clock() < self._until.value
+        return self._clock() < self.lease.until.value
 
     def beat(self, name: str, ttl: float = DEFAULT_TTL) -> None:
         """Notes that one lives who watches the others: nothing is open for longer than `ttl` without that."""
@@ -9657,9 +9654,9 @@ class HealthAggregator:
         group, is_open = tree.groups[name], tree.end_of(name) > now
         members = {each: span[0] > now for each, span in tree.counted(name).items() if each != SITE}
         why = tree.told(name, is_open, now)
-        state = "unhealthy" if not is_open else "degraded" if why or group.lacks(members.values()) else "healthy"
-        mode = (self.lease.part(name) or self.lease).mode
-        return GroupState(name, state, min(group.needed, len(members)), members, why, mode)
+        is_degraded = why != "" or group.lacks(members.values())
+        return GroupState(name, "unhealthy" if not is_open else "degraded" if is_degraded else "healthy",
+                          min(group.needed, len(members)), members, why, (self.lease.part(name) or self.lease).mode)
 
     def _publish(self) -> None:
         """Writes the leases that have changed, then tells what has opened or closed; the caller holds the lock."""
