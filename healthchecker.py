@@ -11223,12 +11223,12 @@ class Found(NamedTuple):
     stored: Any = None      # what of its Status tells of logins
 
 
-def is_better(news: Any, report: Report, age: float) -> bool:
+def is_better(news: sqlalchemy.Row[Any], report: Report, age: float) -> bool:
     """Whether what another machine found counts, and not a report of that age: what is newer; but that nothing came in
     time is refuted by what did, as long as that counts."""
     is_late = report.verdict.cause == "stale"
     if is_late and not news.is_late:
-        return -CLOCK_DRIFT < news.age < max(age, news.counts)
+        return bool(-CLOCK_DRIFT < news.age < max(age, news.counts))
     return -CLOCK_DRIFT < news.age < age and (is_late or not news.is_late or age >= report.counts)
 
 
