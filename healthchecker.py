@@ -10531,11 +10531,8 @@ def choices(session: Session, gates: Gates | None = None) -> Choices:
                 if settings["critical"]:
                     counted[tag].add(name)
     members = (gates or stored_gates(session)).in_groups(counted)
-
-    def inside(name: str) -> set[str]:
-        return set().union(*map(inside, members[name])) if name in members else {name}
-
-    return Choices({name: {name} for name in names}, tagged, {group: inside(group) for group in members})
+    within = {group: reached(group, lambda one: members.get(one, ())) - members.keys() for group in members}
+    return Choices({name: {name} for name in names}, tagged, within)
 
 
 def stored_plans(session: Session) -> dict[str, Plan]:
@@ -10621,14 +10618,10 @@ def begin_work(session: Session, row: Maintenance, at: float, **who: str) -> Non
     tell_work(session, row, f"in maintenance until {written(row.until_at)}: {row.reason}", at, **who)
 
 
-def tell_over(session: Session, row: Maintenance, text: str, at: float, **who: str) -> None:
-    row.state = "over"
-    tell_work(session, row, text, at, **who)
-
-
 def finish_work(session: Session, row: Maintenance, text: str, at: float, **who: str) -> None:
     """It is over; of a plan the row stays, so that this turn does not begin again."""
-    tell_over(session, row, text, at, **who)
+    row.state = "over"
+    tell_work(session, row, text, at, **who)
     if not row.plan:
         session.delete(row)
 
@@ -10638,7 +10631,8 @@ def take_turn(session: Session, row: Maintenance, now: float, *, gone: bool) -> 
         begin_work(session, row, row.start_at)
         row.turn_at = now
     if row.state == "begun" and row.until_at <= now:
-        tell_over(session, row, "maintenance is over", row.until_at)
+        row.state = "over"
+        tell_work(session, row, "maintenance is over", row.until_at)
         if not row.plan:
             row.turn_at = now
     elif gone and row.state != "over":
