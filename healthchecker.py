@@ -10424,9 +10424,8 @@ def boot_number() -> int:
 
 def stored_override(session: Session) -> Override | None:
     """What an operator says of the gate; one that cannot be read says nothing."""
-    text = remembered(session, "override").text
-    with contextlib.suppress(ValidationError):
-        return Override.model_validate_json(text) if text else None
+    with contextlib.suppress(ValidationError):      # or there is none
+        return Override.model_validate_json(remembered(session, "override").text)
     return None
 
 
