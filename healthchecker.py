@@ -11419,12 +11419,6 @@ def write_logins(session: Session, machine: str, texts: Mapping[str, str], now: 
         session.execute(sqlalchemy.insert(Setting), new)
 
 
-def prune_logins(session: Session, now: float) -> None:
-    """Those of resources and machines that are no longer there."""
-    old = Setting.name.startswith(LOGINS), Setting.value < now - DAY
-    session.execute(sqlalchemy.delete(Setting).where(*old))
-
-
 class GivenRow(NamedTuple):
     text: str
     rows: Collection[str]           # of the same credential
@@ -11518,10 +11512,10 @@ def may_drop(session: Session, store: Store, now: float) -> bool:
 
 
 def prune_all(session: Session, retention: Retention, now: float) -> None:
-    """What is no resource's."""
+    """What is no resource's: also of logins what is of resources and machines that are no longer there."""
     prune_events(session, retention, now)
     prune_incidents(session, retention, now)
-    prune_logins(session, now)
+    session.execute(sqlalchemy.delete(Setting).where(Setting.name.startswith(LOGINS), Setting.value < now - DAY))
 
 
 class Recorder(threading.Thread):
@@ -11680,11 +11674,10 @@ class Recorder(threading.Thread):
                 self._events.append((None, self._turn(at, is_open, why, each.name)))
         self.incidents.look(transitions)
         for report in (self._reports.popleft() for _ in range(len(self._reports))):
-            resource_id = report.target.id
-            self._latest[resource_id] = report
+            self._latest[report.target.id] = report
             self._samples.append((origin_of(report), report.sample_row))
             if report.host_key:
-                self._keys[resource_id] = report
+                self._keys[report.target.id] = report
         self._events += [self._told.get() for _ in range(self._told.qsize())]
 
     def _write(self, session: Session, turns: Sequence[dict[str, Any]], *, waits: bool) -> None:
