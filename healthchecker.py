@@ -12377,11 +12377,6 @@ def take_step(pollers: Collection[Poller], moved: float, booted_at: float, now: 
         poller.go_on(delay)
 
 
-def behind_by(session: Session, now: float) -> float:
-    """Seconds by which a clock that says `now` is behind what was found last; ahead is what to be off looks like."""
-    return max(0.0, (session.scalar(sqlalchemy.select(func.max(Status.polled_at))) or 0.0) - now)
-
-
 def move_rows(session: Session, moved: float, now: float, booted_at: float) -> None:
     """After the clock, which said `now`, was set by so much; what is later was found before a start with one that was
     behind. Forward: nothing of before the boot, since when that may have been wrong."""
@@ -12430,7 +12425,8 @@ class Monitor(threading.Thread):
         now_at = self._zero_at
         with self._store.reading() as session:
             known = clock_of_boot(session, self._store)     # whatever the clock became
-            behind = 0.0 if known else behind_by(session, lease_clock() + now_at)
+            last_at = session.scalar(sqlalchemy.select(func.max(Status.polled_at))) or 0.0
+        behind = 0.0 if known else max(0.0, last_at - lease_clock() - now_at)   # ahead is what to be off looks like
         self._booted_mono, self._zero_at = known or (self._booted_mono, now_at)
         self.exchange.begin(lambda: lease_clock() + self._zero_at)
         self._reconcile()
