@@ -13151,12 +13151,6 @@ def cells_of(path: Path, size: int = 0) -> memoryview[float]:
         return memoryview(mmap.mmap(file.fileno(), size)).cast("d")
 
 
-def file_number(path: Path) -> tuple[int, int]:
-    """By which a file is told from another one of its name."""
-    found = path.stat()
-    return found.st_dev, found.st_ino
-
-
 class LeaseFile:
     """The leases of the site, groups and routes in a file, all closed at first and after `close`. Raises UsageError."""
 
@@ -13201,10 +13195,10 @@ class LeaseFile:
         while not self._ending.wait(KEEP_INTERVAL):
             with trouble.caught():
                 is_there, is_lost = os.path.lexists(self._path), self._cells[GENERATION] != self._generation
-                is_other = is_there and file_number(self._path) != self._number     # a copy, which is followed
+                is_copy = is_there and not os.path.samestat(self._path.stat(), self._found)     # which is followed
                 if is_lost and is_there and cells_of(self._path, SLOTS * CELL)[GENERATION]:
                     raise UsageError("another service writes to this path; give each its own")
-                if is_lost or is_other or not is_there:
+                if is_lost or is_copy or not is_there:
                     self._open()
 
     def _open(self) -> None:
@@ -13213,7 +13207,7 @@ class LeaseFile:
             with contextlib.suppress(PermissionError):      # root's, which said so at its end
                 cells_of(self._path, SLOTS * CELL)[GENERATION] = 0.0
         self._publish(self._path, content)
-        cells, self._number = cells_of(self._path), file_number(self._path)
+        cells, self._found = cells_of(self._path), self._path.stat()
         with self._lock:
             self._cells[GENERATION] = 0.0       # of one that was removed, too; on Windows it is the same file
             for place, end in self._ends.items():
