@@ -10673,12 +10673,6 @@ def take_turns(session: Session, now: float) -> None:
         begin_turn(session, plan, turns.get(text), now, held)
 
 
-def goes_on(row: Maintenance, seconds: float, now: float) -> bool:
-    """Whether what has begun lasts for as long as it had left, whatever the clock says; see move_times."""
-    begin = now + seconds if row.plan else min(now + seconds, now - lease_clock())      # the boot
-    return begin < row.start_at <= now
-
-
 def move_times(session: Session, seconds: float, now: float) -> None:
     """After the clock, which said `now`, was set by so much: what was begun by hand goes on for the time that it had
     left, and so does a turn of a plan that is to begin later by the clock as it is now; any other one ends as that
@@ -10687,12 +10681,13 @@ def move_times(session: Session, seconds: float, now: float) -> None:
     `now` was begun by a clock that was right, before a start with one that was behind. What a start with one that was
     ahead took for over begins when it should."""
     for row in session.scalars(sqlalchemy.select(Maintenance).where(Maintenance.state != "planned")):
+        begin = now + seconds if row.plan else min(now + seconds, now - lease_clock())      # the boot
         if row.state == "over":
             if not row.plan and row.until_at > now + seconds:
                 row.state = "planned"
         elif not row.plan and now + seconds < row.start_at <= min(now, row.turn_at):
             row.state = "planned"
-        elif goes_on(row, seconds, now):
+        elif begin < row.start_at <= now:
             row.start_at += seconds
             row.until_at += seconds
 
