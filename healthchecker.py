@@ -12356,11 +12356,6 @@ def clock_of_boot(session: Session, store: Store) -> tuple[float, float] | None:
     return None
 
 
-def write_clock(session: Session, store: Store, booted_mono: float, zero_at: float) -> None:
-    for name, value in ("boot", boot_number()), ("booted", round(1000 * booted_mono)), ("clock", round(1000 * zero_at)):
-        session.merge(Setting(name=store.own(name), value=value))
-
-
 def take_step(pollers: Collection[Poller], moved: float, booted_at: float, now: float) -> None:
     """After the clock, which said `now`, was set by so much. Forward looks as if this machine was paused with all its
     clocks: what is known is older than it seems, and all is polled anew."""
@@ -12510,7 +12505,8 @@ class Monitor(threading.Thread):
         """Takes down how the clock stands, for the next start, and notes that it was set, or is behind after a boot."""
         moved = zero_at - self._zero_at
         with self._store.writing() as session:
-            write_clock(session, self._store, self._booted_mono, zero_at)
+            for name, value in ("boot", boot_number()), ("booted", 1000 * self._booted_mono), ("clock", 1000 * zero_at):
+                session.merge(Setting(name=self._store.own(name), value=round(value)))
             if not self._context.members.is_shared:     # else the rows have the database's
                 move_rows(session, moved, lease_clock() + self._zero_at, self._booted_mono + self._zero_at)
                 if abs(moved - behind) > CLOCK_STEP:
