@@ -9165,11 +9165,6 @@ class Lease:
         """That of a group, a route or the site; None where the workers do not know it yet."""
         return self.parts.get(name) if name else self
 
-    def take_modes(self, gates: Gates) -> None:
-        """Those of the routes; one without has the site's."""
-        for name, lease in self.parts.items():
-            lease.observes.value = (gates.route(name, self.parts).mode or self.mode) == "observe"
-
 
 class Override(Settings):
     """What an operator says of the site's gate, whatever the resources say. `close` closes all but the paths that need
@@ -9255,7 +9250,6 @@ class GroupTree:
 
     def __init__(self) -> None:
         self.spans: dict[str, Span] = {}                    # of resources, with what they depend on
-        self.reasons: dict[str, str] = {}                   # of the unhealthy ones, by their own results
         self.aside: set[str] = set()                        # resources that count for nothing but their children
         self.groups: dict[str, Group] = {SITE: Group()}     # routes, too
         self.members: dict[str, tuple[str, ...]] = {}       # of each but the site, also those that do not count now
@@ -9265,14 +9259,14 @@ class GroupTree:
         self.override: Override | None = None               # what an operator says, and until when that opens
         self.overridden_until = 0.0
         self.beats: dict[str, float] = {}                   # until when those live who watch
-        self._own: dict[str, Span] = {}                     # of resources, by their own results
+        self._own: dict[str, tuple[Span, str | None]] = {}  # of resources, by their own results; why of unhealthy ones
         self._above: dict[str, tuple[str, ...]] = {SITE: ()}    # where each is a member; else of the site
         self._children: dict[str, tuple[str, ...]] = {}           # what depends on each resource and group
 
     def copy(self) -> GroupTree:
         """As it is now, to be looked at while reports come in: in groups of thousands that takes seconds."""
         tree = copy.copy(self)
-        tree.spans, tree.reasons = {**self.spans}, {**self.reasons}
+        tree.spans, tree._own = {**self.spans}, {**self._own}
         tree.aside, tree.beats = {*self.aside}, {**self.beats}
         tree.groups = {name: copy.copy(group) for name, group in self.groups.items()}
         return tree
@@ -9295,24 +9289,16 @@ class GroupTree:
         self._children = inverse(parents)
         self.changed |= {*self.groups, *known}
 
-    def relieve(self, name: str, why: str, now: float) -> None:
-        """Notes what opens without a resource, if that is unhealthy: it may be as bad as before."""
-        if why and name in self.spans and self.spans[name][0] <= now:
-            self.relieved |= dict.fromkeys(self.counting_on(name, now), why)
-
     def put(self, name: str, span: Span | None, reason: str | None = None) -> None:
         """What its own results say of a resource, None: it does not count; and why, where it is unhealthy."""
         self._own.pop(name, None)
-        self.reasons.pop(name, None)
         if span:
-            self._own[name] = span
-        if reason is not None:
-            self.reasons[name] = reason
+            self._own[name] = span, reason
         self._settle(name)
 
     def set_aside(self, name: str, aside: bool) -> None:
         """Lets a resource count for nothing but its children, or for everything again."""
-        span, reason = self._own.get(name), self.reasons.get(name)
+        span, reason = self._own.get(name, (None, None))
         self.put(name, None)
         (self.aside.add if aside else self.aside.discard)(name)
         self.put(name, None if aside and span == WAITED_FOR else span, reason)
@@ -9385,11 +9371,11 @@ class GroupTree:
         good = f"{len(spans) - len(bad)} of {len(spans)} healthy: " if needed < len(spans) else ""
         behind = {each: blocker for each in bad if (blocker := self.blocker(each, now))}
         own = [each for each in bad if each not in behind]      # others are told of where these are not
-        told = [each for each in own if each in self.groups or each in self.reasons] if own else bad
+        told = [each for each in own if each in self.groups or self._own[each][1] is not None] if own else bad
         if not told:
             return f"{good}no result of {', '.join(each.lstrip('/') for each in own[:5])}"
         worst = min(told, key=lambda each: spans[each][1])
-        why = (self.why(worst, now) if worst in self.groups else self.reasons[worst] if worst not in behind
+        why = (self.why(worst, now) if worst in self.groups else self._own[worst][1] if worst not in behind
                else f"parent: behind {behind[worst]}")
         return f"{good}{worst or 'the whole site'}: {why}" + (f" and {len(told) - 1} more" if len(told) > 1 else "")
 
@@ -9428,7 +9414,7 @@ class GroupTree:
 
     def _settle(self, name: str) -> None:
         """Takes up what its own results and its parents make of a resource."""
-        before, span = self.spans.pop(name, None), self._own.get(name)
+        before, (span, _) = self.spans.pop(name, None), self._own.get(name, (None, None))
         if span and span != WAITED_FOR:
             others = map(self._span, self.parents.get(name, ()))
             span = min([span, *(other for other in others if other and other != WAITED_FOR)])
@@ -9461,11 +9447,8 @@ class FirstResults:
         self._early: dict[str, tuple[Span, str | None]] = {}
 
     def forget(self, name: str) -> None:
-        """The resource does not count any more."""
+        """The resource does not count any more, or for something else, for which it is to report again."""
         self._early.pop(name, None)
-        self.await_no_more(name)
-
-    def await_no_more(self, name: str) -> None:
         self.pending.discard(name)
         self.look_again()
 
@@ -9549,7 +9532,9 @@ class HealthAggregator:
                 self._arranged = gates, tagged, parents
                 self._tree.arrange(gates, tagged, self.lease.parts, parents)
                 self._first.look_again()
-                self.lease.take_modes(gates)
+                for name, lease in self.lease.parts.items():
+                    mode = gates.route(name, self.lease.parts).mode or self.lease.mode
+                    lease.observes.value = mode == "observe"
                 self._publish()
 
     def overrule(self, override: Override | None, until: float) -> None:
@@ -9569,7 +9554,7 @@ class HealthAggregator:
             self._owners[name] = owner
             if critical is (name in self._tree.aside):
                 self._tree.set_aside(name, not critical)
-                self._first.await_no_more(name)
+                self._first.forget(name)
             is_start, is_new = START in self._tree.spans, name not in self._tree.spans
             if critical and asked and (is_start or is_new):
                 self._first.pending.add(name)
@@ -9580,7 +9565,9 @@ class HealthAggregator:
     def deregister(self, name: str, why: str = "") -> None:
         """The resource does not count any more; `why` is told of what opens by that."""
         with self._lock:
-            self._tree.relieve(name, why, self._clock())
+            now, span = self._clock(), self._tree.spans.get(name)
+            if why and span and span[0] <= now:     # it may be as bad as before
+                self._tree.relieved |= dict.fromkeys(self._tree.counting_on(name, now), why)
             self._tree.put(name, None)
             self._tree.aside.discard(name)
             self._owners.pop(name, None)
