@@ -11536,15 +11536,16 @@ class Recorder(threading.Thread):
 
     def put(self, report: Report) -> None:
         """Takes a report; transitions are logged at once, in the caller's thread."""
-        if report.transition:
-            self.tell(report)
+        self.tell(report)
         _ = report.status, report.sample_row    # made here, one at a time: a hundred in flush would hold up requests
         self._reports.append(report)
         if not report.standing.healthy and report.standing.since_at == report.at:
             self._woken.set()       # killed before it is written, the next start would go on from what was good
 
     def tell(self, report: Report) -> None:
-        """Logs and notes a transition."""
+        """Logs and notes a transition, if it is one."""
+        if not report.transition:
+            return
         log.log(logging.INFO if report.standing.healthy else logging.WARNING, "%s: %s", report.target.name,
                 report.transition)
         if report.owned:
@@ -11926,6 +11927,9 @@ class ResourceLease:
             self._opens_mono = found.found_mono + found.opens
             if self.rests:      # or it tells of that itself, by its next result
                 self.news.hear(standing, found.found_mono)
+            elif not self.target.settings.is_asked:     # of which there is none of its own, perhaps
+                self._context.recorder.tell(self.news.weigh(
+                    Report(self.target, standing, standing, standing, self._context.recorder.wall(), 0.0)))
             elif not standing.decided:
                 self.doubt.urge()
             self._set_resource(left)

@@ -214,13 +214,21 @@ def test_all_refusals_of_another_machine_are_heard(two: Two) -> None:
     assert guard.refusals == 4 and guard.wait(second) > 1800
 
 
+def push(machine: Machine, name: str) -> None:
+    """Has a resource report by itself."""
+    target, news = machine.pollers[name].target, machine.pollers[name].news
+    settings = target.settings.model_copy(update={"platform": Platform.PUSH})
+    machine.pollers[name].target, news.doubt._asked = replace(target, settings=settings), False
+
+
 @pytest.mark.parametrize("platform", [Platform.PUSH, Platform.LINUX])
 def test_what_was_said_in_a_life_that_is_over(platform: Platform, two: Two) -> None:
     """By a resource itself, which will not say it again; who is asked is asked again."""
     [name] = owned_by("a", 1)
     a, b = two(name)
     poller = a.pollers[name]
-    poller.target = replace(poller.target, settings=poller.target.settings.model_copy(update={"platform": platform}))
+    if platform is Platform.PUSH:
+        push(a, name)
     poller._epoch = "the one before"
     poller._report(GOOD, 0.1, READ)
     a.recorder.flush()
@@ -234,9 +242,7 @@ def test_what_is_late_drops_nothing_that_was_said_in_time(first: str, two: Two) 
     [name] = owned_by("a", 1)
     a, b = two(name, fall=1)
     for machine in (a, b):
-        target = machine.pollers[name].target
-        machine.pollers[name].target = replace(
-            target, settings=target.settings.model_copy(update={"platform": Platform.PUSH}))  # fmt: skip
+        push(machine, name)
         machine.pollers[name]._epoch = machine.members.epoch
     a.pollers[name]._report(GOOD, 0.1, READ)
     a.pollers[name].expires_mono = lease_clock()
@@ -346,6 +352,22 @@ def test_what_closes_while_the_speaker_is_dead(two: Two) -> None:
     assert len(found) == len(told) + 1 and found[-1][1] == "closed" and found[-1][0].startswith("open -> closed (h")
     second.find(name, GOOD, GOOD)
     assert [state for _, state in events(second, "gate")][len(told):] == ["closed", "open"]
+
+
+def test_what_was_said_to_another_machine_than_its_owner_is_told(two: Two) -> None:
+    """By its owner, who will not find it again; once, also where both have heard it."""
+    [name] = owned_by("a", 1)
+    a, b = two(name, fall=1, rise=1)
+    for machine in (a, b):
+        push(machine, name)
+    for machines, verdict in (([b], GOOD), ([b], DOWN), ([a], DOWN), ([a], GOOD), ([b], GOOD), ([b], DOWN),
+                              ([a, b], GOOD), ([b, a], DOWN)):  # fmt: skip
+        for machine in machines:
+            machine.find(name, verdict)
+        for other in (a, b):
+            other.look()
+            other.recorder.flush()
+    assert [state for _, state in events(a, "state")] == ["healthy", "unhealthy"] * 3
 
 
 def test_who_joins_tells_how_it_stands_once(two: Two) -> None:
