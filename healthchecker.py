@@ -12412,9 +12412,9 @@ class Monitor(threading.Thread):
         self.exchange.begin(lambda: lease_clock() + self._zero_at)
         self._reconcile()
         self._take_clock(now_at, behind)
-        self._context.aggregator.start()
-        self._context.uplink.begin(self._context.urge, functools.partial(report_again, self.pollers),
-                                   self._context.recorder.note)
+        self.aggregator.start()
+        changed = functools.partial(report_again, self.pollers)
+        self.uplink.begin(self._context.urge, changed, self._context.recorder.note)
         self._context.recorder.start()
 
     def run(self) -> None:
@@ -12427,7 +12427,7 @@ class Monitor(threading.Thread):
     def close(self) -> None:
         """Ends all threads; polls that still run then are left to their deadline."""
         self._ending.set()
-        self._context.uplink.close()
+        self.uplink.close()
         if self.is_alive():
             self.join(1)    # or it would take stopped pollers for dead ones
         pollers, last_mono = list(self.pollers.values()), time.monotonic() + LAST_SESSIONS
@@ -12478,11 +12478,11 @@ class Monitor(threading.Thread):
             if not (poller.is_alive() or poller.ends_mono or self._ending.is_set()):
                 self._launch(poller.target, poller.bury(), poller)
         covered = self.maintenance.covered(lease_clock() + self._zero_at)   # first: nothing else waits for a database
-        with self._context.aggregator.at_once():    # alternatives whose maintenance ends together close nothing
+        with self.aggregator.at_once():    # alternatives whose maintenance ends together close nothing
             self._recount(covered)
         start_new(self.pollers.values())
         self.override.say()
-        self._context.aggregator.beat("monitor")
+        self.aggregator.beat("monitor")
         self.exchange.look(self.pollers)
         with self._store.reading() as session:
             current = revision(session)
@@ -12498,7 +12498,7 @@ class Monitor(threading.Thread):
         with self._store.writing() as session:
             for name, value in ("boot", boot_number()), ("booted", 1000 * self._booted_mono), ("clock", 1000 * zero_at):
                 session.merge(Setting(name=self._store.own(name), value=round(value)))
-            if not self._context.members.is_shared:     # else the rows have the database's
+            if not self.members.is_shared:     # else the rows have the database's
                 move_rows(session, moved, lease_clock() + self._zero_at, self._booted_mono + self._zero_at)
                 if abs(moved - behind) > CLOCK_STEP:
                     self.clock_step = tell_step(session, moved - behind, self._wall())
@@ -12514,10 +12514,10 @@ class Monitor(threading.Thread):
             if (counted := name not in covered) is not poller.counted:
                 poller.count(counted=counted)
                 if counted:
-                    self._context.aggregator.register(name, poller, critical=poller.target.settings.critical,
-                                                      asked=poller.target.settings.is_asked)
+                    self.aggregator.register(name, poller, critical=poller.target.settings.critical,
+                                             asked=poller.target.settings.is_asked)
                 else:
-                    self._context.aggregator.deregister(name, covered[name])
+                    self.aggregator.deregister(name, covered[name])
                 poller.report_again()
 
     def _reconcile(self) -> None:
@@ -12549,11 +12549,11 @@ class Monitor(threading.Thread):
         spread([self.pollers[name] for name in fresh])
         everything = [target.settings for target in targets.values()]
         covered = self.maintenance.covered(lease_clock() + self._zero_at)
-        with self._context.aggregator.at_once():    # what has another name neither opens nor closes in between
-            self._context.aggregator.arrange(gates, by_tag(everything), usable_parents(gates, everything))
+        with self.aggregator.at_once():    # what has another name neither opens nor closes in between
+            self.aggregator.arrange(gates, by_tag(everything), usable_parents(gates, everything))
             self._recount(covered)
             for name in gone:
-                self._context.aggregator.deregister(name)
+                self.aggregator.deregister(name)
         start_new(self.pollers.values() if self.is_alive() else ())
         with self._followed:
             self._revision, self._looked_mono, self.targets = current, lease_clock(), targets
