@@ -12080,10 +12080,9 @@ class Poller(ResourceLease, threading.Thread):
         self.target = replace(self.target, host_key=self._connection.host_key)
         learned = None if self.target.host_key == host_key else self.target.host_key
         report = self._report(verdict, seconds, sample, learned)
-        wait = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
         is_told = (self.standing.decided and not (self._context.members.is_shared and report.is_doubtful)
                    and (self.counted is not False or self.standing.healthy))    # or maintenance ends on an old result
-        pause = settings.interval if is_told else min(settings.interval, max(settings.retry, wait))
+        pause = settings.interval if is_told else min(settings.interval, max(settings.retry, report.waits))
         return pause * self._context.random.uniform(1 - JITTER, 1 + JITTER), report
 
     def _report(self, verdict: Verdict, seconds: float, sample: Sample | None = None,
