@@ -18859,7 +18859,7 @@ class ConsoleServer(threading.Thread):
 # === Announce ================================================================
 # What one receiver is told, and when: in come events and how everything is by the rows, out go messages. An Announcer
 # holds what its receiver heard, and decides by rows and clock alone; touches nothing else. In the Notifier's thread.
-# Gives: Announcer, as_mapping, Delivery, Lasting, Message, Picture, RETRY_FIRST
+# Gives: Announcer, Delivery, Lasting, Message, NoticeRow, Picture, RETRY_FIRST
 NOTIFY_LINES = 10               # lines of a kind in a message
 TOLD_CHARS = 300                # characters of a reason in one: since when, how long and how often stand behind it
 RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds until the second try, and between two at most
@@ -18897,6 +18897,26 @@ class Picture(NamedTuple):
                 if not ({*closed}.isdisjoint(one.closes) or one.is_blamed or name in self.excused)}
 
 
+class NoticeRow(NamedTuple):
+    """A row of Notice. It is never changed but replaced: of 40 receivers and 2,000 resources what is as it was is seen
+    to be that at once."""
+
+    receiver_id: int
+    kind: str
+    name: str
+    text: str
+    ending: str
+    times: int
+    since_at: float
+    taken_at: float
+    over_at: float
+    told_at: float
+
+    def timed(self, change: Callable[[float], float]) -> NoticeRow:
+        """The same with its times changed."""
+        return NoticeRow(*self[:6], *map(change, self[6:]))
+
+
 class Message(NamedTuple):
     """What is sent; `kind` is a type of Apprise, which colours by it."""
 
@@ -18919,13 +18939,13 @@ WORDS = {"gate": ("the gate", "closed", "open again"), "group": ("{}", "closed",
          "maintenance": ("{}", "in maintenance", "no longer in maintenance")}
 
 
-def words_of(notice: Notice) -> tuple[str, str, str]:
+def words_of(notice: NoticeRow) -> tuple[str, str, str]:
     """What a notice is of, what that is while it lasts, how it ended."""
     what, lasts, ended = WORDS[notice.kind]
     return what.format(notice.name), lasts, notice.ending or ended
 
 
-def headline(notice: Notice) -> str:
+def headline(notice: NoticeRow) -> str:
     """What a notice says, in a few words."""
     what, lasts, ended = words_of(notice)
     if not notice.over_at:
@@ -18933,7 +18953,7 @@ def headline(notice: Notice) -> str:
     return f"{what} is {ended}" if notice.told_at else f"{what} was {lasts}"
 
 
-def line_of(notice: Notice) -> str:
+def line_of(notice: NoticeRow) -> str:
     """What a notice says."""
     what, _, ended = words_of(notice)
     text = one_line(notice.text.removeprefix(f"{what}: "), TOLD_CHARS)      # a group's begins with its name
@@ -18947,19 +18967,14 @@ def line_of(notice: Notice) -> str:
             f"{written(notice.over_at)}, {lasted}{often}{notice.ending and '; '}{notice.ending}")
 
 
-def first_lines(lines: Sequence[str]) -> list[str]:
-    more = len(lines) - NOTIFY_LINES
-    return [*(one_line(line).translate(MARKUP) for line in lines[:NOTIFY_LINES]),
+def first_lines(said: Callable[[Any], str], found: Sequence[Any]) -> list[str]:
+    """What is `said` of the first ones, and how many more there are."""
+    more = len(found) - NOTIFY_LINES
+    return [*(one_line(said(each)).translate(MARKUP) for each in found[:NOTIFY_LINES]),
             *([f"and {more} more"] if more > 0 else [])]
 
 
-def as_mapping(row: Notice | Receiver, *names: str) -> dict[str, Any]:
-    """Columns of a row that is of no session, those named or all, by name."""
-    values = vars(row)      # each attribute by itself takes three times as long, of many notices
-    return {name: values[name] for name in names or row.__table__.columns.keys()}
-
-
-def write_message(chosen: Sequence[Notice], picture: Picture, is_mine: Callable[[Collection[str]], bool],
+def write_message(chosen: Sequence[NoticeRow], picture: Picture, is_mine: Callable[[Collection[str]], bool],
                   console: str) -> Message:
     """What is chosen in words: lasting things first; with the gate and groups the resources that keep them closed."""
     order = [*WORDS]
@@ -18967,10 +18982,10 @@ def write_message(chosen: Sequence[Notice], picture: Picture, is_mine: Callable[
     lasting, named = [each for each in chosen if not each.over_at], {each.name for each in chosen}
     keepers = picture.keepers([each.name for each in lasting if each.kind in ("gate", "group")])
     sick = sorted((one.since_at, name, one.why) for name, one in keepers.items() if is_mine(one.tags))
-    lines = [*first_lines([line_of(each) for each in chosen if each.kind != "state"]),
-             *first_lines([line_of(each) for each in chosen if each.kind == "state"]),
-             *first_lines([f"{name}: {one_line(why, TOLD_CHARS)}; since {written(at)}"
-                           for at, name, why in sick if name not in named])]
+    lines = [*first_lines(line_of, [each for each in chosen if each.kind != "state"]),
+             *first_lines(line_of, [each for each in chosen if each.kind == "state"]),
+             *first_lines(lambda one: f"{one[1]}: {one_line(one[2], TOLD_CHARS)}; since {written(one[0])}",
+                          [one for one in sick if one[1] not in named])]
     title = (f"HealthChecker: {headline(chosen[0])}{f', {len(sick)} unhealthy' if sick else ''}"
              f"{f', and {len(chosen) - 1} more' if len(chosen) > 1 else ''}")
     bad = {not each.over_at for each in chosen if each.kind != "maintenance" and not each.ending}   # no recovery
@@ -18984,7 +18999,7 @@ BAD_STATES = ("closed", "unhealthy")        # of events that begin something
 BY_HAND = re.compile(r"-> open \((opened by .*)\)(?: after \d+ s)?$")      # who has opened what may be as bad as before
 
 
-def is_seen_to(notice: Notice, picture: Picture) -> bool:
+def is_seen_to(notice: NoticeRow, picture: Picture) -> bool:
     """Whether somebody has said so, of a resource or of everything that can keep the gate or a group closed."""
     if notice.kind not in ("gate", "group"):
         return notice.kind == "state" and notice.name in picture.acknowledged
@@ -18995,7 +19010,7 @@ class Announcer:
     """What one receiver is told, and when. Touches nothing but its own rows; times are Unix times, and one of the
     future, of a clock that was set back since, is now."""
 
-    def __init__(self, row: Receiver, notices: Iterable[Notice] = (), console: str = "") -> None:
+    def __init__(self, row: Receiver, notices: Iterable[NoticeRow] = (), console: str = "") -> None:
         self.row, self._console = row, console
         given = {"name": row.name, "url": TOKEN_PREFIXES[0]}
         self.settings = ReceiverSettings.model_validate(given)
@@ -19018,9 +19033,9 @@ class Announcer:
         if happened.resource and not self._is_mine(picture.tags.get(name, ())):
             return
         if (happened.state in BAD_STATES or is_clock) and not (kind == "state" and name in picture.excused):
-            self._begin(kind, name, happened.text, at, times=int(STARTING not in happened.text))
-        if happened.state not in BAD_STATES:
-            self._end(kind, name, at, "".join(BY_HAND.findall(happened.text)))
+            self._begin(kind, name, happened.text, at, int(STARTING not in happened.text))
+        if happened.state not in BAD_STATES and (known := self.notices.get((kind, name))):
+            self._end(known, at, "".join(BY_HAND.findall(happened.text)))
 
     def settle(self, picture: Picture, now: float) -> None:
         """Ends what the rows say is over, whatever became of its event, and begins what they say is bad."""
@@ -19029,11 +19044,10 @@ class Announcer:
         row.made_at, row.next_at, row.joined_at = (
             min(row.made_at, now), min(row.next_at, now + waits), min(row.joined_at, now))
         for key, notice in [*self.notices.items()]:
-            for column, at in as_mapping(notice, "since_at", "taken_at", "over_at", "told_at").items():
-                if at > now:
-                    setattr(notice, column, now)
+            if max(notice.since_at, notice.taken_at, notice.over_at, notice.told_at) > now:
+                self.notices[key] = notice = notice.timed(lambda at: min(at, now))
             if (ending := self._ending(notice, picture)) is not None:
-                self._end(*key, now, ending)
+                notice = self._end(notice, now, ending)
             if not notice.told_at and self._is_nothing(notice, picture):
                 del self.notices[key]
         self._begin_new("state", {name: one for name, one in picture.unhealthy.items()
@@ -19044,11 +19058,10 @@ class Announcer:
 
     def move(self, seconds: float) -> None:
         """The clock was set by so much: what lasts is no longer or shorter by that, nor what waits."""
-        times: list[tuple[Any, tuple[str, ...]]] = [(self.row, ("made_at", "next_at"))]
-        times += [(notice, ("since_at", "taken_at", "over_at", "told_at")) for notice in self.notices.values()]
-        for one, columns in times:
-            for column, at in as_mapping(one, *columns).items():
-                setattr(one, column, at and at + seconds)
+        def moved(at: float) -> float:
+            return at and at + seconds
+        self.row.made_at, self.row.next_at = moved(self.row.made_at), moved(self.row.next_at)
+        self.notices = {key: notice.timed(moved) for key, notice in self.notices.items()}
 
     def compose(self, picture: Picture, now: float) -> None:
         """Makes what is to be said now, if anything is, the row's message; it counts as told, and what is over is
@@ -19058,10 +19071,11 @@ class Announcer:
             return
         message, ends = write_message(chosen, picture, self._is_mine, self._console), []
         for notice in chosen:
-            ends += [as_mapping(notice)] if notice.told_at else []      # reminders, too, for they were told before
+            ends += [notice._asdict()] if notice.told_at else []    # reminders, too, for they were told before
             if notice.over_at:
                 del self.notices[notice.kind, notice.name]
-            notice.told_at, notice.times = now, 0
+            else:
+                self._put(notice._replace(told_at=now, times=0))
         self.row.message = json.dumps([*message, ends])
         self.row.made_at = self.row.next_at = now
         self.row.tries = 0
@@ -19098,40 +19112,37 @@ class Announcer:
         """What the message said and still holds is untold, and goes into the next one; ends go there, too."""
         ends = json.loads(self.row.message)[-1]
         self.row.message, self.row.failed = "", self.row.failed + 1
-        for notice in self.notices.values():
+        for notice in [*self.notices.values()]:
             if notice.told_at == self.row.made_at:
-                notice.told_at, notice.times = 0.0, max(1, notice.times)
-        for end in ends:
-            if known := self.notices.get((end["kind"], end["name"])):
-                known.told_at = end["told_at"]      # it began again, and the receiver knows nothing else
-            else:
-                self.notices[end["kind"], end["name"]] = Notice(**end)
+                self._put(notice._replace(told_at=0.0, times=max(1, notice.times)))
+        for end in (NoticeRow(**each) for each in ends):
+            known = self.notices.get((end.kind, end.name))      # it began again, and the receiver knows nothing else
+            self._put(known._replace(told_at=end.told_at) if known else end)
 
     def _is_mine(self, tags: Collection[str]) -> bool:
         return not self.settings.tags or not {*self.settings.tags}.isdisjoint(tags)
 
-    def _begin(self, kind: str, name: str, text: str, since_at: float, *, times: int = 1) -> None:
-        if known := self.notices.get((kind, name)):       # it came back before its end was told
-            known.over_at, known.ending, known.times, known.text = 0.0, "", known.times + times, one_line(text)
-            return
-        self.notices[kind, name] = Notice(
-            receiver_id=self.row.id, kind=kind, name=name, text=one_line(text), ending="", times=times,
-            since_at=since_at, taken_at=since_at, over_at=0.0, told_at=0.0)
+    def _put(self, notice: NoticeRow) -> NoticeRow:
+        self.notices[notice.kind, notice.name] = notice
+        return notice
+
+    def _begin(self, kind: str, name: str, text: str, since_at: float, times: int) -> None:
+        known = self.notices.get((kind, name))      # it came back before its end was told
+        self._put(known._replace(over_at=0.0, ending="", times=known.times + times, text=one_line(text)) if known else
+                  NoticeRow(self.row.id, kind, name, one_line(text), "", times, since_at, since_at, 0.0, 0.0))
 
     def _begin_new(self, kind: str, found: Mapping[str, Lasting], now: float) -> None:
         """Of things that are known by no event; they wait from now on."""
         for name, one in found.items() if kind in self.settings.on else ():
             is_new = (kind, name) not in self.notices and one.since_at >= self.row.joined_at
             if is_new and self._is_mine(one.tags):
-                self._begin(kind, name, one.why, one.since_at)
-                self.notices[kind, name].taken_at = now
+                self._put(NoticeRow(self.row.id, kind, name, one_line(one.why), "", 1, one.since_at, now, 0.0, 0.0))
 
-    def _end(self, kind: str, name: str, at: float, ending: str = "") -> None:
-        known = self.notices.get((kind, name))
-        if known and not known.over_at:
-            known.over_at, known.ending = max(at, known.since_at), ending
+    def _end(self, notice: NoticeRow, at: float, ending: str) -> NoticeRow:
+        return notice if notice.over_at else self._put(
+            notice._replace(over_at=max(at, notice.since_at), ending=ending))
 
-    def _ending(self, notice: Notice, picture: Picture) -> str | None:
+    def _ending(self, notice: NoticeRow, picture: Picture) -> str | None:
         """How something ended by the rows, None while it lasts; empty: as usual."""
         kind, name, polled_at = notice.kind, notice.name, picture.healthy.get(notice.name)
         is_there = polled_at is not None or name in picture.unhealthy
@@ -19145,7 +19156,7 @@ class Announcer:
         lasting = {"problem": picture.problems, "maintenance": picture.works}.get(kind)
         return "" if (kind == "state" and is_well) or (lasting is not None and name not in lasting) else None
 
-    def _is_nothing(self, notice: Notice, picture: Picture) -> bool:
+    def _is_nothing(self, notice: NoticeRow, picture: Picture) -> bool:
         """Whether what was not told yet need not be: too short, in maintenance, or another's fault."""
         if notice.kind == "state" and notice.name in picture.excused:
             return True
@@ -19154,14 +19165,14 @@ class Announcer:
         is_over = notice.over_at > 0 and (too_short or not self._concerns(notice, picture))
         return is_over or (known is not None and known.is_blamed)
 
-    def _concerns(self, notice: Notice, picture: Picture) -> bool:
+    def _concerns(self, notice: NoticeRow, picture: Picture) -> bool:
         """Whether the gate or a group, if it is that, closes while something that counts and has the receiver's tags is
         unhealthy, or behind what is."""
         return (not self.settings.tags or notice.kind not in ("gate", "group")
                 or any(self._is_mine(one.tags) for name, one in picture.unhealthy.items()
                        if notice.name in one.closes and name not in picture.excused))
 
-    def _due(self, picture: Picture, now: float) -> list[Notice]:
+    def _due(self, picture: Picture, now: float) -> list[NoticeRow]:
         """What a message would say now: ends at once, and troubles together once the first of them has waited."""
         after, remind = 60 * self.settings.after, 3600 * self.settings.remind or math.inf
         ends, begun = [], []
@@ -19340,27 +19351,25 @@ def is_service_well(aggregator: HealthAggregator, recorder: Recorder) -> bool:
     return is_watched and recorder.is_alive() and not service_problems(recorder) and aggregator.is_healthy()
 
 
-Kept = tuple[dict[str, Any], dict[tuple[str, str], dict[str, Any]]]
+KEPT = ("cursor", "message", "made_at", "tries", "next_at", "trouble", "delivered", "failed")   # of a receiver's row
+Kept = tuple[dict[str, Any], frozenset[NoticeRow]]
 
 
-def kept_of(row: Receiver, notices: Iterable[Notice]) -> Kept:
-    """What is kept of a receiver: columns of its row, and its notices by kind and name."""
-    return (as_mapping(row, "cursor", "message", "made_at", "tries", "next_at", "trouble", "delivered", "failed"),
-            {(one.kind, one.name): as_mapping(one) for one in notices})
+def kept_of(row: Receiver, notices: Iterable[NoticeRow]) -> Kept:
+    """What is kept of a receiver: columns of its row, and its notices."""
+    return {name: getattr(row, name) for name in KEPT}, frozenset(notices)
 
 
 def keep(session: Session, number: int, old: Kept, new: Kept) -> None:
     """Writes what has changed of a receiver."""
     if values := {name: value for name, value in new[0].items() if value != old[0][name]}:
         session.execute(sqlalchemy.update(Receiver).where(Receiver.id == number).values(**values))
-    gone, made = ({key: one for key, one in these.items() if those.get(key) != one}
-                  for these, those in ((old[1], new[1]), (new[1], old[1])))
-    table, key = cast("sqlalchemy.Table", Notice.__table__), ("receiver_id", "kind", "name")
-    if gone or made:
+    table, key = cast("sqlalchemy.Table", Notice.__table__), NoticeRow._fields[:3]
+    if changed := {one[:3] for one in old[1] ^ new[1]}:
         session.execute(sqlalchemy.delete(table).where(*(table.c[name] == sqlalchemy.bindparam(name) for name in key)),
-                        [dict(zip(key, (number, *each), strict=True)) for each in {**gone, **made}])
-    if made:
-        session.execute(sqlalchemy.insert(Notice), [*made.values()])
+                        [dict(zip(key, each, strict=True)) for each in changed])
+    if made := new[1] - old[1]:
+        session.execute(sqlalchemy.insert(table), [one._asdict() for one in made])
 
 
 def running_works(more: Remarks, tags: Mapping[str, frozenset[str]]) -> dict[str, Lasting]:
@@ -19475,7 +19484,7 @@ class Notifier(threading.Thread):
         self._seen: Picture | None = None       # how everything was then, but for when and why
         self._is_kept = True                # whether the rows are as what they are a copy of
         self._picture: Picture | None = None                    # the last one
-        self._told: list[Notice] = []       # of problems in a life before, while the database was away
+        self._told: list[NoticeRow] = []       # of problems in a life before, while the database was away
 
     def run(self) -> None:
         ended, zero_at = False, math.nan    # the Unix time of lease_clock's 0
@@ -19546,8 +19555,8 @@ class Notifier(threading.Thread):
         """Takes the rows up where the inventory may have changed them."""
         if (current := revision(session)) == self._revision or self._unkept.why:    # the rows are behind
             return
-        notices: dict[int, list[Notice]] = collections.defaultdict(list)
-        for notice in session.scalars(sqlalchemy.select(Notice)):
+        notices: dict[int, list[NoticeRow]] = collections.defaultdict(list)
+        for notice in map(NoticeRow._make, session.execute(sqlalchemy.select(*Notice.__table__.columns))):
             notices[notice.receiver_id].append(notice)
         rows = session.scalars(sqlalchemy.select(Receiver).where(Receiver.is_told)).all()
         session.expunge_all()       # plain objects from now on
