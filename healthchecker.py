@@ -16615,7 +16615,7 @@ class Metrics:
                  connections: ConnectionContext, monitor: Monitor | None = None) -> None:
         self._serving, self._store, self._token_file, self._connections = serving, store, token_file, connections
         self._monitor = monitor
-        self._complaint = ""        # the last one about the token file
+        self._trouble = Trouble("the token of the metrics cannot be read")
         self._lock = threading.Lock()       # guards these two, so that who asks meanwhile waits for the same text
         self._made, self._text = -math.inf, b""
 
@@ -16633,14 +16633,9 @@ class Metrics:
 
     def _admits(self, token: str) -> bool:
         """Reads the file each time, so that a new token counts at once; one that cannot be read admits nobody."""
-        wanted, complaint = b"", ""
-        try:
+        wanted = b""
+        with self._trouble.caught():
             wanted = read_token(self._token_file) if self._token_file else b""
-        except UsageError as error:
-            complaint = str(error)
-        if complaint not in ("", self._complaint):
-            log.error("%s", complaint)
-        self._complaint = complaint
         return hmac.compare_digest(wanted, token.encode("utf-8", "replace")) and bool(wanted)
 
     def _resource_text(self) -> bytes:
