@@ -21132,12 +21132,8 @@ def address_to_listen_on(text: str) -> str:
         raise argparse.ArgumentTypeError(message_of(error.errors()[0])) from None
 
 
-Argument = tuple[tuple[str, ...], dict[str, Any]]
-
-
-def argument(*names: str, **options: Any) -> Argument:
-    """What argparse's add_argument is given."""
-    return names, options
+Argument = Callable[[argparse.ArgumentParser], object]       # adds one
+argument = functools.partial(operator.methodcaller, "add_argument")
 
 
 class Command(NamedTuple):
@@ -21243,8 +21239,8 @@ def command_line() -> argparse.ArgumentParser:
             groups[words] = command.add_subparsers(metavar=run, required=True)
             continue
         command.set_defaults(run=run)
-        for names, options in arguments:
-            command.add_argument(*names, **options)
+        for add in arguments:
+            add(command)
     return parser
 
 
