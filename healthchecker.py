@@ -154,7 +154,6 @@ import csv
 import ctypes
 import datetime
 import difflib
-import email.utils
 import errno
 import fnmatch
 import functools
@@ -19257,12 +19256,9 @@ os.write(out, json.dumps(answer).encode())
 
 
 def seconds_of(text: str) -> float:
-    """Of a Retry-After: a number, or else a date, which is of GMT whatever it says."""
-    if re.fullmatch(r"[0-9]{1,9}", text):
-        return float(text)
-    with contextlib.suppress(ValueError, OverflowError, LookupError):
-        at = email.utils.parsedate_to_datetime(text).replace(tzinfo=datetime.timezone.utc)
-        return max(0.0, at.timestamp() - time.time())
+    """Of a Retry-After: a number, or else a date."""
+    with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
+        return float(urllib3.util.Retry().parse_retry_after(text))
     return 0.0
 
 
