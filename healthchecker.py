@@ -19639,11 +19639,13 @@ class Notifier(threading.Thread):
                 log.warning("%s was not told: %s", name, came.why)
 
     def _claim(self, now: float) -> list[Receiver]:
-        """What is to be sent now; who is due longest goes first. Others on the database leave it alone for a while."""
+        """What is to be sent now; who is due longest goes first. Those whose last try failed wait for the others, and
+        leave half of the places to them, for they may hang. Who shares the database leaves it alone for a while."""
         on_way = self._deliveries.threads
-        due = [row for number, announcer in self._announcers.items()
-               if (row := announcer.row).message and number not in on_way and now >= row.next_at]
-        chosen = sorted(due, key=lambda row: row.next_at)[:NOTIFY_AT_ONCE - len(on_way)]
+        rows = sorted((each.row for each in self._announcers.values()), key=lambda row: row.next_at)
+        due = [row for row in rows if row.message and row.id not in on_way and now >= row.next_at]
+        chosen = [row for row in due if not row.trouble][:NOTIFY_AT_ONCE - len(on_way)]
+        chosen += [row for row in due if row.trouble][:max(0, NOTIFY_AT_ONCE // 2 - len(on_way) - len(chosen))]
         for row in chosen if self._members.is_shared else ():
             row.next_at, self._is_kept = now + DELIVERY_CLAIM, False
         return chosen
