@@ -18987,7 +18987,7 @@ def write_message(chosen: Sequence[NoticeRow], picture: Picture, is_mine: Callab
                    "failure" if True in bad else "success" if bad else "info")
 
 
-LETTER = TypeAdapter(tuple[str, str, str, list[dict[str, Any]]])    # a Message in a row, with the ends that it tells
+LETTER = TypeAdapter(tuple[str, str, str, list[NoticeRow]])     # a Message in a row, with the ends that it tells
 NO_LETTER = '["", "", "", []]'
 BAD_STATES = ("closed", "unhealthy")        # of events that begin something
 BY_HAND = re.compile(r"-> open \((opened by .*)\)(?: after \d+ s)?$")      # who has opened what may be as bad as before
@@ -19063,9 +19063,9 @@ class Announcer:
         chosen = self._due(picture, now)
         if self.row.message or not chosen or now < max(self.row.next_at, self.row.made_at + self.settings.wait):
             return
-        message, ends = write_message(chosen, picture, self._is_mine, self._console), []
+        message = write_message(chosen, picture, self._is_mine, self._console)
+        ends = [notice for notice in chosen if notice.told_at]      # reminders, too, for they were told before
         for notice in chosen:
-            ends += [notice._asdict()] if notice.told_at else []    # reminders, too, for they were told before
             if notice.over_at:
                 del self.notices[notice.kind, notice.name]
             else:
@@ -19104,12 +19104,12 @@ class Announcer:
 
     def _give_up(self) -> None:
         """What the message said and still holds is untold, and goes into the next one; ends go there, too."""
-        ends = json.loads(self.row.message)[-1]
+        ends = LETTER.validate_json(self.row.message)[-1]
         self.row.message, self.row.failed = "", self.row.failed + 1
         for notice in [*self.notices.values()]:
             if notice.told_at == self.row.made_at:
                 self._put(notice._replace(told_at=0.0, times=max(1, notice.times)))
-        for end in (NoticeRow(**each) for each in ends):
+        for end in ends:
             known = self.notices.get((end.kind, end.name))      # it began again, and the receiver knows nothing else
             self._put(known._replace(told_at=end.told_at) if known else end)
 
