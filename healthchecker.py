@@ -19406,8 +19406,7 @@ class Deliveries:
 
     def __init__(self, vault: Vault, ending: threading.Event) -> None:
         self._vault, self._ending = vault, ending
-        self.threads: dict[int, threading.Thread] = {}      # of what has no result yet
-        self._letters: dict[int, str] = {}                  # what they send
+        self.threads: dict[int, tuple[threading.Thread, str]] = {}      # of what has no result yet, and what that is
         self.results: queue.SimpleQueue[tuple[int, Delivery]] = queue.SimpleQueue()
         self._lock = threading.Lock()       # guards the next, and that none begins after the end
         self.running: dict[int, ChildProcess] = {}
@@ -19420,17 +19419,16 @@ class Deliveries:
         thread = threading.Thread(None, self._send, f"notify {row.name}", (
             row.id, row.url, row.bound, Message(title, body, kind)), daemon=True)
         thread.start()
-        self.threads[row.id], self._letters[row.id] = thread, row.message
+        self.threads[row.id] = thread, row.message
 
     def take(self) -> Iterator[tuple[int, str, Delivery]]:
         """What became of those that are over."""
         for number, came in (self.results.get() for _ in range(self.results.qsize())):
-            del self.threads[number]
-            yield number, self._letters.pop(number), came
+            yield number, self.threads.pop(number)[1], came
 
     def close(self, deadline: Deadline) -> None:
         """Ends those that are still on their way then."""
-        for thread in (threads := [*self.threads.values()]):
+        for thread in (threads := [thread for thread, _ in self.threads.values()]):
             thread.join(max(0.0, deadline.remaining))
         with self._lock:
             for child in self.running.values():
