@@ -18280,11 +18280,11 @@ def api_error(context: ConsoleContext, error: Exception) -> ApiError:
         return ApiError(error.description or "", error.code or 500)
     if isinstance(error, HealthCheckerError):
         return ApiError(str(error), 409)
-    if not isinstance(error, sqlalchemy.exc.SQLAlchemyError) and "new thread" not in str(error):
+    is_database = isinstance(error, sqlalchemy.exc.SQLAlchemyError)
+    if not is_database and "new thread" not in str(error):
         raise error
     with context.trouble.caught():      # which says it once, not with each request
         raise error
-    is_database = isinstance(error, sqlalchemy.exc.SQLAlchemyError)
     what = "the database cannot be used" if is_database else "there are no more threads"
     return ApiError(f"{what} now; see the log", 503, retry=1)
 
