@@ -20643,12 +20643,6 @@ def rehearsal(installation: Installation, *, opens: bool = True) -> Iterator[tup
         yield vault, changes, targets
 
 
-def peak(sample: Sample | None, metric: str) -> str:
-    """The highest reading of a metric, a dash where there is none (the CPU needs two polls)."""
-    values = [value for _, value in sample.readings(metric)] if sample else []
-    return f"{max(values):.0f}" if values else "-"
-
-
 def print_table(cells: Iterable[Iterable[str]]) -> None:
     rows = [[*map(one_line, row)] for row in cells]     # a reason that somebody typed is no order to a terminal
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -20675,17 +20669,16 @@ def poll_each(targets: Mapping[str, Target], chosen: Sequence[Target], access: C
     make_connections(targets.values(), access)
     access.guards.hear_gone()
     rows: dict[str, list[str]] = {}     # by name; each thread adds one
-    bad: list[str] = []
 
     def run(target: Target) -> None:
         with room:
             began = time.monotonic()
             verdict, sample = poll_once(target, access.watched[target.name], None)
-        if target.settings.critical and not verdict.healthy:
-            bad.append(target.name)
-        rows[target.name] = [
+        highest = highest_readings(sample.metrics if sample else {})
+        rows[target.name] = [       # with a dash where nothing was read: the CPU needs two polls
             target.name, verdict.state, f"{time.monotonic() - began:.2f}",
-            *(peak(sample, metric) for metric in ("cpu_percent", "memory_percent", "disk_percent")),
+            *(f"{highest[metric]:.0f}" if metric in highest else "-"
+              for metric in ("cpu_percent", "memory_percent", "disk_percent")),
             caused(verdict.cause, verdict.reason)]
 
     # daemons, so that Ctrl-C need not wait for them
@@ -20698,7 +20691,7 @@ def poll_each(targets: Mapping[str, Target], chosen: Sequence[Target], access: C
     show_progress(len(threads), len(threads))
     heading = ["NAME", "STATE", "SECONDS", "CPU %", "MEMORY %", "DISK %", "WHY"]
     print_table([heading, *(rows[target.name] for target in chosen)])
-    return int(bool(bad))
+    return int(any(rows[target.name][1] == "unhealthy" for target in chosen if target.settings.critical))
 
 
 def probe(installation: Installation, targets: Mapping[str, Target], chosen: Sequence[Target]) -> int:
