@@ -206,7 +206,7 @@ from enum import Enum
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import GenericAlias, MappingProxyType
-from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TextIO, TypeVar, cast, get_args
+from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
 from typing import get_type_hints as type_hints
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_to_bytes, urlencode, urljoin
 
@@ -14045,10 +14045,10 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 # text that nobody forges; nobody waits who logs, and no client fills it.
 # Gives: log_to, LogFile, MessagePipe, set_up_logging, stderr_in_thread
 COMPLAINTS_KEPT, COMPLAINT_PLACES = 1000, 30    # of complaints that are told apart, by so many calls
-STDERR_WRITES = 1000            # that wait for a stderr that takes nothing
-STDERR_PATIENCE = 0.5           # seconds without taking any after which nobody waits for room
-STDERR_END = 2.0                # seconds for the last of them when the service ends
-STDERR_PAUSE = 0.05             # seconds between two tries, where whoever shares it wants no try to wait
+LOG_ROOM = 1 << 20              # bytes that wait for a stderr or a file that takes nothing, and one text more
+LOG_PATIENCE = 0.5              # seconds without taking any after which nobody waits for room
+LOG_END = 2.0                   # seconds for the last of them when the service ends
+LOG_PAUSE = 0.05                # seconds between two tries, where whoever shares it wants no try to wait
 
 
 def printable(text: str) -> str:
@@ -14111,129 +14111,129 @@ def log_to(*handlers: logging.Handler) -> None:
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)     # below it: who waits for a thread
 
 
-class LogFile(logging.handlers.RotatingFileHandler):
+LINES = LineFormatter("%(asctime)s %(levelname)s %(message)s")
+
+
+class LineThread(io.TextIOBase):
+    """A stream that a thread writes: who does not take it (a log driver that waits, Ctrl-S, a selection in a console of
+    Windows, a share that hangs) holds nobody up. Who is faster than that waits a little; what finds no room while
+    nothing is taken is counted, and told in its place."""
+
+    def __init__(self, name: str, send: Callable[[memoryview], int | None], line_end: str = "\n") -> None:
+        """`send` writes without a buffer, which has a lock that the end of the process waits for."""
+        super().__init__()
+        self._send, self._line_end = send, line_end
+        self._texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._lock = threading.RLock()      # guards the next two; a finalizer may interrupt a write by another
+        self._waits = self._dropped = 0     # bytes of what waits, and how much found no room
+        self._begun_mono = math.inf         # since when what is being written is not taken
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        with contextlib.suppress(RuntimeError):     # where there are no more threads, who writes waits
+            self.thread.start()
+
+    def write(self, text: str) -> int:
+        while self._waits >= LOG_ROOM and self.thread.is_alive():
+            if time.monotonic() - self._begun_mono > LOG_PATIENCE:
+                break
+            time.sleep(LOG_PAUSE / 10)
+        with self._lock:
+            if not self.thread.is_alive():      # after the end, or forked without it
+                self._put_out(text)
+            elif self._waits < LOG_ROOM:
+                self._waits += sys.getsizeof(text)
+                self._texts.put(text)
+            else:
+                self._dropped += 1
+        return len(text)
+
+    def close(self) -> None:
+        self._texts.put(None)
+        if self.thread.is_alive():
+            self.thread.join(LOG_END)
+
+    def _run(self) -> None:
+        for text in iter(self._texts.get, None):
+            self._begun_mono = time.monotonic()
+            self._put_out(text)
+            self._begun_mono = math.inf
+            with self._lock:
+                self._waits -= sys.getsizeof(text)
+                missing = self._dropped if self._texts.empty() else 0
+                self._dropped -= missing
+            if missing:
+                why = f"{self.thread.name} took nothing for a while: {missing} lines are missing"
+                self._put_out(LINES.format(log.makeRecord(log.name, logging.WARNING, "", 0, why, (), None)) + "\n")
+
+    def _put_out(self, text: str) -> None:
+        rest = memoryview(text.replace("\n", self._line_end).encode("utf-8", "backslashreplace"))
+        with contextlib.suppress(OSError):      # nobody has the other end any more
+            while rest:
+                if taken := self._send(rest):
+                    rest = rest[taken:]
+                else:
+                    time.sleep(LOG_PAUSE)
+
+
+class LogFile(logging.StreamHandler):   # type: ignore[type-arg]  # Python 3.10 has none here
     """The log file; it rotates by size. Raises UsageError."""
 
-    _complains_mono = 0.0
-    stale = False       # set from a signal handler, which may interrupt a write: somebody has moved the file away
+    stale = False       # set from a signal handler: somebody has moved the file away
 
     def __init__(self, path: Path) -> None:
+        self._path, self._writing = path, Trouble(f"{path} cannot be written")
+        self._moving = Trouble(f"{path} cannot be moved, and grows")
         try:
-            super().__init__(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
+            self._raw = self._open()
         except OSError as error:
             raise UsageError(f"service.log_file {path} cannot be written: {error.strerror}") from error
+        super().__init__(LineThread("service.log_file", self._send, os.linesep))
 
-    def _open(self) -> io.TextIOWrapper:
-        is_new = not os.path.exists(self.baseFilename)
-        stream = super()._open()
+    def _open(self) -> io.FileIO:
+        is_new = not self._path.exists()
+        raw = io.FileIO(self._path, "a")
         if is_new:
-            give(stream.fileno(), Path(self.baseFilename).parent)
-        return stream
+            give(raw.fileno(), self._path.parent)
+        return raw
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        """The console has the line already; that the file has not is said once in COMPLAINT_INTERVAL."""
-        del record
-        if time.monotonic() >= self._complains_mono:
-            self._complains_mono = time.monotonic() + COMPLAINT_INTERVAL
-            with contextlib.suppress(OSError, ValueError):      # that may be on the same disk, or nobody's any more
-                print(f"{self.baseFilename} cannot be written: {one_line(str(sys.exc_info()[1]))}", file=sys.stderr)
+    def close(self) -> None:
+        super().close()
+        self.stream.close()
+        if not self.stream.thread.is_alive():
+            self._raw.close()
 
-    def doRollover(self) -> None:
+    def rotate(self) -> None:
         """Where one of the files cannot be moved, as on Windows while somebody reads it, none is: the newest grows.
         Older ones than the first that is missing, which a kill in between leaves, stay where they are."""
-        names = [self.baseFilename, *(f"{self.baseFilename}.{number}" for number in range(1, self.backupCount + 1))]
+        names = [str(self._path), *(f"{self._path}.{number}" for number in range(1, LOG_FILES + 1))]
         gap = next((number for number, name in enumerate(names) if number and not os.path.exists(name)), len(names) - 1)
-        self.close()
-        try:
+        self._raw.close()
+        with self._moving.caught():
             for old, new in (*zip(names, names, strict=True), *((names[n - 1], names[n]) for n in range(gap, 0, -1))):
                 with contextlib.suppress(FileNotFoundError):
                     os.replace(old, new)    # first each in its own place, which fails as a move would
-        except OSError:
-            self.handleError(logging.makeLogRecord({}))
-        self.stream = self._open()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        if self.stale:
-            self.stale = False
-            try:
-                self.close()    # and it is opened again
-            except OSError:     # for what had found no room before there is still none
-                self.handleError(record)
-        super().emit(record)
-
-
-class StderrThread(io.TextIOBase):
-    """In the place of stderr: whoever does not read it (a log driver that waits, Ctrl-S, a selection in a console of
-    Windows) holds nobody up. A thread writes, all that waits at once; who is faster than that waits a little, and what
-    finds no room while nothing is taken is counted, and told later."""
-
-    def __init__(self, plain: TextIO) -> None:
-        """Raises OSError, RuntimeError where it stays as it is."""
-        super().__init__()
-        self._plain, self._dropped = plain, 0
-        self._texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()    # a finalizer may interrupt a put by another
-        self._begun_mono = math.inf     # since when what is being written is not taken
-        # `plain` has a lock that the end of the process waits for.
-        self._raw = open(plain.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115  # until the end
-        self._thread = threading.Thread(target=self._run, name="stderr", daemon=True)
-        self._thread.start()
-        sys.stderr = cast(Any, self)
-
-    def write(self, text: str) -> int:
-        while self._has_no_room() and time.monotonic() - self._begun_mono < STDERR_PATIENCE:
-            if threading.current_thread() is self._thread:      # which would wait for itself
-                break
-            time.sleep(STDERR_PAUSE / 10)
-        if not self._thread.is_alive():     # after the end, or forked without it
-            return self._plain.write(text)
-        if self._has_no_room():
-            self._dropped += 1
-        else:
-            self._texts.put(text)
-        return len(text)
-
-    def _has_no_room(self) -> bool:
-        return self._thread.is_alive() and self._texts.qsize() >= STDERR_WRITES
-
-    def close(self) -> None:
-        if sys.stderr is self:
-            sys.stderr = self._plain
-            self._texts.put(None)
-            self._thread.join(STDERR_END)
-
-    def _run(self) -> None:
-        told, texts = 0, list[str | None]()
-        while None not in texts:
-            texts = [self._texts.get()]
-            with contextlib.suppress(queue.Empty):
-                while len(texts) < STDERR_WRITES:
-                    texts.append(self._texts.get_nowait())
-            with contextlib.suppress(OSError):      # nobody has the other end any more
-                self._write("".join(filter(None, texts)))
-            if told < (dropped := self._dropped) and self._texts.empty():
-                self._begun_mono = time.monotonic()     # or whoever has the handler's lock would wait for room for good
-                log.warning("stderr took nothing for a while: %d lines are missing", dropped - told)
-                told, self._begun_mono = dropped, math.inf
-
-    def _write(self, text: str) -> None:
-        rest = memoryview(text.encode("utf-8", "backslashreplace"))
-        try:
-            while rest:
-                self._begun_mono = min(self._begun_mono, time.monotonic())
-                if taken := self._raw.write(rest):
-                    self._begun_mono, rest = math.inf, rest[taken:]
-                else:
-                    time.sleep(STDERR_PAUSE)
-        finally:
-            self._begun_mono = math.inf
+    def _send(self, content: memoryview) -> int:
+        """Takes all; the console has the line where this file has no room for it."""
+        with self._writing.caught():
+            if self.stale:
+                self.stale = False
+                self._raw.close()
+            elif not self._raw.closed and os.fstat(self._raw.fileno()).st_size + len(content) >= LOG_BYTES:
+                self.rotate()
+            if self._raw.closed:
+                self._raw = self._open()
+            return self._raw.write(content)
+        return len(content)
 
 
 @contextlib.contextmanager
 def stderr_in_thread() -> Iterator[None]:
-    """Until the end of the block; as it is under pythonw, which has none, and where there are no more threads."""
+    """Until the end of the block; as it is under pythonw, which has none."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(AttributeError, OSError, RuntimeError):
-            stack.enter_context(StderrThread(sys.stderr))
+        with contextlib.suppress(AttributeError, OSError):
+            raw = io.FileIO(sys.stderr.fileno(), "wb", closefd=False)
+            thread = stack.enter_context(contextlib.closing(LineThread("stderr", raw.write)))
+            stack.enter_context(contextlib.redirect_stderr(thread))
         yield
 
 
@@ -14241,7 +14241,7 @@ def set_up_logging(log_file: Path | None) -> None:
     """One line an event to the console, and to a rotating file where the inventory names one."""
     handlers: list[logging.Handler] = [logging.StreamHandler(), *([LogFile(log_file)] if log_file else [])]
     for handler in handlers:
-        handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(LINES)
     log_to(*handlers)
 
 

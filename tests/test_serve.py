@@ -22,6 +22,7 @@ from typing import Any, cast
 import psutil
 import pytest
 from conftest import wait_for
+from console import Client, prepared_database
 from service import (
     PROGRAM,
     SERVING,
@@ -314,6 +315,24 @@ def test_a_stderr_that_nobody_reads(tmp_path: Path) -> None:
             os.close(reader)
             filling.join(60) if filling.ident else os.close(writer)
     assert log.read_text(encoding="utf-8").endswith(" INFO ended\n")
+
+
+def test_a_log_file_that_nobody_reads(tmp_path: Path) -> None:
+    """It takes nothing, as on a share that hangs: the service serves, watches and ends all the same."""
+    prepared_database(tmp_path)
+    os.mkfifo(log := tmp_path / "service.log")
+    reader, writer = (os.open(log, kind | os.O_NONBLOCK) for kind in (os.O_RDONLY, os.O_WRONLY))
+    with open(reader, "rb"), open(writer, "wb", 0) as full:
+        while full.write(bytes(1 << 12)):
+            pass
+        with Service(write_inventory(tmp_path, HERE, "  log_file: service.log")) as service:
+            service.wait_status("/", 200)
+            client = Client(*service.console).log_in()
+            assert client.api("POST", "gate", {"action": "close"}).status == 200
+            service.wait_status("/", 503)
+            ask_to_end(service.process)
+            assert service.process.wait(ENDED) == 0
+        assert service.output.endswith(" INFO ended\n")
 
 
 def loopback() -> str:

@@ -59,11 +59,11 @@ from healthchecker import (
     SHARE,
     Lease,
     LineFormatter,
+    LineThread,
     LogFile,
     MessagePipe,
     ServiceSettings,
     SparingFilter,
-    StderrThread,
     Supervisor,
     UsageError,
     WorkerProcess,
@@ -733,7 +733,7 @@ def record(text: str) -> logging.LogRecord:
 
 @pytest.mark.parametrize("held", range(6))
 def test_no_log_is_lost_while_somebody_reads_one(
-    held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On Windows what is open is not moved; elsewhere the calls that move it refuse. The newest grows until then."""
     monkeypatch.setattr(healthchecker, "LOG_BYTES", 100)
@@ -762,7 +762,7 @@ def test_no_log_is_lost_while_somebody_reads_one(
         assert path.read_text(encoding="utf-8").split("\n")[:-1] == [f"line {number:05}" for number in range(40)]
         assert [path.with_suffix(f".{number}").read_text(encoding="utf-8") for number in range(1, 6)] == [
             f"older {number}" for number in range(1, 6)]  # fmt: skip
-    assert capsys.readouterr().err.count("cannot be written") == 1
+    assert [text.startswith(f"{path} cannot be moved, and grows: ") for text in caplog.messages] == [True]
     with contextlib.closing(LogFile(path)) as file:
         file.emit(record("line 00040"))
     assert path.read_text(encoding="utf-8") == "line 00040\n"
@@ -775,7 +775,7 @@ def rotate_until_killed(path: str, renames: int) -> None:
     left = iter(range(renames))
     sys.addaudithook(lambda name, _: os._exit(9) if name == "os.rename" and next(left, None) is None else None)
     with contextlib.closing(LogFile(Path(path))) as file:
-        file.doRollover()
+        file.rotate()
 
 
 def test_no_log_is_lost_by_a_kill(tmp_path: Path) -> None:
@@ -794,7 +794,7 @@ def test_no_log_is_lost_by_a_kill(tmp_path: Path) -> None:
         with contextlib.closing(LogFile(paths[0])) as file:
             file.emit(record("newest"))
             if code == 9:
-                file.doRollover()
+                file.rotate()
         lines = [line for path in paths if path.exists() for line in path.read_text(encoding="utf-8").splitlines()]
         lines.remove("newest")
         assert lines == [f"older {number}" for number in range(6)][: len(lines)] and len(lines) >= 5, renames
@@ -884,98 +884,132 @@ def test_how_many_complaints_were_kept_back_is_told() -> None:
     assert texts == [start, f"{start} (2 more like it before)", f"{start} (1 more like it before)"]
 
 
-def test_a_stderr_that_takes_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+MISSING = re.compile("[0-9: ,-]+ WARNING (.+) took nothing for a while: ([0-9]+) lines are missing")
+
+
+def test_a_stderr_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who writes does not wait; what there is no room for is counted, and told once it goes on."""
     reader, writer = os.pipe()
-    monkeypatch.setattr(healthchecker, "STDERR_WRITES", 10)
+    big = "\u00e4" * 1_000_000 + "\n"     # more than a pipe holds
+    monkeypatch.setattr(healthchecker, "LOG_ROOM", sys.getsizeof(big) + 10 * sys.getsizeof("line 0\n"))
     with open(writer, "w", encoding="utf-8") as plain, open(reader, "rb") as end, ThreadPoolExecutor(1) as pool:
         monkeypatch.setattr(sys, "stderr", plain)
-        with StderrThread(plain) as stderr:
-            big = "\u00e4" * 1_000_000 + "\n"     # more than a pipe holds
+        with healthchecker.stderr_in_thread():
+            stderr: Any = sys.stderr
             assert sys.stderr.write(big) == len(big)
-            wait_for(stderr._texts.empty)
-            for number in range(13):
-                sys.stderr.write(f"line {number}\n")
-            assert not caplog.messages
+            for number in range(10, 23):
+                sys.stderr.write(f"line {number}"[:6] + "\n")
+            assert stderr._dropped == 3
             read = pool.submit(end.read)
-            wait_for(lambda: caplog.messages == ["stderr took nothing for a while: 3 lines are missing"])
+            wait_for(lambda: not stderr._dropped)
             print("last words", file=sys.stderr)
         assert sys.stderr is plain
         print("words of a thread that nobody waits for", file=stderr, flush=True)
         plain.close()
-        expected = [big[:-1], *(f"line {number}" for number in range(10)), "last words"]
-        expected.append("words of a thread that nobody waits for")
-        assert read.result(60).decode().splitlines() == expected
+        lines = read.result(60).decode().splitlines()
+        told = MISSING.fullmatch(lines.pop(11))
+        assert told and told.groups() == ("stderr", "3")
+        assert lines == [big[:-1], *["line 1"] * 10, "last words", "words of a thread that nobody waits for"]
+
+
+def test_what_waits_is_bounded_by_bytes() -> None:
+    """However few writes they are."""
+    goes_on, text = threading.Event(), "x" * (1 << 18)
+    with contextlib.closing(LineThread("slow", lambda rest: goes_on.wait() and len(rest))) as stream:
+        for _ in range(100):
+            stream.write(text)
+        assert stream._dropped == 96 and stream._waits < healthchecker.LOG_ROOM + 2 * len(text)
+        goes_on.set()
 
 
 def test_a_stderr_that_is_read_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However fast it comes: who is faster than the thread waits for it."""
-    monkeypatch.setattr(healthchecker, "STDERR_PATIENCE", 60.0)
+    monkeypatch.setattr(healthchecker, "LOG_PATIENCE", 60.0)
+    monkeypatch.setattr(healthchecker, "LOG_ROOM", 1000)
     with open(tmp_path / "log", "w", encoding="utf-8") as plain:
         monkeypatch.setattr(sys, "stderr", plain)
-        with StderrThread(plain):
+        with healthchecker.stderr_in_thread():
             for number in range(5000):
                 sys.stderr.write(f"line {number}\n")
     assert (tmp_path / "log").read_text(encoding="utf-8").splitlines() == [f"line {number}" for number in range(5000)]
 
 
-def test_a_stderr_that_tells_what_is_missing_waits_for_nobody(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Who waits for room may hold the lock that it needs to say so."""
+def test_a_stderr_that_tells_what_is_missing_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for room holds the lock of the handler to which others log."""
     reader, writer = os.pipe()
-    monkeypatch.setattr(healthchecker, "STDERR_WRITES", 10)
+    monkeypatch.setattr(healthchecker, "LOG_ROOM", 1000)
     with open(writer, "w", encoding="utf-8") as plain, open(reader, "rb") as end, ThreadPoolExecutor(1) as pool:
         monkeypatch.setattr(sys, "stderr", plain)
-        with StderrThread(plain) as stderr:
-            stderr.write("x" * 1_000_000)
-            wait_for(stderr._texts.empty)
-            for _ in range(12):
-                stderr.write("y\n")
-            caplog.handler.acquire()
-            try:
+        with healthchecker.stderr_in_thread():
+            handler = logging.StreamHandler()
+            logger = logging.Logger("shop")
+            logger.addHandler(handler)
+            with handler.lock or contextlib.nullcontext():
+                sys.stderr.write("x" * 1_000_000)
+                logger.warning("dropped")
                 read = pool.submit(end.read)
-                wait_for(lambda: stderr._texts.empty() and stderr._begun_mono < math.inf)
-                for _ in range(12):     # the last two find no room, while nobody takes any
-                    stderr.write("z\n")
-            finally:
-                caplog.handler.release()
-            missing = "stderr took nothing for a while: 2 lines are missing"
-            try:
-                wait_for(lambda: caplog.messages == [missing] * 2)
-            finally:
-                with open(os.devnull, "wb") as nothing:
-                    os.dup2(nothing.fileno(), writer)   # the end of what is read
-        assert len(read.result(60)) == 1_000_000 + 20 * 2
+                stderr: Any = sys.stderr
+                wait_for(lambda: not stderr._dropped)
+            logger.warning("told")
+        plain.close()
+        first, last = read.result(60).decode().splitlines()
+        told = MISSING.fullmatch(first.lstrip("x"))
+        assert told and told[2] == "1" and last == "told"
 
 
 def test_a_stderr_that_takes_nothing_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is waited for a little while. What nobody can read any more is no error."""
-    monkeypatch.setattr(healthchecker, "STDERR_END", 0.1)
+    monkeypatch.setattr(healthchecker, "LOG_END", 0.1)
     reader, writer = os.pipe()
     with open(writer, "w", encoding="utf-8") as plain, open(reader, "rb"):
         monkeypatch.setattr(sys, "stderr", plain)
-        with StderrThread(plain) as stderr:
+        with healthchecker.stderr_in_thread():
+            stderr: Any = sys.stderr
             stderr.write("x" * 1_000_000)
-        assert stderr._thread.is_alive()
+        assert stderr.thread.is_alive()
         plain.flush()   # as the end of the process does; it waits for nobody
-    stderr._thread.join(60)
-    assert not stderr._thread.is_alive()
+    stderr.thread.join(60)
+    assert not stderr.thread.is_alive()
 
 
-@pytest.mark.parametrize("kind", ["none, as under pythonw", "no file", "no thread"])
-def test_a_stderr_that_stays_as_it_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stderr", [None, io.StringIO()], ids=["none, as under pythonw", "no file"])
+def test_a_stderr_that_stays_as_it_is(stderr: io.StringIO | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with healthchecker.stderr_in_thread():
+        assert sys.stderr is stderr
+
+
+def test_a_log_without_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is lost before a start says what is wrong."""
     def refused(*_: Any) -> None:
         raise RuntimeError("can't start new thread")
 
-    if kind == "no thread":
-        monkeypatch.setattr(threading.Thread, "start", refused)
-    else:
-        monkeypatch.setattr(sys, "stderr", io.StringIO() if kind == "no file" else None)
-    before = sys.stderr
-    with healthchecker.stderr_in_thread():
-        assert sys.stderr is before
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with open(tmp_path / "stderr", "w", encoding="utf-8") as plain:
+        monkeypatch.setattr(sys, "stderr", plain)
+        with healthchecker.stderr_in_thread(), contextlib.closing(LogFile(tmp_path / "log")) as file:
+            file.emit(record("in the file"))
+            print("on stderr", file=sys.stderr)
+            for name in ("log", "stderr"):
+                assert (tmp_path / name).read_text(encoding="utf-8") in ("in the file\n", "on stderr\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such files")
+def test_a_log_file_that_takes_nothing(tmp_path: Path) -> None:
+    """As on a share that hangs: who logs does not wait."""
+    os.mkfifo(tmp_path / "log")
+    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
+    with open(reader, "rb") as end, ThreadPoolExecutor(1) as pool:
+        with contextlib.closing(LogFile(tmp_path / "log")) as file:
+            texts = ["x" * 1_000_000, "y" * 1_000_000, "z"]
+            for text in texts:
+                file.emit(record(text))
+            os.set_blocking(reader, True)
+            read = pool.submit(end.read)
+            wait_for(lambda: not file.stream._dropped)
+        *lines, last = read.result(60).decode().splitlines()
+        told = MISSING.fullmatch(last)
+        assert lines == texts[:2] and told and told.groups() == ("service.log_file", "1")
 
 
 def test_complaints_of_several_failures_are_told_once_each(tmp_path: Path) -> None:
@@ -999,16 +1033,24 @@ def test_complaints_of_several_failures_are_told_once_each(tmp_path: Path) -> No
     assert [stream.getvalue().count("failed\n") for stream in told] == [3, 3]
 
 
-def test_a_complaint_that_nobody_hears_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log is full, and so may be the disk to which the errors go, or their reader is gone."""
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is full is Linux's")
+def test_a_complaint_that_nobody_hears_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log is full, and the reader of the errors is gone."""
     reader, writer = os.pipe()
     os.close(reader)
-    gone = open(writer, "w", buffering=1, encoding="utf-8")     # noqa: SIM115  # its end fails, too
-    with contextlib.closing(LogFile(tmp_path / "log")) as file, contextlib.suppress(OSError):
+    with open(writer, "w", encoding="utf-8") as gone:
         monkeypatch.setattr(sys, "stderr", gone)
-        file.handleError(record("x"))
-        monkeypatch.undo()
-        gone.close()
+        with healthchecker.stderr_in_thread(), contextlib.closing(LogFile(Path("/dev/full"))) as file:
+            for handler in (handlers := [logging.StreamHandler(), file]):
+                healthchecker.log.addHandler(handler)
+            try:
+                for _ in range(3):
+                    healthchecker.log.error("not heard")
+                wait_for(lambda: file._writing.why and file.stream._texts.empty())
+                assert file.stream.thread.is_alive()
+            finally:
+                for handler in handlers:
+                    healthchecker.log.removeHandler(handler)
 
 
 # === The start ===============================================================
