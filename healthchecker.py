@@ -19858,9 +19858,8 @@ def restore(arguments: argparse.Namespace) -> int:
 # locks it, and has the workers load the application: up to here a fault ends the start, and nothing was written. Then
 # it takes the inventory over, stored states open the gate, the console answers, the workers may serve. It ends the
 # other way round: the workers drain while the pollers go on, then console, pollers and database close.
-# Gives: check_files, database_at, first_owner, Installation, MUTE, not_running, reload, serve, silence
+# Gives: check_files, database_at, first_owner, Installation, not_running, reload, serve, silence
 RELOAD_END = 2.0                # seconds that the end of the service waits for one
-MUTE = "does not answer"        # a service that runs
 RELOAD_TRIES = 5                # times that a reload begins while others are faster
 
 
@@ -20149,20 +20148,27 @@ def not_running(installation: Installation) -> str:
     return f"{means}, unless the host had another name when it began: then set service.machine, and restart it"
 
 
-def silence(installation: Installation, session: Session) -> str:
-    """Why its service takes up nothing of what is written; empty: it does."""
+class Silence(NamedTuple):
+    """That a service takes up nothing of what is written."""
+
+    why: str
+    hangs: bool = False     # it runs
+
+
+def silence(installation: Installation, session: Session) -> Silence | None:
+    """That of its service; None: it does take it up."""
     machine = installation.service.machine_name
     try:
         if not installation.runs:
-            return not_running(installation)
+            return Silence(not_running(installation))
     except StorageError as error:
-        return f"is not known: {error}"
+        return Silence(f"is not known: {error}")
     try:
         if remembered(session, own_name(STANDING, machine)).text:   # or it starts, or ends
             told_by_service(session, machine)
     except StorageError as error:
-        return f"{MUTE}: {error}; it hangs, or was killed and starts again"
-    return ""
+        return Silence(f"does not answer: {error}; it hangs, or was killed and starts again", hangs=True)
+    return None
 
 
 def database_at(text: str, installation: Installation) -> Database:
@@ -20288,8 +20294,8 @@ def reload(arguments: argparse.Namespace) -> int:
         for line in take_over_again(installation, store, "command line"):
             print(line)
         with store.reading() as session:
-            if why := silence(installation, session):
-                print(f"the service {why}; it follows the inventory when it runs again", file=sys.stderr)
+            if found := silence(installation, session):
+                print(f"the service {found.why}; it follows the inventory when it runs again", file=sys.stderr)
     return 0
 
 
@@ -21039,8 +21045,8 @@ def manage_users(change: Callable[[Principal, argparse.Namespace], object], said
     return 0
 
 
-def gate_rows(installation: Installation, session: Session, mute: str) -> Iterator[list[str]]:
-    """How the gate stands as far as it is written down, which takes a service a second; `mute`: see silence."""
+def gate_rows(installation: Installation, session: Session, service: str) -> Iterator[list[str]]:
+    """How the gate stands as far as it is written down, which takes a service a second."""
     last = next(iter(events(session, kind="gate", limit=1)), None)
     override = stored_override(session)
     if override and (override.until or math.inf) < installation.database.wall():
@@ -21051,7 +21057,7 @@ def gate_rows(installation: Installation, session: Session, mute: str) -> Iterat
     started = remembered(session, own_name("service", installation.service.machine_name)).text
     mode = json.loads(started or "{}").get("mode", "enforce")   # as it was started with
     yield ["MODE", "observe: nothing is refused" if mode == "observe" else mode]
-    yield ["SERVICE", mute or "runs"]
+    yield ["SERVICE", service]
 
 
 def change_and_show(arguments: argparse.Namespace, change: Callable[[Principal], object] | None,
@@ -21064,9 +21070,10 @@ def change_and_show(arguments: argparse.Namespace, change: Callable[[Principal],
             with contextlib.suppress(StorageError):     # what was changed is written
                 time.sleep(TAKEN_UP if installation.database.is_running() else 0.0)
         with store.reading() as session:
-            print_table(rows(installation, session, why := silence(installation, session)))
-            if why.startswith(MUTE):
-                print(f"the service {why}{'; what was written counts when it goes on' if change else ''}",
+            found = silence(installation, session)
+            print_table(rows(installation, session, found.why if found else "runs"))
+            if found and found.hangs:
+                print(f"the service {found.why}{'; what was written counts when it goes on' if change else ''}",
                       file=sys.stderr)
                 return 0 if change else NAGIOS["unknown"]
     return 0
