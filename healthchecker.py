@@ -19858,7 +19858,7 @@ def restore(arguments: argparse.Namespace) -> int:
 # locks it, and has the workers load the application: up to here a fault ends the start, and nothing was written. Then
 # it takes the inventory over, stored states open the gate, the console answers, the workers may serve. It ends the
 # other way round: the workers drain while the pollers go on, then console, pollers and database close.
-# Gives: check_files, database_at, first_owner, Installation, not_running, reload, serve, silence
+# Gives: check_files, database_at, first_owner, Installation, installation_of_rows, not_running, reload, serve, silence
 RELOAD_END = 2.0                # seconds that the end of the service waits for one
 RELOAD_TRIES = 5                # times that a reload begins while others are faster
 
@@ -19943,14 +19943,31 @@ def log_refusal(error: Exception) -> None:
         log.error("the inventory was not taken over: %s", one_line(line))
 
 
+OF_ROWS = ("database", "database_password", "database_password_env", "database_password_file", "keys", "machine")
+
+
+def read_service(path: Path) -> Inventory:
+    """What the file says of the database, whatever is wrong in the rest of it; but what is no known setting may be a
+    misspelt one. Raises OSError, UnicodeError, InventoryError."""
+    parts = re.split(r"(?m)^([^\s#\]}-][^:\n]*):", path.read_text("utf-8-sig"))
+    kept = "".join(f"{name}:{said}\n" for name, said in zip(parts[1::2], parts[2::2], strict=True)
+                   if name == "service" or name not in InventoryFile.model_fields)
+    document = Document(path.name, f"{kept}resources: []".encode())
+    service = document.value.get("service", {})
+    for name in {*service} & ServiceSettings.model_fields.keys() - {*OF_ROWS}:
+        del service[name]
+    return InventoryLoader(path, document, secrets=False).load()
+
+
 class Installation:
     """What every command works on: the inventory, its folder, the database and the keys."""
 
     def __init__(self, path: Path, *, accepts_removals: bool = False, listen_on: str | None = None,
-                 secrets: bool = True) -> None:
-        """`listen_on` is --listen, in place of service.listen; see fetch_secret for `secrets`."""
+                 secrets: bool = True, inventory: Inventory | None = None) -> None:
+        """`listen_on` is --listen, in place of service.listen; see fetch_secret for `secrets`. `inventory`: what is
+        known of it, if it is not to be read."""
         self.path, self._accepts_removals, self._secrets = path.absolute(), accepts_removals, secrets
-        self._first = self.inventory = load_inventory(self.path, secrets=secrets)
+        self._first = self.inventory = inventory or load_inventory(self.path, secrets=secrets)
         self.listen_on = listen_on
         for name in self.inventory.secret_variables:
             take_variable(name)
@@ -20146,6 +20163,21 @@ def not_running(installation: Installation) -> str:
     if service.machine or not service.machine_name or not installation.database.is_running():
         return means
     return f"{means}, unless the host had another name when it began: then set service.machine, and restart it"
+
+
+def installation_of_rows(path: Path) -> Installation:
+    """For what only changes rows of a running service, also where the inventory is being edited. Raises
+    HealthCheckerError."""
+    try:
+        return Installation(path, secrets=False)
+    except InventoryError as error:
+        with contextlib.suppress(HealthCheckerError, OSError, UnicodeError):
+            installation = Installation(path, inventory=read_service(path.absolute()))
+            if installation.runs:
+                print(f"the inventory is faulty, as a reload would say: {str(error).partition(chr(10))[0]}",
+                      file=sys.stderr)
+                return installation
+        raise
 
 
 class Silence(NamedTuple):
@@ -21063,7 +21095,7 @@ def gate_rows(installation: Installation, session: Session, service: str) -> Ite
 def change_and_show(arguments: argparse.Namespace, change: Callable[[Principal], object] | None,
                     rows: Callable[[Installation, Session, str], Iterable[list[str]]]) -> int:
     """Makes a change, if there is one, also while the service runs; then prints how it stands."""
-    installation = Installation(arguments.inventory, secrets=False)
+    installation = installation_of_rows(arguments.inventory)
     with installation.store(scratch=change is None, whole=False, needed=True) as store:
         if change:
             change(console_of(installation, store))

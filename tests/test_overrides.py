@@ -476,6 +476,49 @@ def test_a_service_that_does_not_answer(
     assert "the service does not run" in said("reload")[2]
 
 
+FAULTS = {     # what somebody is at in the inventory, with a service that runs by the one before
+    "a value": ("interval: 1", "interval: soon", ""),
+    "no YAML": ("resources:", "resources: [}{", ""),
+    "another setting": ("workers: 1", "workers: 1\n  drain: soon", ""),
+    "what may be the database": ("workers: 1", "workers: 1\n  databse: sqlite:///x.db", "unknown setting"),
+    "what may be the service": ("service:", "servise:", "unknown setting"),
+    "no YAML in the service": ("workers: 1", "workers: 1\n  [", "not valid YAML"),
+    "no settings": ("service:", "service: x #", "not valid YAML"),
+    "two of them": ("resources:", "service: {database: 'sqlite:///x.db'}\nresources:", "this key stands here twice"),
+}
+
+
+@pytest.mark.of_files
+def test_the_gate_is_closed_by_command_while_the_inventory_is_edited(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its faults are said; where they may be about which database it is, nothing is changed, nor where nobody hears."""
+    inventory = write_inventory(tmp_path, GOOD, "  workers: 1\n  database: sqlite:///other.db")
+    valid = inventory.read_text(encoding="utf-8")
+
+    def close() -> tuple[int, str]:
+        capsys.readouterr()
+        code = healthchecker.main(["--inventory", str(inventory), "gate", "close"])
+        return code, capsys.readouterr().err
+
+    with Service(inventory) as service:
+        service.wait_status("/", 200)
+        for name, (before, after, fault) in FAULTS.items():
+            assert before in valid
+            inventory.write_text(valid.replace(before, after, 1), encoding="utf-8")
+            code, said = close()
+            assert (code, "faulty" in said, f"{inventory.name}:" in said) == (2 if fault else 0, not fault, True), name
+            assert fault in said, said
+            if not fault:
+                assert len(said.splitlines()) == 1
+                service.wait_status("/", 503)
+                assert healthchecker.main(["--inventory", str(inventory), "gate", "auto"]) == 0
+                service.wait_status("/", 200)
+    inventory.write_text(valid.replace("interval: 1", "interval: soon"), encoding="utf-8")
+    code, said = close()
+    assert code == 2 and "interval" in said and "faulty" not in said
+
+
 @pytest.mark.of_files
 def test_commands(tmp_path: Path) -> None:
     inventory = write_inventory(tmp_path, GOOD)
