@@ -13548,22 +13548,17 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
         environ: WSGIEnvironment = super().get_environment()
         environ.update(self.channel.server.environment)
         environ[HANDLER] = self.request.handler
-        if self.is_head:
+        if self.request.command == "HEAD":
             del environ["wsgi.file_wrapper"]    # such a file would not go through `write`
         return environ
 
-    @property
-    def is_head(self) -> bool:
-        """Whether the answer has no body, whatever the application makes."""
-        return cast(bool, self.request.command == "HEAD")
-
     def write(self, data: bytes) -> None:
-        super().write(b"" if self.is_head else data)
+        super().write(b"" if self.request.command == "HEAD" else data)
         if data:
             self.channel.server.loop.touch(self.channel)
 
     def finish(self) -> None:
-        if self.is_head:
+        if self.request.command == "HEAD":
             self.chunked_response = False   # what is not sent does not end either
         super().finish()
 
@@ -14069,9 +14064,9 @@ class LineFormatter(logging.Formatter):
 
 
 class SparingFilter(logging.Filter):
-    """Of what clients can have waitress say, and Flask of the console, as often as they like, the handlers are given
-    one of each kind in COMPLAINT_INTERVAL, with how many were kept back: a kind is where it was said, and where and by
-    what the application failed. Little of a path is enough."""
+    """Of what clients can have waitress say, and Flask of the console, as often as they like, one of each kind passes
+    in COMPLAINT_INTERVAL, with how many were kept back: a kind is where it was said, and where and by what the
+    application failed. Little of a path is enough."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
@@ -14079,13 +14074,6 @@ class SparingFilter(logging.Filter):
         self._kinds: dict[tuple[object, ...], tuple[float, int]] = {}   # when one may be said again, those kept back
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if not record.name.startswith(("waitress", "healthchecker.console")):
-            return True
-        if (said := getattr(record, "is_said", None)) is None:      # each handler asks
-            said = record.is_said = self._says(record)
-        return bool(said)
-
-    def _says(self, record: logging.LogRecord) -> bool:
         error, now_mono = record.exc_info or (None, None, None), self._clock()
         places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error[2])]
         kind = (record.pathname, record.lineno, error[0], *places[-COMPLAINT_PLACES:])
@@ -14103,10 +14091,9 @@ class SparingFilter(logging.Filter):
 
 def log_to(*handlers: logging.Handler) -> None:
     """Has `handlers` be given what is logged, but for what waitress says of clients with whom nothing is wrong."""
-    spared = SparingFilter()
-    for handler in handlers:
-        handler.addFilter(spared)
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+    for name in ("waitress", "healthchecker.console"):
+        logging.getLogger(name).filters = [SparingFilter()]
     logging.getLogger("waitress").setLevel(logging.WARNING)         # below it: who goes away before the answer
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)     # below it: who waits for a thread
 
@@ -20333,9 +20320,7 @@ def reload(arguments: argparse.Namespace) -> int:
 
 def check_files(service: ServiceSettings) -> Iterator[UsageError]:
     """Which files a start needs and cannot use."""
-    tests: dict[Callable[[Path], object], Path | None] = {
-        read_token: service.metrics_token_file, require_lease_place: service.lease_file}
-    for test, path in tests.items():
+    for test, path in ((read_token, service.metrics_token_file), (require_lease_place, service.lease_file)):
         try:
             _ = path and test(path)
         except UsageError as error:

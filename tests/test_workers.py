@@ -1018,11 +1018,9 @@ def test_complaints_of_several_failures_are_told_once_each(tmp_path: Path) -> No
         raise error("no")
 
     logger, told = logging.Logger("waitress"), [io.StringIO(), io.StringIO()]
-    spared = SparingFilter()
+    logger.addFilter(SparingFilter())
     for stream in told:
-        handler = logging.StreamHandler(stream)
-        handler.addFilter(spared)
-        logger.addHandler(handler)
+        logger.addHandler(logging.StreamHandler(stream))
     for _ in range(2):
         for call in (lambda: fails(KeyError), lambda: fails(ValueError),
                      lambda: fails(KeyError)):  # fmt: skip
