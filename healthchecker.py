@@ -142,6 +142,7 @@ if __name__ == "__main__" and sys.platform == "linux":
         del os.environ["GLIBC_TUNABLES"]
 
 import argparse
+import atexit
 import base64
 import binascii
 import bisect
@@ -173,7 +174,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import logging.handlers
 import math
 import mmap
 import multiprocessing
@@ -14106,10 +14106,11 @@ class LineThread(io.TextIOBase):
     Windows, a share that hangs) holds nobody up. Who is faster than that waits a little; what finds no room while
     nothing is taken is counted, and told in its place."""
 
-    def __init__(self, name: str, send: Callable[[memoryview], int | None], line_end: str = "\n") -> None:
+    def __init__(self, name: str, send: Callable[[memoryview], int | None], line_end: str = "\n",
+                 line: Callable[[logging.LogRecord], str] = LINES.format) -> None:
         """`send` writes without a buffer, which has a lock that the end of the process waits for."""
         super().__init__()
-        self._send, self._line_end = send, line_end
+        self._send, self._line_end, self._line = send, line_end, line
         self._texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._lock = threading.RLock()      # guards the next two; a finalizer may interrupt a write by another
         self._waits = self._dropped = 0     # bytes of what waits, and how much found no room
@@ -14149,7 +14150,7 @@ class LineThread(io.TextIOBase):
                 self._dropped -= missing
             if missing:
                 why = f"{self.thread.name} took nothing for a while: {missing} lines are missing"
-                self._put_out(LINES.format(log.makeRecord(log.name, logging.WARNING, "", 0, why, (), None)) + "\n")
+                self._put_out(self._line(log.makeRecord(log.name, logging.WARNING, "", 0, why, (), None)) + "\n")
 
     def _put_out(self, text: str) -> None:
         rest = memoryview(text.replace("\n", self._line_end).encode("utf-8", "backslashreplace"))
@@ -14174,6 +14175,7 @@ class LogFile(logging.StreamHandler):   # type: ignore[type-arg]  # Python 3.10 
         except OSError as error:
             raise UsageError(f"service.log_file {path} cannot be written: {error.strerror}") from error
         super().__init__(LineThread("service.log_file", self._send, os.linesep))
+        atexit.register(self.stream.close)      # logging's own end holds the lock that `caught` needs to say something
 
     def _open(self) -> io.FileIO:
         is_new = not self._path.exists()
@@ -14232,31 +14234,23 @@ def set_up_logging(log_file: Path | None) -> None:
     log_to(*handlers)
 
 
-class MessagePipe(logging.handlers.QueueHandler):
-    """What a worker says and logs. A thread sends, so that nobody waits for the main process."""
+class MessagePipe(logging.StreamHandler):   # type: ignore[type-arg]  # Python 3.10 has none here
+    """What a worker says and logs, in JSON."""
 
-    queue: queue.SimpleQueue[bytes]
+    terminator = ""
 
     def __init__(self, pipe: PipeConnection) -> None:
-        super().__init__(queue.SimpleQueue())
+        super().__init__(LineThread("pipe", self._send, line=self.format))
         self.setFormatter(logging.Formatter("%(message)s"))     # what follows the message is the traceback
         self._pipe = pipe
-        self._thread = threading.Thread(target=self._send, name="pipe", daemon=True)
-        self._thread.start()
 
-    def prepare(self, record: logging.LogRecord) -> bytes:
-        trace = self.format(record)[len(record.message) + 1:]
-        return json.dumps(["log", record.levelno, record.message, trace]).encode()
+    def format(self, record: logging.LogRecord) -> str:
+        trace = super().format(record)[len(record.message) + 1:]
+        return json.dumps(["log", record.levelno, record.message, trace])
 
-    def finish(self, wait: float) -> None:
-        """Ends the thread after what was put."""
-        self.queue.put(b"")
-        self._thread.join(wait)
-
-    def _send(self) -> None:
-        with contextlib.suppress(OSError):      # the other side has ended; Worker hears it
-            while message := self.queue.get():
-                self._pipe.send_bytes(message)
+    def _send(self, message: memoryview) -> int:
+        self._pipe.send_bytes(message)
+        return len(message)
 
 
 # === Workers =================================================================
@@ -14516,10 +14510,10 @@ class Worker:
         try:
             self._serve(messages)
         except HealthCheckerError as error:
-            messages.queue.put(json.dumps(["failed", str(error), False]).encode())
+            messages.stream.write(json.dumps(["failed", str(error), False]))
         finally:    # what the application left running does not keep the process
-            messages.finish(WORKER_END / 2)
             threading.Thread(target=end_after, args=(WORKER_END / 2,), daemon=True).start()
+            messages.stream.close()
 
     def _serve(self, messages: MessagePipe) -> None:
         service = self.service
@@ -14529,7 +14523,7 @@ class Worker:
         server = GateServer(gate, self.socks, service, connection_limit(), tally)
         keep_out_of_collections()
         tally.turn(0)       # the first beat; it is no hang to wait from here
-        messages.queue.put(b'["ready"]')
+        messages.stream.write('["ready"]')
         while not self.serving.value:
             time.sleep(READY_INTERVAL)
         self.server = server

@@ -334,8 +334,18 @@ def test_a_faulty_logging_call_harms_nobody(capsys: pytest.CaptureFixture[str]) 
     logger.warning("%d sold", "none")
     logger.warning("%d sold\n\udcff", 3)
     assert ours.poll(5) and json.loads(ours.recv_bytes()) == ["log", logging.WARNING, "3 sold\n\udcff", ""]
-    pipe.finish(5)
+    pipe.stream.close()
     assert "Message: '%d sold'" in capsys.readouterr().err
+
+
+def test_what_a_main_process_that_hangs_does_not_read() -> None:
+    """It is bounded, and what is missing is said as all else."""
+    ours, theirs = multiprocessing.Pipe()
+    pipe, text = MessagePipe(theirs), "x" * (1 << 19)
+    for _ in range(4):
+        pipe.emit(record(text))
+    wait_for(lambda: ours.poll() and len(json.loads(ours.recv_bytes())[2]) < 100 and not pipe.stream._dropped)
+    pipe.stream.close()
 
 
 def test_what_the_main_process_cannot_read(caplog: pytest.LogCaptureFixture) -> None:
