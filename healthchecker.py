@@ -13291,7 +13291,7 @@ class ForwardedHeaders:
         if "FORWARDED" in "".join(environ):     # cheaper than to look at each
             said = {key: environ.pop(key) for key in list(environ) if FORWARDED.fullmatch(key)}
             try:
-                if said and is_within(plain_address(environ["REMOTE_ADDR"].partition("%")[0]), self._networks):
+                if said and is_within(plain_address(environ["REMOTE_ADDR"]), self._networks):
                     self._believe(environ, said)
             except ValueError:
                 environ[OUTCOME] = "bad"
@@ -16214,8 +16214,7 @@ OPERATIONS = (
 # The JSON API: what serves an operation, the description in OpenAPI, made of the same table, and what each request to
 # the console must pass: an address of the operators, a login, a page of ours as its sender, a role. Runs in the
 # console's threads. What is refused leaves as application/problem+json.
-# Gives: add_security_headers, API_ROUTES, authorize, client_address, current_principal, give_cookie, is_same_origin,
-# problem
+# Gives: add_security_headers, API_ROUTES, authorize, current_principal, give_cookie, is_same_origin, problem
 SEEN_INTERVAL = 60.0            # seconds after which a request is noted as a session's last one
 COOKIE = "healthchecker_session"    # begins its name; see cookie_name
 CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -16291,13 +16290,6 @@ def current_principal() -> Principal:
     return cast(Principal, flask.g.principal)
 
 
-def client_address(environ: WSGIEnvironment) -> Address:
-    """The client's address; 0.0.0.0 is nobody's."""
-    with contextlib.suppress(ValueError):
-        return plain_address(environ.get("REMOTE_ADDR", ""))
-    return ipaddress.IPv4Address(0)
-
-
 def cookie_name(request: flask.Request) -> str:
     """Of the session's cookie: with the port that the browser knows, for cookies know none, and the consoles of two
     services of a host, or two that `ssh -L` brings to it, would log each other out."""
@@ -16309,7 +16301,7 @@ def identify(context: ConsoleContext, request: flask.Request, *, by_login: bool 
     """Who it is, `by_login` or by the address alone, which no database has to be there for. A bearer token counts
     before a cookie, other schemes are somebody else's: of a proxy, for instance. Nobody looks into those: what cannot
     be read there makes werkzeug's own parser raise."""
-    stranger = Principal(context, str(client_address(request.environ)))
+    stranger = Principal(context, str(plain_address(request.environ["REMOTE_ADDR"])))
     by_cookie, token = True, request.cookies.get(cookie_name(request))
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":
@@ -18666,7 +18658,7 @@ def check_proxy(app: WSGIApplication, service: ServiceSettings) -> WSGIApplicati
     told: list[str] = []
 
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        address = environ["REMOTE_ADDR"].partition("%")[0]
+        address = environ["REMOTE_ADDR"]
         if not any(map(FORWARDED.fullmatch, environ)) or is_within(plain_address(address), proxies):
             return app(environ, start_response)
         if not told:        # once, for anybody may send such a request
@@ -18718,7 +18710,7 @@ class ConsoleChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries n
 
     def __init__(self, server: Any, sock: socket.socket, addr: Any, *arguments: Any, **named: Any) -> None:
         super().__init__(server, sock, addr, *arguments, **named)
-        self.is_known = is_within(client_address({"REMOTE_ADDR": addr[0]}), server.known)
+        self.is_known = is_within(plain_address(addr[0]), server.known)
         self._seen, self._since_mono = self.last_activity, time.monotonic()
 
     def end(self) -> None:
