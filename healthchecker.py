@@ -5203,22 +5203,37 @@ class Guards:
         self._journal = LoginJournal()
         self._own: dict[str, str] = {}                      # what is written, by row, from before the start on,
         self._others: Mapping[str, Sequence[str]] = {}      # and by other machines
+        self._rows: dict[str, dict[str, None]] = {}         # all of these, by account and by credential
         self._had: set[str] = set()                         # rows that resources had before
         self._names: dict[int, str] = {}                    # of resources, by their numbers
 
     def begin(self, journal: LoginJournal, before: Mapping[str, str]) -> None:
         """All that becomes known of logins is written down from now on."""
         def keep(row: str, text: str, patience: float, rows: Collection[str]) -> bool:
-            self._own.pop(row, None)
-            self._own |= {row: text} if text else {}
+            with self._lock:
+                self._own.pop(row, None)
+                self._own |= {row: text} if text else {}
+                self._find((row,))
             return journal.keep(row, text, patience, rows)
 
         self._journal, self._own = journal._replace(keep=keep), dict(before)
+        self._find(before)
+
+    def _find(self, rows: Iterable[str]) -> None:
+        """Has rows found by their parts: looking through all of them for each credential took seconds."""
+        for row in rows:
+            for part in (row[:ACCOUNT_LENGTH], row[ACCOUNT_LENGTH:]):
+                self._rows.setdefault(part, {})[row] = None
+
+    def _texts(self, row: str) -> list[str]:
+        return [*filter(None, (self._own.get(row),)), *self._others.get(row, ())]
 
     def hear(self, others: Mapping[str, Sequence[str]]) -> None:
         """Takes up what other machines have written, by row."""
         news = {row: set(texts).difference(self._others.get(row, ())) for row, texts in others.items()}
         self._others = others
+        with self._lock:
+            self._find(others)
         for guard in list(self._guards.values()) if any(news.values()) else ():
             for name, row in list(guard.rows.of.items()):
                 for text in news.get(row, ()):
@@ -5248,29 +5263,23 @@ class Guards:
             self._take_replaced(guard, target.name, row)
         return guard
 
-    def _written(self) -> list[tuple[str, str]]:
-        return [*self._own.items(), *((row, text) for row, texts in self._others.items() for text in texts)]
-
     def hear_gone(self) -> None:
         """Takes up what was written of credentials by resources that are gone, or had another name or hostname, under
         the row's name; after all others, for what was accepted since then clears it."""
-        written = collections.defaultdict[str, list[tuple[str, str]]](list)
-        for row, text in self._written():
-            written[row[ACCOUNT_LENGTH:]].append((row, text))
         for guard in list(self._guards.values()):
             known = set(guard.rows.of.values())
-            for credential in {row[ACCOUNT_LENGTH:] for row in known} & written.keys():
-                for row, text in written[credential]:
-                    if row not in known and row not in self._had:
-                        guard.rows.of[row] = row
+            for credential in {row[ACCOUNT_LENGTH:] for row in known}:
+                for row in [row for row in list(self._rows.get(credential, ())) if row not in known | self._had]:
+                    guard.rows.of[row] = row
+                    for text in self._texts(row):
                         guard.hear(row, text, is_own=False)
 
     def _take_replaced(self, guard: LoginGuard, name: str, row: str) -> None:
         """Takes up which passwords of the same account were refused."""
         account, credential = row[:ACCOUNT_LENGTH], row[ACCOUNT_LENGTH:]
-        written = self._written()
-        for other in {one[ACCOUNT_LENGTH:] for one, _ in written if one.startswith(account)} - {credential}:
-            read = (guard.rows.read(name, text, is_own=False) for one, text in written if one.endswith(other))
+        for other in {one[ACCOUNT_LENGTH:] for one in list(self._rows.get(account, ()))} - {credential}:
+            texts = (text for one in list(self._rows.get(other, ())) for text in self._texts(one))
+            read = (guard.rows.read(name, text, is_own=False) for text in texts)
             if agos := [ago for refused, alone in read if not alone for ago in refused]:
                 guard.replaced.add(name, other, agos)
 
@@ -5326,6 +5335,8 @@ class Guards:
             self._typed = {user: guard for user, guard in self._typed.items() if guard.is_used}
             for row in list(self._own)[:-REMEMBERED - len(shown)]:
                 self._own.pop(row, None)
+            self._rows = {}
+            self._find((*self._own, *self._others))
 
 
 # === Sessions ================================================================

@@ -1228,6 +1228,23 @@ def test_refusals_of_another_machine_count(house: House) -> None:
     assert [late.of(one).refusals for one in (a, b)] == [2, 3], "as they become known"
 
 
+def test_thousands_of_credentials_are_taken_up_at_once(house: House) -> None:
+    """A start, and a clock that is set back: each looked through all that was written of the others."""
+    a = one_target(house, "wrong")
+    targets = [replace(a, login_mark=str(number), settings=a.settings.model_copy(update={
+        "name": f"a{number}", "password": SecretStr(f"wrong{number}")})) for number in range(6000)]  # fmt: skip
+    rows = [healthchecker.login_row(one.login_mark, one.name, one.settings.hostname, one.settings.username)
+            for one in targets]  # fmt: skip
+    guards = Guards()
+    guards.begin(healthchecker.LoginJournal(), dict.fromkeys(rows, written(100.0)))
+    begun_mono = time.monotonic()
+    guards.keep(targets)
+    assert all(guards.of(one).refusals == 1 for one in targets)
+    guards.hear_gone()
+    guards.write_again(is_back=True)
+    assert time.monotonic() - begun_mono < 5
+
+
 def test_logins_of_the_last_day(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hours; what is older is forgotten."""
     now_mono, record = 1e6, LoginRecord()
