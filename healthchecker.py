@@ -5155,10 +5155,12 @@ def rename_in(guard: LoginGuard, names: Mapping[str, str]) -> None:
 
 
 class TypedGuard(LoginGuard):
-    """Of what is typed for one user, who may guess: it counts with what is watched, and that with it."""
+    """Of what is typed for one user, who may guess: it counts with what is watched, and that with it; what is typed
+    later or on another machine, with it, too."""
 
-    def __init__(self, watched: Callable[[], Mapping[tuple[str, bytes], LoginGuard]], user: str) -> None:
-        super().__init__()
+    def __init__(self, journal: LoginJournal, watched: Callable[[], Mapping[tuple[str, bytes], LoginGuard]],
+                 user: str) -> None:
+        super().__init__(journal=journal)
         self._watched, self._user = watched, user
         self._tried: collections.deque[tuple[tuple[str, bytes], LoginRecord]] = collections.deque(maxlen=1000)
 
@@ -5234,7 +5236,7 @@ class Guards:
         self._others = others
         with self._lock:
             self._find(others)
-        for guard in list(self._guards.values()) if any(news.values()) else ():
+        for guard in [*self._guards.values(), *self._typed.values()] if any(news.values()) else ():
             for name, row in list(guard.rows.of.items()):
                 for text in news.get(row, ()):
                     guard.hear(name, text, is_own=False)
@@ -5275,9 +5277,9 @@ class Guards:
                         guard.hear(row, text, is_own=False)
 
     def _take_replaced(self, guard: LoginGuard, name: str, row: str) -> None:
-        """Takes up which passwords of the same account were refused."""
+        """Takes up which passwords of the same account were refused; none that was only typed."""
         account, credential = row[:ACCOUNT_LENGTH], row[ACCOUNT_LENGTH:]
-        for other in {one[ACCOUNT_LENGTH:] for one in list(self._rows.get(account, ()))} - {credential}:
+        for other in {one[ACCOUNT_LENGTH:] for one in list(self._rows.get(account, ()))} - {credential, account}:
             texts = (text for one in list(self._rows.get(other, ())) for text in self._texts(one))
             read = (guard.rows.read(name, text, is_own=False) for text in texts)
             if agos := [ago for refused, alone in read if not alone for ago in refused]:
@@ -5292,10 +5294,17 @@ class Guards:
     def trial(self, target: Target, record: LoginRecord) -> LoginGuard:
         """The guard of what somebody tries now, and what comes of it: that of the credential if it is watched, else of
         all tries of its user."""
-        user, _ = key = self._key(target)
+        key, settings = self._key(target), target.settings
         with self._lock:
-            if not (target.settings.locks_nothing or key in self._guards):
-                typed = self._typed.setdefault(user, TypedGuard(lambda: self._used, user))
+            if not (settings.locks_nothing or key in self._guards):
+                typed = self._typed.setdefault(key[0], TypedGuard(self._journal, lambda: self._used, key[0]))
+                # It has a row for each account, which stands in the place of a credential, too.
+                account = login_row("", target.name, settings.hostname, settings.username)[:ACCOUNT_LENGTH]
+                if typed.rows.of.get(target.name) != (row := 2 * account):
+                    typed.rows.of[target.name] = row
+                    typed.hear(target.name, self._own.get(row, ""), is_own=True)
+                    for text in self._others.get(row, ()):
+                        typed.hear(target.name, text, is_own=False)
                 return typed.trial(key, record, target.name)
             guard = self._shared(target)
         guard.ask(target.name)

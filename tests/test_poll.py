@@ -796,6 +796,47 @@ def test_refusals_of_before_the_start_are_several(house: House) -> None:
     assert made == [True, False, False, False, False], "four in all: a directory locks at the fifth"
 
 
+def test_what_was_typed_and_refused_counts_after_a_restart_and_elsewhere(house: House) -> None:
+    """For what is typed there; no password that is saved waits for a guess."""
+    def begin(before: Mapping[str, str]) -> Guards:
+        guards = Guards()
+        guards.begin(healthchecker.LoginJournal(keep), before)
+        guards.keep([])
+        return guards
+
+    def keep(row: str, text: str, patience: float, siblings: Collection[str]) -> bool:
+        rows.update({row: text} if text else {})
+        return True
+
+    rows, guesses = dict[str, str](), [one_target(house, f"guess{number}") for number in range(6)]
+    here, elsewhere = begin({}), begin({})
+    assert [refuse_trial(here, one) for one in guesses[:2]] == [True, True]
+    elsewhere.hear({row: [text] for row, text in rows.items()})
+    assert refuse_trial(elsewhere, guesses[2])
+    here.hear({row: [text] for row, text in rows.items()})
+    assert [refuse_trial(here, one) for one in guesses[3:5]] == [True, False]
+    restarted, saved = begin(rows), one_target(house, "saved")
+    assert not refuse_trial(restarted, guesses[5])
+    restarted.keep([saved])
+    assert restarted.of(saved).wait("a") == 0
+
+
+def test_what_was_typed_and_accepted_after_a_restart_is_refused_no_more(house: House) -> None:
+    rows = dict[str, str]()
+
+    def begin() -> Guards:
+        guards = Guards()
+        guards.begin(healthchecker.LoginJournal(lambda row, text, *_: bool(rows.update({row: text})) or True), rows)
+        return guards
+
+    wrong, right, record = one_target(house, "wrong"), one_target(house, "right"), LoginRecord()
+    assert refuse_trial(begin(), wrong)
+    with begin().trial(right, record).attempt("a", Deadline(5), record):
+        pass
+    assert not any(rows.values()), "a directory counts anew"
+    assert [refuse_trial(begin(), wrong) for _ in range(5)] == [True] * 4 + [False]
+
+
 @pytest.mark.parametrize("password", ["wrong", "right", "another"])
 def test_what_was_typed_and_refused_is_no_new_password(house: House, password: str) -> None:
     """Tested, and saved all the same; one that nobody has tried is tried at once, and one that was accepted."""
