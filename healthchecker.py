@@ -4820,6 +4820,7 @@ class LoginRecord:
 
     outcomes: collections.Counter[str] = dataclass_field(default_factory=collections.Counter)   # accepted, refused
     second_tries: int = 0
+    key: tuple[str, bytes] | None = None    # user and credential, where those are only typed
     _hours: collections.Counter[int] = dataclass_field(default_factory=collections.Counter)
 
     def count(self, outcome: str) -> None:
@@ -5162,16 +5163,7 @@ class TypedGuard(LoginGuard):
                  user: str) -> None:
         super().__init__(journal=journal)
         self._watched, self._user = watched, user
-        self._tried: collections.deque[tuple[tuple[str, bytes], LoginRecord]] = collections.deque(maxlen=1000)
-
-    def trial(self, key: tuple[str, bytes], record: LoginRecord, name: str) -> TypedGuard:
-        self._tried.append((key, record))
-        self.ask(name)
-        return self
-
-    def knows(self, key: tuple[str, bytes]) -> bool:
-        """Whether that credential was refused."""
-        return any(tried == key and record.outcomes["refused"] for tried, record in list(self._tried))
+        self.refused_keys = set[tuple[str, bytes]]()
 
     def why(self, name: str) -> str:
         """Whoever it was that refused them: it may be one account."""
@@ -5188,8 +5180,9 @@ class TypedGuard(LoginGuard):
 
     def _note(self, name: str, record: LoginRecord, *, accepted: bool, alone: bool = False) -> None:
         super()._note(name, record, accepted=accepted, alone=alone)
-        for key in [key for key, tried in list(self._tried) if tried is record and not accepted]:
-            if saved := self._watched().get(key):       # meanwhile
+        if record.key and not accepted:
+            self.refused_keys.add(record.key)
+            if saved := self._watched().get(record.key):    # meanwhile
                 count_with(saved, [self._clock()])
 
 
@@ -5252,18 +5245,20 @@ class Guards:
         if not settings.locks_nothing and (known := guard.rows.of.get(target.name)) != row:
             if row in guard.rows.of:
                 rename_in(guard, {row: target.name})
-            guard.rows.of[target.name] = row
+            self._hear_all(guard, target.name, row)
             if known:       # the same credential, sealed with another key
                 self._had.add(known)
                 guard.rows.journal.keep(known, "", 0.0, ())
                 guard.write(target.name)
-            older = hashlib.sha256(length_prefixed(target.credential_digest, target.name)).hexdigest()[:ROW_LENGTH]
-            if before := self._own.get(row) or self._own.get(older):    # as the version before wrote it
-                guard.hear(target.name, before, is_own=True)
-            for text in (*self._others.get(row, ()), *self._others.get(older, ())):
-                guard.hear(target.name, text, is_own=False)
             self._take_replaced(guard, target.name, row)
         return guard
+
+    def _hear_all(self, guard: LoginGuard, name: str, row: str) -> None:
+        """Has a guard write a resource's logins to a row, and take up what is written there."""
+        guard.rows.of[name] = row
+        guard.hear(name, self._own.get(row, ""), is_own=True)
+        for text in self._others.get(row, ()):
+            guard.hear(name, text, is_own=False)
 
     def hear_gone(self) -> None:
         """Takes up what was written of credentials by resources that are gone, or had another name or hostname, under
@@ -5296,24 +5291,22 @@ class Guards:
         all tries of its user."""
         key, settings = self._key(target), target.settings
         with self._lock:
-            if not (settings.locks_nothing or key in self._guards):
-                typed = self._typed.setdefault(key[0], TypedGuard(self._journal, lambda: self._used, key[0]))
+            if settings.locks_nothing or key in self._guards:
+                guard = self._shared(target)
+            else:
+                guard = self._typed.setdefault(key[0], TypedGuard(self._journal, lambda: self._used, key[0]))
                 # It has a row for each account, which stands in the place of a credential, too.
                 account = login_row("", target.name, settings.hostname, settings.username)[:ACCOUNT_LENGTH]
-                if typed.rows.of.get(target.name) != (row := 2 * account):
-                    typed.rows.of[target.name] = row
-                    typed.hear(target.name, self._own.get(row, ""), is_own=True)
-                    for text in self._others.get(row, ()):
-                        typed.hear(target.name, text, is_own=False)
-                return typed.trial(key, record, target.name)
-            guard = self._shared(target)
+                if guard.rows.of.get(target.name) != (row := 2 * account):
+                    self._hear_all(guard, target.name, row)
+                record.key = key
         guard.ask(target.name)
         return guard
 
     def _begin(self, key: tuple[str, bytes]) -> LoginGuard:
         """That of a credential which is watched from now on: one that was typed and refused is saved all the same."""
         guard, typed = LoginGuard(journal=self._journal), self._typed.get(key[0])
-        if typed and typed.knows(key):
+        if typed and key in typed.refused_keys:
             count_with(guard, typed._wrong)
         return guard
 

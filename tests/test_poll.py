@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import hashlib
 import heapq
 import itertools
 import json
@@ -1449,14 +1448,6 @@ def test_another_user_of_a_bastion_was_not_refused(house: House) -> None:
         found = [again.of(each) for each in (one, *one.bastions())]
         again.hear_gone()
         assert [guard.refusals for guard in found] == [3, refusals]
-
-
-def test_refusals_that_the_version_before_wrote_count(house: House) -> None:
-    """It found them by the token, which no other seal of the password has."""
-    target, guards = one_target(house, "wrong"), Guards()
-    row = hashlib.sha256(healthchecker.length_prefixed(target.credential_digest, "a")).hexdigest()[:32]
-    guards.begin(healthchecker.LoginJournal(), {row: written(80.0, 70.0)})
-    assert guards.of(target).refusals == 2
 
 
 def test_nobody_without_the_key_can_try_which_password_was_refused(house: House, tmp_path: Path) -> None:
