@@ -4519,8 +4519,8 @@ def load_targets(session: Session, vault: Vault, known: Mapping[str, Target] = M
 # What every way to a host is built from: a deadline on the monotonic clock for the whole poll, a cap of what a host
 # may send, look-up of names, TCP. What fails raises ProbeError with a cause. Runs in the threads of the pollers;
 # the resolver has a thread for each look-up that is under way.
-# Gives: Address, LOOPBACK_NETWORKS, OUTPUT_BYTES, OWN_NETWORKS, READ_BYTES, Deadline, Output, Resolver, Wire,
-#   HostSocket, plain_address, is_within, connect_tcp
+# Gives: Address, LOOPBACK_NETWORKS, OUTPUT_BYTES, OWN_NETWORKS, READ_BYTES, T, Deadline, Output, in_thread, Resolver,
+#   Wire, HostSocket, plain_address, is_within, connect_tcp
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
@@ -4534,6 +4534,7 @@ OWN_NETWORKS = tuple(map(ipaddress.ip_network, (
     "169.254.0.0/16", "fe80::/10", "fd00:ec2::/32", "fd20:ce::254", "100.100.100.200", "168.63.129.16", "192.0.0.192")))
 LOOPBACK_NETWORKS = tuple(map(ipaddress.ip_network, ("127.0.0.0/8", "0.0.0.0/32", "::/127")))
 SEND_TURN = 0.5                 # seconds for a host to take something, then one looks whether anybody waits in vain
+T = TypeVar("T")
 
 
 class Deadline:
@@ -4593,11 +4594,26 @@ class Output:
         return ""
 
 
+def in_thread(name: str, work: Callable[[], T]) -> concurrent.futures.Future[T]:
+    """What `work` will give or raise, in a thread that may go on when nobody waits any more. Raises RuntimeError."""
+    def run(answer: concurrent.futures.Future[T]) -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as error:  # noqa: BLE001  # it is for whoever waits
+            answer.set_exception(error)
+        finally:
+            del answer      # what it raised refers to it: else both would wait for the collector
+
+    answer = concurrent.futures.Future[T]()
+    threading.Thread(None, run, name, (answer,), daemon=True).start()
+    return answer
+
+
 class Resolver:
     """Looks names up beside the poll, since the system's resolver has no deadline; each name once at a time."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()   # guards _pending
+        self._lock = threading.Lock()   # around a look into _pending and what follows from it
         self._pending: dict[tuple[str, int], concurrent.futures.Future[list[Any]]] = {}
 
     def resolve(self, host: str, port: int, deadline: Deadline) -> list[Any]:
@@ -4606,11 +4622,9 @@ class Resolver:
             if ":" in host or host.replace(".", "").isdigit():
                 return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
             with self._lock:
-                if (host, port) not in self._pending:
-                    future: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
-                    threading.Thread(target=self._work, args=(host, port, future), daemon=True).start()
-                    self._pending[host, port] = future      # only now that a thread will take it out
-                future = self._pending[host, port]
+                if not (future := self._pending.get((host, port))):
+                    future = self._pending[host, port] = in_thread("look-up", lambda: self._ask(host, port))
+                    future.add_done_callback(lambda _: self._pending.pop((host, port)))
             return future.result(deadline.left())
         except concurrent.futures.TimeoutError as error:
             raise ProbeError("timeout", f"the name {host} was not resolved within {deadline.seconds:g} s") from error
@@ -4625,14 +4639,8 @@ class Resolver:
                 address != found[4][0] for found in self.resolve(host, port, Deadline(LOOKUP_SECONDS)))
         return False
 
-    def _work(self, host: str, port: int, future: concurrent.futures.Future[list[Any]]) -> None:
-        try:
-            future.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:
-            future.set_exception(error)
-        finally:
-            with self._lock:
-                del self._pending[host, port]
+    def _ask(self, host: str, port: int) -> list[Any]:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
 class Wire:
@@ -4777,29 +4785,21 @@ LOGIN_CLOCK = time.perf_counter if sys.platform == "win32" else lease_clock
 
 class LateLogin(ProbeError):
     """A host had not answered to a password when its poll was over: whatever delays refusals may take longer.
-    `answer` will be whether it was accepted, None where that is not said, or what the login raises."""
+    `answer` will be true where it was accepted, or what the login raises; else that was not said."""
 
-    def __init__(self, deadline: Deadline, answer: concurrent.futures.Future[bool | None], whose: str = "") -> None:
+    def __init__(self, deadline: Deadline, answer: concurrent.futures.Future[Any], whose: str = "") -> None:
         super().__init__("timeout", f"no answer{whose} within {deadline.seconds:g} s")
         self.answer = answer
 
 
-def log_in_beside(work: Callable[[], bool | None], deadline: Deadline, end: Callable[[], object],
-                  is_heard_out: Callable[[], bool] = lambda: True) -> None:
-    """Does `work` in a thread of its own, which may go on after the poll: it shows a password and gives whether that
-    was accepted (None: it was not said), or raises. Raises LateLogin where it is not done by then, and `end`s what it
-    went over once it is; else what it raises. That there is no thread is no refusal."""
-    def run(answer: concurrent.futures.Future[bool | None]) -> None:
-        try:
-            answer.set_result(work())
-        except BaseException as error:  # noqa: BLE001  # it is for whoever waits
-            answer.set_exception(error)
-        finally:
-            del answer      # what it raised refers to it: else both would wait for the collector
-
-    answer, seconds = concurrent.futures.Future[bool | None](), deadline.left()
+def log_in_beside(work: Callable[[], T], deadline: Deadline, end: Callable[[], object],
+                  is_heard_out: Callable[[], bool] = lambda: True) -> T:
+    """Does `work` in a thread of its own, which may go on after the poll: it shows a password and gives what is true
+    where that was accepted (else it was not said), or raises. Raises LateLogin where it is not done by then, and `end`s
+    what it went over once it is; else what it raises. That there is no thread is no refusal."""
+    seconds = deadline.left()
     try:
-        threading.Thread(None, run, "login", (answer,), daemon=True).start()
+        answer = in_thread("login", work)
     except RuntimeError as error:
         raise ProbeError("protocol", f"no login was begun: {error}") from error
     try:
@@ -4809,7 +4809,7 @@ def log_in_beside(work: Callable[[], bool | None], deadline: Deadline, end: Call
         if not answer.done():
             answer.add_done_callback(lambda _: end())
             raise LateLogin(deadline, answer, "" if is_heard_out() else " of a KDC")
-        answer.result()
+        return answer.result()
     finally:
         del answer
 
@@ -5081,7 +5081,7 @@ class LoginGuard:
         self._is_proven = accepted
         record.count("accepted" if accepted else "refused")
 
-    def _hear_out(self, name: str, record: LoginRecord, answer: concurrent.futures.Future[bool | None]) -> None:
+    def _hear_out(self, name: str, record: LoginRecord, answer: concurrent.futures.Future[Any]) -> None:
         try:
             error = answer.exception()
             refused = isinstance(error, ProbeError) and error.cause == "auth" and not isinstance(error, NotAllowed)
@@ -6473,11 +6473,11 @@ class GuardedSocket(HostSocket):
             self.in_step = False
             raise (error if isinstance(error, ProbeError) else tls_fault(error, self.hint)) from error
 
-    def log_in(self, work: Callable[[], bool | None], *, is_counted: bool) -> None:
+    def log_in(self, work: Callable[[], T], *, is_counted: bool) -> T:
         """See log_in_beside; what the host says of a secret after the deadline is waited for where it `is_counted`."""
         late = Deadline(self.deadline.left() + ANSWER_TIME) if is_counted else None
 
-        def hear_out() -> bool | None:
+        def hear_out() -> T:
             self.late = late    # only now that there is a thread which ends it
             try:
                 return work()
@@ -6485,7 +6485,7 @@ class GuardedSocket(HostSocket):
                 self.late = None
 
         try:
-            log_in_beside(hear_out, self.deadline, self.end, lambda: self.asks and self.late is not None)
+            return log_in_beside(hear_out, self.deadline, self.end, lambda: self.asks and self.late is not None)
         except LateLogin:
             self.in_step = False
             raise
@@ -6777,18 +6777,14 @@ def send_beside(opened: GuardedSocket, settings: ResourceSettings, send: Callabl
                 **more: Any) -> Any:
     """What `send` gives, in another thread until it is logged in: krb5 waits for a silent KDC longer than polls do.
     Raises LateLogin, so that there is one at a time."""
-    answers = []
-
-    def work() -> bool | None:
+    def work() -> Any:      # a response, which is true where its status is good
         with explained(settings, opened):
-            answers.append(send(*args, **more))
-        return answers[0].ok or None
+            return send(*args, **more)
 
     if opened.logged_in:
         return send(*args, **more)
     # By Kerberos the KDC tells at once whether the password is right.
-    opened.log_in(work, is_counted=not settings.locks_nothing and settings.auth != "kerberos")
-    return answers[0]
+    return opened.log_in(work, is_counted=not settings.locks_nothing and settings.auth != "kerberos")
 
 
 def new_pool(wsman: WSMan, settings: ResourceSettings, keeps: bool) -> RunspacePool:
@@ -8822,14 +8818,14 @@ class HttpConnection(ProtocolConnection):
         connection.sock, connection.auto_open, connection.response_class = opened, 0, FinalResponse
         headers, answers, body = self._headers(url), list[urllib3.BaseHTTPResponse](), b""
 
-        def request() -> bool | None:
+        def request() -> bool:
             opened.asks = "Authorization" in headers
             connection.request(method, url.target, headers=headers, preload_content=False, decode_content=False)
             answers.append(connection.getresponse())
             opened.asks = False
             if answers[0].status == 401 and self._settings.password:    # whatever is expected: an account counts it
                 raise ProbeError("auth", "status 401: the secret is refused; check username and password")
-            return 200 <= answers[0].status < 300 or None
+            return 200 <= answers[0].status < 300
 
         try:
             if self._settings.password and not self._settings.locks_nothing:

@@ -537,7 +537,7 @@ def test_no_thread_for_a_look_up(
     start, limited = threading.Thread.start, [True]
 
     def start_if(thread: threading.Thread) -> None:
-        if limited[0] and "(_work)" in thread.name:
+        if limited[0] and thread.name == "look-up":
             raise RuntimeError("can't start new thread")
         start(thread)
 

@@ -327,9 +327,9 @@ def test_a_host_that_moves(server: Sshd) -> None:
         def resolve(self, host: str, port: int, deadline: Deadline) -> list[Any]:
             return self.answers or super().resolve("no-such-name.invalid", port, deadline)
 
-        def _work(self, *asked: Any) -> None:
+        def _ask(self, *asked: Any) -> list[Any]:
             late.wait()
-            super()._work(*asked)
+            return super()._ask(*asked)
 
     names, late = Names(), threading.Event()
     watched = on(server, hostname="db.example.com")

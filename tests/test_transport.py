@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -692,10 +692,10 @@ class HangingResolver(Resolver):
         self.answered = threading.Event()
         self.asked = 0
 
-    def _work(self, host: str, port: int, future: Future[list[Any]]) -> None:
+    def _ask(self, host: str, port: int) -> list[Any]:
         self.asked += 1
         self.answered.wait()
-        super()._work(host, port, future)
+        return super()._ask(host, port)
 
 
 @POSIX
