@@ -5586,13 +5586,15 @@ class Connection:
 
     DEAD_IN_A_ROW = 3       # kept sessions found dead, after which each poll opens anew ...
     FRESH = 86_400.0        # ... for so many seconds: something between here and there ends what is idle
+    LOGS_IN = True          # else it need not be made anew
 
     def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
         self._target, self._guard, self._context = target, guard, context
         self._settings = target.settings
         self._closed = OWN_NETWORKS if target.is_added else ()
         self.host_key = target.host_key     # what the host is known by; SSH learns it at the first contact
-        self.keeper, self.blank = SessionKeeper(target.settings.relogin), SecretFilter(target.settings).blank
+        self.keeper = SessionKeeper(target.settings.relogin if self.LOGS_IN else 0)
+        self.blank = SecretFilter(target.settings).blank
         self.record = context.record_of(target)
         self.second_try = ""                # why the last poll needed one
         self._failure = ""                  # what is tried once more
@@ -7204,9 +7206,7 @@ class LocalSession(HostSession):
 class LocalPowerShell(Connection):
     """This machine, where it is Windows."""
 
-    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
-        super().__init__(target, guard, context)
-        self.keeper = SessionKeeper(0)      # what is not logged in need not be again
+    LOGS_IN = False
 
     def open_session(self, deadline: Deadline) -> HostSession:
         return LocalSession(self.keeps)
@@ -8739,13 +8739,9 @@ class ProtocolConnection(TlsConnection):
             opened.end()
 
 
-class HttpAnswer(NamedTuple):
-    """What came of a request."""
-
-    status: int
-    location: str
-    encoding: str
-    body: bytes     # BODY_BYTES at least, where there are more
+def location_of(answer: urllib3.BaseHTTPResponse) -> str:
+    """Where it leads, as browsers send it; empty: nowhere."""
+    return re.sub(r"[ \x80-\xff]", lambda raw: f"%{ord(raw[0]):02X}", answer.headers.get("Location", ""))
 
 
 class HttpConnection(ProtocolConnection):
@@ -8759,30 +8755,31 @@ class HttpConnection(ProtocolConnection):
             if self._settings.password:
                 stack.enter_context(self._guard.attempt(self._target.name, deadline, self.record))
             metrics["turn_seconds"] = time.monotonic() - opened_mono
-            answer = self._answer(opened, deadline)
-        if (expect.contains or expect.values) and answer.encoding not in ("", "identity"):
-            raise AnswerError("protocol", f"the answer is packed as {quoted(answer.encoding)}, which nobody asked for")
+            answer, body = self._answer(opened, deadline)
+        encoding = answer.headers.get("Content-Encoding", "").lower()
+        if (expect.contains or expect.values) and encoding not in ("", "identity"):
+            raise AnswerError("protocol", f"the answer is packed as {quoted(encoding)}, which nobody asked for")
         checks = {"status": Outcome(True, str(answer.status))}
         if wanted := expect.contains:
-            checks["contains"] = expected(quoted(wanted), quoted(answer.body), wanted.encode() in answer.body)
+            checks["contains"] = expected(quoted(wanted), quoted(body), wanted.encode() in body)
         for path, value in expect.values.items():
-            checks[f"json {path}"] = expected_value(value, answer.body, path)
+            checks[f"json {path}"] = expected_value(value, body, path)
         return checks
 
-    def _answer(self, opened: GuardedSocket, deadline: Deadline) -> HttpAnswer:
+    def _answer(self, opened: GuardedSocket, deadline: Deadline) -> tuple[urllib3.BaseHTTPResponse, bytes]:
         """The last one, of an expected status. Raises ProbeError."""
         here, method = self, self._settings.method
-        answer = self._ask(opened, method)
+        answer, body = self._ask(opened, method)
         for _ in range(self._settings.redirects):
-            if answer.status not in REDIRECTS or not answer.location:
+            if answer.status not in REDIRECTS or not location_of(answer):
                 break
-            here = here._redirected(answer.location, is_here=opened.is_here)
+            here = here._redirected(location_of(answer), is_here=opened.is_here)
             method = method if answer.status in (307, 308) or method == "HEAD" else "GET"
             with here._opened(deadline, {}) as opened:
-                answer = here._ask(opened, method)
+                answer, body = here._ask(opened, method)
         if not (wanted := self._wanted_instead(answer.status)):
-            return answer
-        led = f", which leads to {quoted(answer.location)}" if answer.location else ""
+            return answer, body
+        led = f", which leads to {quoted(location)}" if (location := location_of(answer)) else ""
         raise ProbeError("check", f"expected status {wanted}, came {answer.status}{led}")
 
     def _wanted_instead(self, status: int) -> str:
@@ -8811,8 +8808,9 @@ class HttpConnection(ProtocolConnection):
             there._closed += LOOPBACK_NETWORKS
         return there
 
-    def _ask(self, opened: GuardedSocket, method: str) -> HttpAnswer:
-        """One request over an open connection. Raises ProbeError."""
+    def _ask(self, opened: GuardedSocket, method: str) -> tuple[urllib3.BaseHTTPResponse, bytes]:
+        """One request over an open connection; of what came, BODY_BYTES at least, where there are more. Raises
+        ProbeError."""
         url = read_url(self._settings.url or "")
         connection = urllib3.connection.HTTPConnection(url.host, url.port)
         connection.sock, connection.auto_open, connection.response_class = opened, 0, FinalResponse
@@ -8843,9 +8841,7 @@ class HttpConnection(ProtocolConnection):
             is_clear = type(error) in (http.client.HTTPException, http.client.LineTooLong)  # no word of the host's
             raise AnswerError("protocol", f"the answer cannot be read: {error}" if is_clear else
                               f"the answer is not whole, or not HTTP ({type(error).__name__})") from error
-        location, encoding = (answers[0].headers.get(name, "") for name in ("Location", "Content-Encoding"))
-        location = re.sub(r"[ \x80-\xff]", lambda raw: f"%{ord(raw[0]):02X}", location)     # as browsers send it
-        return HttpAnswer(answers[0].status, location, encoding.lower(), body)
+        return answers[0], body
 
     def _headers(self, url: Url) -> dict[str, str]:
         """Raises ProbeError."""
