@@ -4862,7 +4862,6 @@ class LoginRows:
         self.of: dict[str, str] = {}            # the row of a resource
         self.tries: dict[str, float] = {}       # resource -> when its login began that is written down
         self._unseen: dict[str, list[tuple[float, float]]] = {}     # those of an earlier life, and when that began
-        self._written: set[str] = set()         # resources of which anything is written
         self.aged: dict[str, str] = {}          # what was too old at the start, unless the clock was ahead
 
     def unseen(self, since_mono: float) -> list[tuple[float, float]]:
@@ -4871,21 +4870,18 @@ class LoginRows:
         return sorted(one for tries in self._unseen.values() for one in tries if one[0] > since_mono)
 
     def write(self, name: str, refused: Sequence[float], since_mono: float, *, alone: bool, patience: float) -> bool:
-        """Where there is anything, or was: the refusals of a resource and its logins since then; see LoginJournal."""
+        """The refusals of a resource and its logins since then, if it has a row; see LoginJournal."""
         zero_at = self.journal.wall() - self._clock()
         tries = [(at, self.journal.life) for at in [self.tries.get(name)] if at is not None]
         unseen = [(zero_at + at, life) for at, life in self._unseen.get(name, []) + tries if at > since_mono]
-        if name in self.of and (refused or unseen or name in self._written):
-            told = {"refused": [zero_at + at for at in refused], "unseen": unseen, "alone": alone}
-            (self._written.add if refused or unseen else self._written.discard)(name)
-            text = json.dumps(told) if refused or unseen else ""
-            return self.journal.keep(self.of[name], text, patience, [*self.of.values()] if patience else ())
-        return True
+        told = {"refused": [zero_at + at for at in refused], "unseen": unseen, "alone": alone}
+        text = json.dumps(told) if refused or unseen else ""
+        return name not in self.of or self.journal.keep(
+            self.of[name], text, patience, [*self.of.values()] if patience else ())
 
     def rename(self, names: Mapping[str, str]) -> None:
         self.of = {names.get(name, name): row for name, row in self.of.items()}
         self._unseen = {names.get(name, name): tries for name, tries in self._unseen.items()}
-        self._written = {names.get(name, name) for name in self._written}
 
     def read(self, name: str, text: str, *, is_own: bool) -> tuple[list[float], bool]:
         """How many seconds ago it refused, and whether that is alone; `is_own`: before the start of this machine."""
@@ -4895,7 +4891,6 @@ class LoginRows:
             is_aged = min(refused, default=math.inf) >= LOCKOUT_WINDOW
             if is_own:
                 self._unseen[name] = [(self._clock() - max(0.0, now_at - at), life) for at, life in told["unseen"]]
-                self._written.add(name)
                 self.aged |= {name: text} if is_aged else {}
             return [] if is_aged else refused, bool(told["alone"])
         return [], False
@@ -5205,6 +5200,8 @@ class Guards:
     def begin(self, journal: LoginJournal, before: Mapping[str, str]) -> None:
         """All that becomes known of logins is written down from now on."""
         def keep(row: str, text: str, patience: float, rows: Collection[str]) -> bool:
+            if not text and row not in self._own:       # nothing was written
+                return True
             with self._lock:
                 self._own.pop(row, None)
                 self._own |= {row: text} if text else {}
