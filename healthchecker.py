@@ -5856,19 +5856,15 @@ class SshTransport(paramiko.Transport):
         self.close()
         self.sock.close()
         self._way.close()
-        self.forget()
+        if not self.is_alive():     # nor does it refer to itself any more: else all of it would wait for the collector
+            self._handler_table.clear()     # type: ignore[attr-defined]  # the stubs lack it
+            self.saved_exception = self.kex_engine = cast(Any, None)
 
     def end(self) -> None:
         """At once, whatever is under way."""
         self.ended = True
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
-
-    def forget(self) -> None:
-        """Once it has ended it does not refer to itself any more: else all of it would wait for the collector."""
-        if not self.is_alive():
-            self._handler_table.clear()     # type: ignore[attr-defined]  # the stubs lack it
-            self.saved_exception = self.kex_engine = cast(Any, None)
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -6175,16 +6171,12 @@ class Relay(SshSession):
             self._users += self._users >= 0
             return self._users > 0
 
-    @contextlib.contextmanager
-    def taken(self) -> Iterator[SshTransport]:
-        """Until the end of the block for the user that was added."""
-        try:
-            yield self._transport
-        finally:
-            with self._counting:
-                self._users = self._users - 1 or -1
-            if self._users < 0:
-                super().close()
+    def leave(self) -> None:
+        """Takes away a user; it ends with the last."""
+        with self._counting:
+            self._users = self._users - 1 or -1
+        if self._users < 0:
+            super().close()
 
     def close(self) -> None:
         """It is not used for anyone else; there is always one who does, and then ends it."""
@@ -6250,8 +6242,10 @@ class SshConnection(SshLogin):
             raise
         finally:
             self._turn.release()
-        with relay.taken() as transport:
-            yield transport
+        try:
+            yield relay._transport
+        finally:
+            relay.leave()
 
     def offered_key(self, deadline: Deadline) -> str:
         """The key that the host shows; nothing else is done."""
