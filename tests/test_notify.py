@@ -1103,7 +1103,8 @@ def test_a_damaged_row_silences_nobody(tmp_path: Path, store: Store, hook: Hook)
     "UPDATE receiver SET message = '[' WHERE name = 'odd'", "UPDATE receiver SET message = '[1]' WHERE name = 'odd'",
     "UPDATE receiver SET message = '[1, 2, 3, 4]' WHERE name = 'odd'",
     "UPDATE receiver SET message = '[\"a\", \"b\", \"info\", [{}]]' WHERE name = 'odd'",
-    "UPDATE resource SET settings = '[]'", "UPDATE resource SET settings = '{\"tags\": 5}'", "UPDATE resource SET settings = '{\"tags\": [[1]]}'",
+    "UPDATE resource SET settings = '[]'", "UPDATE resource SET settings = '{\"tags\": 5}'",
+    "UPDATE resource SET settings = '{\"tags\": [[1]]}'",
     "INSERT INTO notice SELECT id, 'no', 'x', '', '', 1, 1, 1, 0, 0 FROM receiver WHERE name = 'odd'"])
 def test_nor_does_any_other(damage: str, tmp_path: Path, store: Store, hook: Hook) -> None:
     """Whatever a restored database holds of messages, of what was told, or of an unhealthy resource."""
