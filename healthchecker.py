@@ -2737,6 +2737,7 @@ class Vault:
         """The token for `secret`, which opens only with the same `row`: see `binding`."""
         key, nonce = os.urandom(32), os.urandom(12)
         wrapped = self._keys[self.key_id].public_key().encrypt(key, OAEP)
+        self._unwrapped[wrapped] = key
         bound = length_prefixed("HC2", self.key_id, *row)
         sealed = AESGCM(key).encrypt(nonce, secret.encode(), bound)
         parts = (base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in (wrapped, nonce, sealed))
@@ -4063,8 +4064,8 @@ class Store:
 # The rows follow the inventory. In come an Inventory and a Vault, out go rows and, for pollers, Targets with their
 # secrets opened. Within the transaction of whoever calls: a start, a reload, a change by the console.
 # Gives: Changes, forget_behind, import_inventory, import_receivers, imported_gates, is_still, keeping_word,
-# load_targets, named_by, open_stated, open_vault, rename_events, rename_row, reseal, sealed_tokens, stored_gates,
-# Target, target_of, update_row
+# load_targets, named_by, open_stated, open_vault, rename_elsewhere, reseal, sealed_tokens, stored_gates, Target,
+# target_of, update_row
 RENAMED = "renamed/"            # begins the name of a setting that lasts for a moment: of a name, the one after it
 THE_REST = GATES_CHANGED, PLANS_CHANGED, RECEIVERS_CHANGED = "groups and routes", "planned maintenance", "who is told"
 
@@ -4221,86 +4222,92 @@ def stored_gates(session: Session) -> Gates:
     return Gates()
 
 
-def spells(name: str) -> sqlalchemy.ColumnElement[bool]:
-    """Whether a row says a name anywhere, whoever wrote it: without that, each rename would read all rows."""
-    return sqlalchemy.or_(*(Resource.settings.contains(json.dumps(name, ensure_ascii=ascii)[1:-1], autoescape=True)
-                            for ascii in (True, False)))
+# Rows that may name others: most name nobody, and to read all of them would take too long.
+NAMING = sqlalchemy.select(Resource.id, Resource.name, Resource.settings).where(~sqlalchemy.and_(*(
+    Resource.settings.contains(nobody) for nobody in ('"proxy_jump": null', '"depends_on": []'))))
+
+
+def named_in(settings: str) -> set[str]:
+    """What a row calls those that it depends on, or is behind; what cannot be read names nobody."""
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        said = from_json(settings)
+        hops = (said.get("proxy_jump") or "none").split(",")
+        return {*(said.get("depends_on") or ()), *(hop for hop in hops if hop != "none" and not hop_address(hop))}
+    return set()
 
 
 def named_by(session: Session, name: str) -> str:
     """Why a resource has to keep its name: what names it, empty for nothing."""
     names = {group for group, members in stored_gates(session).members({}).items() if name in members}
-    for row in session.scalars(sqlalchemy.select(Resource).where(spells(name))):
-        with contextlib.suppress(StorageError):     # what cannot be read names nothing
-            settings = row.parsed_settings
-            hops = () if hop_address(name) else settings.hops       # there it is no resource
-            names |= {row.name} if name in (*settings.depends_on, *hops) else set()
+    names |= {row.name for row in session.execute(NAMING) if name in named_in(row.settings)}
     return f"stays while it is named by {', '.join(sorted(names))}" if names else ""
 
 
-def forget_behind(session: Session, name: str) -> Iterator[str]:
+def forget_behind(session: Session, *names: str) -> Iterator[str]:
     """Drops the passwords of what was added through the API and leads through a resource that became another one, for
     they were not meant for where that leads; gives their names. Those of the inventory lead through its own alone."""
-    if hop_address(name):       # in a way that is no resource
-        return
     is_direct = Resource.settings.contains('"proxy_jump": null')       # without that, each change would read all rows
     rows = list(session.scalars(sqlalchemy.select(Resource).where(Resource.origin == "api", ~is_direct)))
     ways = {row.name: ((row.way or ("",))[0] or "").split(",") for row in rows}
-    behind, before = {name}, set[str]()
+    others = {name for name in names if not hop_address(name)}      # which in a way is no resource
+    behind, before = others, set[str]()
     while behind != before:
         before = {*behind}
-        behind |= {one for one, hops in ways.items() if name in hops or hops[0] in before}
+        behind = before.union(one for one, hops in ways.items() if others.intersection(hops) or hops[0] in before)
     for row in rows:
-        if row.name in behind - {name} and row.password:
+        if row.name in behind.difference(names) and row.password:
             row.password = None
             yield row.name
 
 
-def follow_name(session: Session, old: str, name: str) -> None:
-    """What was added through the API, and is behind a resource or depends on it, calls it by its new name; but for a
-    `name` that means something else in a way: who added it has to say what is meant."""
-    is_plain = name != "none" and "," not in name and not (hop_address(old) or hop_address(name))
-    for row in session.scalars(sqlalchemy.select(Resource).where(Resource.origin == "api", spells(old))).all():
+def rename_ways(session: Session, names: Mapping[str, str]) -> None:
+    """What was added through the API, and is behind a resource or depends on it, calls it by its new name; but for one
+    that means something else in a way: who added it has to say what is meant."""
+    ways = {old: name for old, name in names.items()
+            if name != "none" and "," not in name and not (hop_address(old) or hop_address(name))}
+    found = session.execute(NAMING.where(Resource.origin == "api")).all()
+    for row in (session.get_one(Resource, each.id) for each in found if names.keys() & named_in(each.settings)):
         with contextlib.suppress(StorageError), same_status(session, row):
             settings = row.parsed_settings
-            hops = ",".join(name if hop == old and is_plain else hop for hop in settings.hops)
             row.take_settings(settings.model_copy(update={
-                "proxy_jump": hops or settings.proxy_jump,
-                "depends_on": tuple(name if each == old else each for each in settings.depends_on)}))
+                "proxy_jump": ",".join(ways.get(hop, hop) for hop in settings.hops) or settings.proxy_jump,
+                "depends_on": tuple(names.get(each, each) for each in settings.depends_on)}))
 
 
 def rename_events(session: Session, names: Mapping[str, str]) -> None:
-    """Events follow what has another name now, by that before, of which none is a new one: by one UPDATE, for it reads
-    all events, while nobody else writes; it looks the names up where an index finds them."""
-    if names:
-        before = RENAMED + Event.resource
-        new = sqlalchemy.select(Setting.text).where(Setting.name == before).scalar_subquery()
-        session.execute(sqlalchemy.insert(Setting), [
-            {"name": RENAMED + old, "value": 0, "text": name} for old, name in names.items()])
-        is_renamed = before.in_(sqlalchemy.select(Setting.name))
-        session.execute(sqlalchemy.update(Event).values(resource=new).where(is_renamed),
-                        execution_options={"synchronize_session": False})
-        session.execute(sqlalchemy.delete(Setting).where(Setting.name.startswith(RENAMED)))
+    """By one UPDATE, for it reads all events, while nobody else writes; it looks the names up where an index finds
+    them."""
+    before = RENAMED + Event.resource
+    new = sqlalchemy.select(Setting.text).where(Setting.name == before).scalar_subquery()
+    session.execute(sqlalchemy.insert(Setting), [
+        {"name": RENAMED + old, "value": 0, "text": name} for old, name in names.items()])
+    is_renamed = before.in_(sqlalchemy.select(Setting.name))
+    session.execute(sqlalchemy.update(Event).values(resource=new).where(is_renamed),
+                    execution_options={"synchronize_session": False})
+    session.execute(sqlalchemy.delete(Setting).where(Setting.name.startswith(RENAMED)))
 
 
-def rename_row(session: Session, row: Resource, vault: Vault, name: str, *, moved: bool = False) -> None:
-    """Gives a row another name: its secrets are sealed for that; what is planned for it and what the API put behind it
-    follow, without their passwords where it has `moved` to another host or account; its events see rename_events."""
+def rename_elsewhere(session: Session, names: Mapping[str, str], moved: Collection[str] = ()) -> None:
+    """What else says the names of resources that have other ones now, by those before, of which none is a new one:
+    what is planned for them, what is told of them, events, and what the API put behind them, without its passwords
+    where one has `moved` to another host or account."""
+    if not names:
+        return
     # plans of the inventory say it themselves
     for work in session.scalars(sqlalchemy.select(Maintenance).where(Maintenance.plan == "")):
-        if row.name in (scope := work.chosen).resources:
-            names = tuple(name if each == row.name else each for each in scope.resources)
-            work.scope = scope.model_copy(update={"resources": names}).scope_json
-    named = sqlalchemy.select(Notice).where(Notice.kind.in_(("state", "maintenance")), Notice.name == row.name)
-    for notice in session.scalars(named).all():
-        if before := session.get(Notice, (notice.receiver_id, notice.kind, name)):      # of what had the name until now
-            session.delete(before)
-            session.flush()
-        notice.name = name
-    follow_name(session, row.name, name)
-    reseal(session, [row], vault, name)
-    if moved:
-        list(forget_behind(session, name))
+        if names.keys() & (scope := work.chosen).resources:
+            renamed = tuple(names.get(each, each) for each in scope.resources)
+            work.scope = scope.model_copy(update={"resources": renamed}).scope_json
+    told = sqlalchemy.select(Notice).where(Notice.kind.in_(("state", "maintenance")))
+    for notice in session.scalars(told).all():
+        if name := names.get(notice.name):
+            if before := session.get(Notice, (notice.receiver_id, notice.kind, name)):  # of what had the name until now
+                session.delete(before)
+                session.flush()
+            notice.name = name
+    rename_events(session, names)
+    rename_ways(session, names)
+    list(forget_behind(session, *moved))
 
 
 def claim_row(session: Session, rows: dict[str, Resource], settings: ResourceSettings) -> Resource:
@@ -4384,7 +4391,7 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
     every = sqlalchemy.select(Resource).execution_options(removed=True)
     rows = {row.name: row for row in session.scalars(every)}
     bind_ports(session, rows.values(), vault)
-    changes, renamed = Changes([], [], [], []), dict[str, str]()
+    changes, renamed, moved = Changes([], [], [], []), dict[str, str](), list[str]()
     shared = [name for name in inventory.gates.members({}) if name in rows and rows[name].origin == "api"]
     faults: list[HealthCheckerError] = [InventoryError(f"{name} is a group, and a row of the API") for name in shared]
     for settings in inventory.resources:
@@ -4393,9 +4400,9 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
             row = claim_row(session, rows, settings)
             is_new, old = row.origin == REMOVED, row.name
             if old != name:
-                moved = (row.hostname, row.port, row.username) != (
-                    settings.hostname, settings.connect_port, settings.username)
-                rename_row(session, row, vault, name, moved=moved)
+                moved += [name] * ((row.hostname, row.port, row.username) != (
+                    settings.hostname, settings.connect_port, settings.username))
+                reseal(session, [row], vault, name)
                 renamed[old] = name
             row.origin, row.place = "inventory", inventory.places[name]
             with keeping_word(session, row):
@@ -4406,7 +4413,7 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
             faults.append(type(error)(f"{inventory.places[name]}: {name}: {error}"))
     if faults:
         raise type(faults[0])(first_faults(inventory.path.name, faults))
-    rename_events(session, renamed)
+    rename_elsewhere(session, renamed, moved)
     for name, row in rows.items():
         if row.origin == "inventory":   # it is not watched, and its secrets go; the rest stays as long as history
             row.origin, row.place, row.password, row.key_passphrase = REMOVED, "", None, None
@@ -15938,8 +15945,8 @@ def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Do
         if body.get("name", name) != name and (new := SettingsReader(inventory, form).read(body, before).name) != name:
             if why := "is taken" if new in names_taken(who, session) else named_by(session, name):
                 raise ApiError(f"{name} cannot be called {new}", 409, {"name": why})
-            rename_row(session, row, who.context.vault, new)
-            rename_events(session, {name: new})
+            reseal(session, [row], who.context.vault, new)
+            rename_elsewhere(session, {name: new})
             who.note(session, f"renamed, before {name}", new)
             name, before = new, {**before, "name": new}
         with keeping_word(session, row):

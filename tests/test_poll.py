@@ -491,7 +491,7 @@ def test_who_takes_the_name_of_a_removed_one_is_still_down(house: House, machine
             rows = {row.name: row for row in session.scalars(sqlalchemy.select(Resource))}
             session.delete(rows["b"])
             session.flush()
-            healthchecker.rename_row(session, rows["a"], house.vault, "b")
+            healthchecker.reseal(session, [rows["a"]], house.vault, "b")
             rows["a"].interval = interval
             healthchecker.revise(session)
         wait_for(lambda: house.monitor.pollers.keys() == {"b"} and house.poller("b") not in before)
@@ -1332,7 +1332,7 @@ def test_refusals_follow_a_resource(house: House, machines: Machines, how: str) 
     with house.store.writing() as session:
         [row] = session.scalars(sqlalchemy.select(Resource))
         if how == "renamed":
-            healthchecker.rename_row(session, row, house.vault, "b")
+            healthchecker.reseal(session, [row], house.vault, "b")
         else:
             house.vault.create("next.pem")
             healthchecker.reseal(session, [row], house.vault)

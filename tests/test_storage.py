@@ -933,7 +933,8 @@ def test_renamed(source: str, removed_before: bool, bench: Bench) -> None:
 
 
 def test_many_renamed_at_once(bench: Bench) -> None:
-    """One statement reads all events, of which there may be very many, however many have another name."""
+    """One statement reads all events, of which there may be very many, however many have another name; so does one each
+    what is planned, what is told, and what the API put behind them."""
     seen: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
@@ -942,6 +943,19 @@ def test_many_renamed_at_once(bench: Bench) -> None:
     entry = "  - {hostname: 'h[01:40].example.com', name: NAME, platform: tcp, port: 80}\n"
     bench.load(entry.replace("NAME", "'old[01:40]'") + C)
     polled(bench)
+    with closing(Store(bench.place)) as store, store.writing() as session:
+        behind = Resource(origin="api")
+        behind.take_settings(healthchecker.ResourceSettings(
+            name="behind", hostname="h", username="u", key_file="k", depends_on=("old03", "c"), proxy_jump="old04,x:22",
+        ))  # fmt: skip
+        receiver = healthchecker.Receiver(name="ops")
+        session.add_all([behind, receiver, Maintenance(
+            state="planned", start_at=0, until_at=1, reason="r",
+            scope=healthchecker.Scope(resources=("c", "old01", "old02")).scope_json)])  # fmt: skip
+        session.flush()
+        session.add(healthchecker.Notice(
+            receiver_id=receiver.id, kind="state", name="old05", text="", ending="", times=1, since_at=0, taken_at=0,
+            over_at=0, told_at=0))  # fmt: skip
     settings = execute(bench.place, "SELECT name FROM setting")
     sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", note)
     try:
@@ -949,9 +963,17 @@ def test_many_renamed_at_once(bench: Bench) -> None:
     finally:
         sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", note)
     assert (len(changes.changed), changes.kept) == (40, ["c"])
-    assert len([statement for statement in seen if "event" in statement.split("WHERE")[0]]) == 1
+    for table, count in {"event": 1, "FROM maintenance": 1, "FROM notice": 2, "FROM resource": 3}.items():
+        assert len([statement for statement in seen if table in statement.split("WHERE")[0]]) == count, table
     found = {name: one.events for name, one in past(bench).items()}
-    assert found == {f"new{number:02}": [f"of old{number:02}"] for number in range(1, 41)} | {"c": ["of c"]}
+    assert found == {f"new{number:02}": [f"of old{number:02}"] for number in range(1, 41)} | {
+        "c": ["of c"], "behind": []}  # fmt: skip
+    [work] = execute(bench.place, "SELECT scope FROM maintenance")
+    assert json.loads(work[0]) == {"resources": ["c", "new01", "new02"]}
+    assert [name for (name,) in execute(bench.place, "SELECT name FROM notice")] == ["new05"]
+    with closing(Store(bench.place)) as store, store.reading() as session:
+        [behind] = session.scalars(sqlalchemy.select(Resource).where(Resource.origin == "api"))
+    assert (behind.parsed_settings.depends_on, behind.parsed_settings.proxy_jump) == (("new03", "c"), "new04,x:22")
     assert sorted(execute(bench.place, "SELECT name FROM setting")) == sorted(settings)
 
 
