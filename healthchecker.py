@@ -19963,14 +19963,15 @@ class Installation:
         self.inventory = InventoryLoader(self.path, document, secrets=self._secrets).load()
         return document
 
-    def taken(self, session: Session) -> int:
-        """How often this machine's inventory was taken over, in all."""
-        return remembered(session, own_name("file", self.service.machine_name)).value
+    def taken(self, session: Session) -> tuple[int, str]:
+        """How often this machine's inventory was taken over, in all, and the key that `keys` made last."""
+        name = own_name("file", self.service.machine_name)
+        return remembered(session, name).value, remembered(session, "key").text
 
     def take(self, session: Session) -> None:
         """Notes that it is, or, for `differs_from`, was to be."""
         name = own_name("file", self.service.machine_name)
-        session.merge(Setting(name=name, text=self.inventory.digest, value=self.taken(session) + 1))
+        session.merge(Setting(name=name, text=self.inventory.digest, value=self.taken(session)[0] + 1))
 
     def schema(self, *, whole: bool = True) -> int:
         """That of the database, 0 before the first start alone: without what was added and said in the console, its
@@ -20192,27 +20193,22 @@ def database_at(text: str, installation: Installation) -> Database:
     return database_of(named)
 
 
-def rehearsed(session: Session, installation: Installation, vault: Vault) -> Changes:
-    """What it would change to take the inventory over. Raises HealthCheckerError."""
-    with session.begin_nested() as trial:
-        changes = import_inventory(session, installation.inventory, vault)
-        trial.rollback()
-    return changes
-
-
-def first_owner(installation: Installation, session: Session, imported: Callable[[], Changes], *, is_new: bool) -> str:
+def first_owner(installation: Installation, session: Session, taken_over: Callable[[], Changes], *, is_new: bool
+                ) -> tuple[str, Changes | None]:
     """The rows' owner at a start: where this machine `is_new`, also in the place of one that is gone, if no other lives
-    and nothing would be removed that is `imported`, for a container has another name each time. What was here before
-    may have older texts than the one that is gone. Raises StorageError."""
+    and nothing is removed where it is `taken_over`, for a container has another name each time; and with what changes
+    it was. What was here before may have older texts than the one that is gone. Raises StorageError."""
     owner, beside = installation.rows_owner(session), {"name": installation.service.machine_name}
     if not (owner and is_new) or installation.service.inventory == "follow" or session.scalar(NEIGHBOURS, beside):
-        return owner
+        return owner, None
     try:
-        installation.require_kept(imported().removed)
+        with session.begin_nested():
+            changes = taken_over()
+            installation.require_kept(changes.removed)
     except HealthCheckerError as error:     # it is as good as the machine's that may come back
         log_refusal(error)
-        return owner
-    return ""
+        return owner, None
+    return "", changes
 
 
 def prepare(installation: Installation, store: Store) -> Vault:
@@ -20224,10 +20220,11 @@ def prepare(installation: Installation, store: Store) -> Vault:
         is_new = installation.is_new(session)
         installation.keep_service(session)
         waiting, initial = installation.changed_service(session), initial_user(session)
-        imported = functools.partial(rehearsed, session, installation, vault)
-        owner = first_owner(installation, session, imported, is_new=is_new)
-        changes = "" if owner else installation.take_over(session, vault)
-        if owner:
+        take_over = functools.partial(installation.take_over, session, vault)
+        owner, changes = first_owner(installation, session, take_over, is_new=is_new)
+        if not owner:
+            changes = changes or take_over()
+        else:
             import_receivers(session, installation.inventory, vault, secrets_only=True)
     installation.mark()
     log.info("inventory: %s", changes or f"that of {owner} is watched")
@@ -20240,9 +20237,9 @@ def prepare(installation: Installation, store: Store) -> Vault:
     return vault
 
 
-def read_for(installation: Installation, store: Store) -> tuple[int, Vault, list[str]]:
+def read_for(installation: Installation, store: Store) -> tuple[tuple[int, str], Vault, list[str]]:
     """Does what takes long of a reload, before nobody else may write: reads the files, and unwraps the keys of secrets.
-    Gives how often others were faster until it began, the keys, and what needs a restart. Raises HealthCheckerError."""
+    Gives what was `taken` until it began, the keys, and what needs a restart. Raises HealthCheckerError."""
     with store.reading() as session:
         taken = installation.taken(session)
     installation.read_again()
@@ -20265,8 +20262,7 @@ def take_over_again(installation: Installation, store: Store, actor: str = "") -
                 raise fault
             yield str(fault)
         with store.writing(long=True) as session:
-            # who was faster may have read what was written meanwhile
-            if installation.taken(session) != taken or installation.open_vault(session).key_id != vault.key_id:
+            if installation.taken(session) != taken:    # who was faster may have read what was written meanwhile
                 continue
             owner = installation.rows_owner(session, again=True)
             changes = "" if owner else installation.take_over(session, vault, actor)
@@ -20832,7 +20828,7 @@ def show_changes(installation: Installation, changes: Changes) -> tuple[Changes,
     owner = ""
     if installation.service.machine_name and installation.database.inspect(whole=False) == SCHEMA:
         with installation.store() as store, store.reading() as session:
-            owner = first_owner(installation, session, lambda: changes, is_new=installation.is_new(session))
+            owner, _ = first_owner(installation, session, lambda: changes, is_new=installation.is_new(session))
     print(f"{installation.path.name} is valid; a start would "
           + (f"not take it over: the inventory of {owner} is watched" if owner else f"make: {changes}"))
     return Changes([], [], [], []) if owner else changes, int(installation.is_orphaned(owner))

@@ -28,6 +28,7 @@ from healthchecker import (
     InventoryError,
     ResourceSettings,
     Standing,
+    Store,
     Vault,
     events,
     load_targets,
@@ -220,13 +221,14 @@ def test_a_reload_that_another_one_overtook(
 
 
 class Blind(Installation):
-    """It can neither read files nor use its key from the moment on in which nobody else may write."""
+    """It can neither read files, also those of keys, nor use its key from the moment on in which nobody else may write.
+    """
 
-    def open_vault(self, session: Session | None) -> Vault:
-        vault = super().open_vault(session)
-        if session and session.connection().get_execution_options().get("immediate"):
-            self.path.unlink(missing_ok=True)
-        return vault
+    def taken(self, session: Session) -> tuple[int, str]:
+        if session.connection().get_execution_options().get("immediate"):
+            for path in (self.path, self.service.keys / "private.pem"):
+                path.unlink(missing_ok=True)
+        return super().taken(session)
 
     def take_over(self, session: Session, vault: Vault, actor: str = "") -> Changes:
         vault._keys = dict.fromkeys(vault._keys, cast(RSAPrivateKey, None))
@@ -247,6 +249,28 @@ def test_nobody_waits_while_a_reload_reads_files_and_opens_secrets(tmp_path: Pat
         assert [*take_over_again(reloading, store)] == [
             "inventory: 1 added, 0 changed, 0 removed, 2 kept; added: h3"]
     assert not path.exists()
+
+
+@pytest.mark.of_files
+def test_a_reload_that_another_key_overtook(tmp_path: Path) -> None:
+    """Nothing is sealed with the one that went."""
+    class Overtaken(Store):
+        said = ""
+
+        def writing(self, **how: bool) -> contextlib.AbstractContextManager[Session]:
+            self.said = self.said or said_by(path, "keys", "rotate")
+            return super().writing(**how)
+
+    prepared_database(tmp_path)
+    path = write_inventory(tmp_path, OWN_FILE.replace("password_file: h0.password", "password: p"))
+    said_by(path, "reload")
+    write_inventory(tmp_path, OWN_FILE.replace("password_file: h0.password", "password: q"))
+    reloading = Installation(path)
+    with contextlib.closing(Overtaken(reloading.database)) as store:
+        assert [*take_over_again(reloading, store)] == ["inventory: 0 added, 1 changed, 0 removed, 0 kept; changed: h0"]
+        with store.reading() as session:
+            [target] = load_targets(session, Vault(reloading.service.keys)).values()
+    assert "sealed with key" in store.said and target.settings.secrets == {"password": "q"}
 
 
 @pytest.mark.of_files

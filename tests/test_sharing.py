@@ -766,6 +766,7 @@ def test_a_container_that_is_recreated_takes_its_inventory_over(site: Site) -> N
     assert said.returncode == 0 and "a start would make: 1 added" in said.stdout, said
     with Service(path, deadline=60) as service:
         assert "inventory: 1 added" in service.output and site.execute(watched) == [("one",), ("two",)]
+    assert site.execute("SELECT last_value FROM resource_id_seq") == [(2,)], "it was imported once"
     replace_in(path, "machine: f3a91c0b7d11", "machine: a")     # it was here before: its texts may be older
     replace_in(path, ONE, ONE.replace("one", "zero") + ONE)
     said = run(path, "check")
