@@ -4325,8 +4325,19 @@ def claim_row(session: Session, rows: dict[str, Resource], settings: ResourceSet
     return row or Resource(name=settings.name, origin=REMOVED)
 
 
+def tell_of_lost(session: Session, inventory: Inventory) -> None:
+    """Says which rows of the API name somebody whom the inventory has no more: such a parent makes nobody unhealthy,
+    and through such a bastion nobody is reached."""
+    known = {*session.scalars(sqlalchemy.select(Resource.name)), *(group.name for group in inventory.gates.groups)}
+    for row in session.execute(NAMING.where(Resource.origin == "api")):
+        if lost := named_in(row.settings) - known:
+            log.warning("%s, which was added in the console, names %s, which is not watched: correct depends_on or "
+                        "proxy_jump there", row.name, ", ".join(sorted(lost)))
+
+
 def store_rest(session: Session, inventory: Inventory, changes: Changes) -> None:
     """What else the inventory says than resources; raises the revision where anything has changed."""
+    tell_of_lost(session, inventory)
     gates = inventory.gates.model_dump_json()
     if gates != (remembered(session, "gates").text or Gates().model_dump_json()):
         changes.changed.append(GATES_CHANGED)

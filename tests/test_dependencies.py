@@ -360,3 +360,23 @@ def test_dependencies_follow_a_reload(tmp_path: Path) -> None:
         assert run(inventory, "reload").returncode == 0
         service.wait_status("/", 200)
         assert "db1: healthy -> unhealthy" not in service.output[begin:]
+
+
+def test_a_parent_that_the_inventory_has_no_more(tmp_path: Path) -> None:
+    """What the console put behind it counts by itself then, which is said."""
+    switch, db1 = f"  - {{name: switch1, {DOWN}, fall: 1, critical: false}}\n", f"  - {{name: db1, {CALM}}}\n"
+    inventory = tmp_path / "inventory.yaml"
+    told = "db2, which was added in the console, names switch1, which is not watched"
+    with console(tmp_path, switch + db1) as (service, client):
+        client.log_in()
+        added = {"name": "db2", "platform": "simulated", "mean_healthy": 1_000_000, "interval": 1}
+        assert client.api("POST", "resources", added | {"depends_on": ["switch1"]}).status == 201
+        wait_for(lambda: client.api("GET", "resources/db2").json["cause"] == "parent")
+        write_inventory(tmp_path, db1)
+        assert told in run(inventory, "check").stderr
+        done = run(inventory, "reload")
+        assert done.returncode == 0 and told in done.stderr
+        wait_for(lambda: client.api("GET", "resources/db2").json["state"] == "healthy")
+        service.wait_status("/", 200)
+        assert client.api("PATCH", "resources/db2", {"depends_on": None}).status == 200
+        assert told not in run(inventory, "reload").stderr
