@@ -716,10 +716,6 @@ LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")     # what YAML takes for
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def line_begins(text: str) -> list[int]:
-    return [0, *(found.end() for found in LINE_BREAK.finditer(text))]
-
-
 def event_fault(event: Any) -> str | None:
     """What is wrong with a value, whatever stands around it."""
     if event.anchor:    # an alias has one, too
@@ -746,8 +742,12 @@ class Document:
         self.faults: list[str] = []     # what is wrong with keys and values that could be read all the same
         self._refused: list[str] = []   # what is wrong with the rest
         self.value: Any = None
-        text = self._decode(source)
-        self._lines = line_begins(text)
+        text = source.decode("utf-8-sig", "surrogateescape")
+        self._lines = [0, *(found.end() for found in LINE_BREAK.finditer(text))]
+        if len(source) > INVENTORY_BYTES:
+            raise InventoryError(f"{name}: the file is larger than {INVENTORY_BYTES} bytes")
+        if byte := SURROGATE.search(text):
+            raise InventoryError(self._line(byte.start(), "this byte is not UTF-8; save the file as UTF-8"))
         try:
             for event in (events := self._events(text)):
                 self.value = self._read(events, event, ())
@@ -787,17 +787,6 @@ class Document:
         while index is None and path:
             index, path = self.nodes.get(path, (None,))[0], path[:-1]
         return self._line_column(index or 0)
-
-    def _decode(self, source: bytes) -> str:
-        try:
-            if len(source) <= INVENTORY_BYTES:
-                return source.decode("utf-8-sig")
-            self._refused.append(f"{self.name}: the file is larger than {INVENTORY_BYTES} bytes")
-        except UnicodeDecodeError as error:
-            before = source[:error.start].decode("utf-8", "replace")
-            self._lines = line_begins(before)
-            self._refused.append(self._line(len(before), "this byte is not UTF-8; save the file as UTF-8"))
-        return ""
 
     def _events(self, text: str) -> Iterator[Any]:
         """The events of the values, of which nothing is built before it was looked at. Raises yaml.MarkedYAMLError."""
