@@ -931,10 +931,6 @@ def scalar_limit(value: object) -> object:
     return {"fail": value} if isinstance(value, (str, int, float)) else value
 
 
-def limit_or_off(value: object) -> object:
-    return None if value == "off" else scalar_limit(value)
-
-
 def matching_key(patterns: Iterable[str], mount: str) -> str | None:
     """Which pattern holds for a mount point: itself, or else the first that it matches. On Windows, which has a colon
     in each, case is nothing, and neither is a last backslash."""
@@ -1072,7 +1068,8 @@ class AmountLimit(Limit):
 
 PercentLimit = Annotated[Limit, BeforeValidator(scalar_limit, json_schema_input_type=Limit | Percent)]
 LimitOrOff = Annotated[
-    Limit | None, BeforeValidator(limit_or_off, json_schema_input_type=Limit | Percent | Literal["off"]),
+    Limit | None, BeforeValidator(lambda value: None if value == "off" else scalar_limit(value),
+                                  json_schema_input_type=Limit | Percent | Literal["off"]),
     WrapSerializer(lambda limit, plain: plain(limit) if limit else "off", return_type=Any)]
 MountPattern = Annotated[str, Field(min_length=1, max_length=4096)]
 
@@ -1554,32 +1551,29 @@ class ResourceSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> ResourceSettings:
-        names = [check.name for check in self.checks]
-        faults = self._windows_faults() if self.platform is Platform.WINDOWS else []
-        faults += self._protocol_faults() if self.platform in PROTOCOLS else []
-        token = self.secrets.get("password")
-        if token and not self.is_asked and not re.fullmatch(f"[!-~]{{{TOKEN_CHARS},}}", token):
-            faults.append(f"a password of push must have {TOKEN_CHARS} characters of ASCII or more, without blanks")
-        if len(set(names)) < len(names):
-            faults.append("two checks have the same name")
-        if faults:
-            raise ValueError("; ".join(faults))
+        names, token = [check.name for check in self.checks], self.secrets.get("password")
+        faults = {
+            **(self._windows_faults() if self.platform is Platform.WINDOWS else {}),
+            **(self._protocol_faults() if self.platform in PROTOCOLS else {}),
+            f"a password of push must have {TOKEN_CHARS} characters of ASCII or more, without blanks":
+                token and not self.is_asked and not re.fullmatch(f"[!-~]{{{TOKEN_CHARS},}}", token),
+            "two checks have the same name": len(set(names)) < len(names)}
+        if told := [fault for fault, is_there in faults.items() if is_there]:
+            raise ValueError("; ".join(told))
         return self
 
-    def _windows_faults(self) -> list[str]:
+    def _windows_faults(self) -> dict[str, object]:
         if self.auth == "certificate":
             known = self.certificate_file and self.key_file and self.tls
-            return [] if known else ["auth certificate needs certificate_file, key_file and tls"]
-        faults = [] if self.username else ["username is missing"]
-        if self.certificate_file or self.key_file:
-            faults.append("certificate_file and key_file need `auth: certificate`")
-        if self.auth == "basic" and not self.tls:
-            faults.append("auth basic without tls would show the password to the network")
-        return faults
+            return {"auth certificate needs certificate_file, key_file and tls": not known}
+        return {
+            "username is missing": not self.username,
+            "certificate_file and key_file need `auth: certificate`": self.certificate_file or self.key_file,
+            "auth basic without tls would show the password to the network": self.auth == "basic" and not self.tls}
 
-    def _protocol_faults(self) -> list[str]:
+    def _protocol_faults(self) -> dict[str, object]:
         expect, shown = self.expect, self.url and self.password and not self.tls and self.hostname not in LOOPBACK
-        faults = {
+        return {
             "url says another hostname, port or tls": of_url({"url": self.url}) not in (
                 {}, {"hostname": self.hostname, "port": self.port, "tls": self.tls}),
             "a password needs https, or it would be shown to the network": shown,
@@ -1587,7 +1581,6 @@ class ResourceSettings(Settings):
             "key_file needs certificate_file": self.key_file and not self.certificate_file,
             "certificate_days needs TLS": (self.certificate_days or expect.certificate_days) and not self.tls,
             "HEAD has no answer to look into": self.method == "HEAD" and (expect.contains or expect.values)}
-        return [fault for fault, is_there in faults.items() if is_there]
 
     @property
     def is_asked(self) -> bool:
@@ -1725,15 +1718,6 @@ class Gates(Settings):
         return self.routes[max(around, key=len)] if around else RouteSettings()
 
 
-def by_tag(resources: Iterable[ResourceSettings]) -> dict[str, list[str]]:
-    """Names of the resources that count, by their tags."""
-    tagged: dict[str, list[str]] = collections.defaultdict(list)
-    for settings in resources:
-        for tag in settings.tags if settings.critical else ():
-            tagged[tag].append(settings.name)
-    return tagged
-
-
 def inverse(inside: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
     """In which ones each stands."""
     found: dict[str, list[str]] = collections.defaultdict(list)
@@ -1741,6 +1725,11 @@ def inverse(inside: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
         for member in members:
             found[member].append(name)
     return {member: tuple(names) for member, names in found.items()}
+
+
+def by_tag(resources: Iterable[ResourceSettings]) -> dict[str, tuple[str, ...]]:
+    """Names of the resources that count, by their tags."""
+    return inverse({settings.name: settings.tags for settings in resources if settings.critical})
 
 
 def unknown_name(name: str, known: Iterable[str], kind: str = "resource or group") -> str:
@@ -2764,6 +2753,10 @@ class Vault:
         with contextlib.suppress(SecretError):
             return hmac.compare_digest(self.open(token or "", *row).encode(), secret.encode())
         return False
+
+    def token(self, known: str | None, secret: str, *row: str) -> str:
+        """The `known` token, while it holds the secret, or else a new one."""
+        return known if known and self.keeps(known, secret, *row) else self.seal(secret, *row)
 
     def mark(self, token: str | None, *secrets: str) -> str:
         """The same for the same secrets as long as a token is sealed with the same key, whoever seals it again; without
@@ -4089,15 +4082,6 @@ def open_stated(settings: ResourceSettings, kind: str, vault: Vault) -> str:
     return vault.read(secret, *binding(kind, settings))
 
 
-def store_secret(row: Resource, kind: str, plain: str, vault: Vault) -> bool:
-    """Keeps the stored token while it holds the same secret; says whether it was replaced."""
-    bound = binding(kind, row)
-    if vault.keeps(getattr(row, kind), plain, *bound):
-        return False
-    setattr(row, kind, vault.seal(plain, *bound))
-    return True
-
-
 @contextlib.contextmanager
 def same_status(session: Session, row: Resource) -> Iterator[None]:
     """Around a change after which a row means what it meant: its stored status stays that of its settings."""
@@ -4170,7 +4154,9 @@ def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
             changed |= getattr(row, kind) is not None
             setattr(row, kind, None)
         elif kind in given:
-            changed |= store_secret(row, kind, open_stated(settings, kind, vault), vault)
+            token = vault.token(getattr(row, kind), open_stated(settings, kind, vault), *binding(kind, row))
+            changed |= token != getattr(row, kind)
+            setattr(row, kind, token)
         elif rerouted and getattr(row, kind) is not None:
             what = "hostname, port or username" if moved else "the way to the host, or its key,"
             raise SecretError(f"{what} changed: write the password again")
@@ -4372,9 +4358,10 @@ def import_receivers(session: Session, inventory: Inventory, vault: Vault, *, se
         row = claim_receiver(rows, own.get(name, name), plain, vault, settings) or Receiver(
             name=own.get(name, name), url="", settings="{}", joined_at=session.info["wall"](),
             cursor=session.scalar(sqlalchemy.select(func.max(Event.id))) or 0)
-        if vault.keeps(row.url, plain, *row.bound) and row.settings == settings.get(name, "{}"):
+        said = vault.token(row.url, plain, *row.bound), settings.get(name, "{}")
+        if (row.url, row.settings) == said:
             continue
-        row.url, row.settings, changed = vault.seal(plain, *row.bound), settings.get(name, "{}"), True
+        (row.url, row.settings), changed = said, True
         row.next_at = 0.0       # what was to be waited for may be what was corrected
         session.add(row)
     for row in rows.values():
