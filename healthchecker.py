@@ -3541,16 +3541,8 @@ class SqliteFile:
         session.execute(sqlalchemy.text(f"PRAGMA user_version = {SCHEMA}"))
         session.execute(sqlalchemy.text(f"PRAGMA application_id = {APPLICATION}"))
 
-    def last_number(self, session: Session, column: sqlalchemy.Column[Any]) -> int:
-        """The last number that was given to a row, which may be gone; 0 where that is not known."""
-        return session.scalar(sqlalchemy.text("SELECT seq FROM sqlite_sequence WHERE name = :name"),
-                              {"name": column.table.name}) or 0
-
-    def number_after(self, session: Session, column: sqlalchemy.Column[Any], last: int) -> None:
-        """Has the next row be given a later one."""
-        values = {"name": column.table.name, "last": last}
-        session.execute(sqlalchemy.text("DELETE FROM sqlite_sequence WHERE name = :name"), values)
-        session.execute(sqlalchemy.text("INSERT INTO sqlite_sequence VALUES (:name, :last)"), values)
+    def number_after(self, session: Session, column: sqlalchemy.Column[Any]) -> None:
+        """SQLite gives the next row a later number than those that were copied."""
 
     def checkpoint(self, connection: sqlalchemy.Connection) -> None:
         """Brings to the disk what was committed, the last of which a loss of power might take. Raises StorageError."""
@@ -3948,18 +3940,10 @@ class PostgresServer:
         """Notes down that it is ours, and of SCHEMA."""
         session.merge(Setting(name="schema", value=SCHEMA, text=f"{APPLICATION:x}"))
 
-    def last_number(self, session: Session, column: sqlalchemy.Column[Any]) -> int:
-        """The last number that was given to a row, which may be gone; 0 for none."""
-        return session.scalar(sqlalchemy.text("SELECT last_value FROM pg_sequences WHERE schemaname = current_schema() "
-                                              "AND sequencename = :name"), {"name": self._sequence(column)}) or 0
-
-    def number_after(self, session: Session, column: sqlalchemy.Column[Any], last: int) -> None:
-        """Has the next row be given a later one."""
-        session.execute(sqlalchemy.text("SELECT setval(CAST(:name AS regclass), greatest(:last, 1), :last > 0)"),
-                        {"name": self._sequence(column), "last": last})
-
-    def _sequence(self, column: sqlalchemy.Column[Any]) -> str:
-        return f"{column.table.name}_{column.name}_seq"
+    def number_after(self, session: Session, column: sqlalchemy.Column[Any]) -> None:
+        """Has the next row be given a later number than those that were copied."""
+        sequence = func.pg_get_serial_sequence(f'"{column.table.name}"', column.name)
+        session.execute(sqlalchemy.select(func.setval(sequence, func.max(column))))
 
     def checkpoint(self, connection: sqlalchemy.Connection) -> None:
         """What was committed is on the disk."""
@@ -19752,8 +19736,7 @@ def copy_rows(source: Store, target: Store, show: Callable[[int, int], None]) ->
                 new.execute(sqlalchemy.insert(table), rows)
                 show(done := done + len(rows), 2 * total)
             if (column := table.autoincrement_column) is not None:
-                last = old.scalar(sqlalchemy.select(func.max(column))) or 0
-                target.database.number_after(new, column, max(last, source.database.last_number(old, column)))
+                target.database.number_after(new, column)
         for table in tables:
             for before, after in itertools.zip_longest(rows_in(old, table), rows_in(new, table)):
                 if before != after:
