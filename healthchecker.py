@@ -3183,8 +3183,6 @@ class Machine(Base):
 MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin'",
                "ALTER TABLE user ADD COLUMN initial BOOLEAN NOT NULL DEFAULT 0",
                "UPDATE user SET initial = 1",      # there was no way to change a password
-               "ALTER TABLE resource ADD COLUMN maintenance FLOAT NOT NULL DEFAULT 0",
-               "ALTER TABLE resource ADD COLUMN maintenance_reason VARCHAR NOT NULL DEFAULT ''",
                "ALTER TABLE status ADD COLUMN seconds FLOAT NOT NULL DEFAULT 0",
                "ALTER TABLE status ADD COLUMN sample VARCHAR NOT NULL DEFAULT 'null'",
                "ALTER TABLE status ADD COLUMN packed BLOB NOT NULL DEFAULT x''",
@@ -4408,12 +4406,12 @@ def open_vault(folder: Path, sealed: Iterable[str], places: Mapping[str, str] = 
 
 def sealed_tokens(session: Session | None, inventory: Inventory) -> Iterator[str]:
     """Every sealed secret of the database, if there is one, and of the file."""
-    for row in session.scalars(sqlalchemy.select(Resource)) if session else ():
-        yield from filter(None, (row.password, row.key_passphrase))
-    yield from session.scalars(sqlalchemy.select(Receiver.url)) if session else ()
-    yield from (secret for _, secret, _ in inventory.secrets() if secret.startswith(TOKEN_PREFIXES))
-    for settings in inventory.resources:
-        yield from (secret for secret in settings.secrets.values() if secret.startswith(TOKEN_PREFIXES))
+    for column in (Resource.password, Resource.key_passphrase, Receiver.url):
+        yield from filter(None, session.scalars(sqlalchemy.select(column)) if session else ())
+    stated = (secret for _, secret, _ in inventory.secrets())
+    for secret in itertools.chain(stated, *(settings.secrets.values() for settings in inventory.resources)):
+        if secret.startswith(TOKEN_PREFIXES):
+            yield secret
 
 
 @dataclass(frozen=True)
