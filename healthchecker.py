@@ -3542,12 +3542,6 @@ class SqliteFile:
     def number_after(self, session: Session, column: sqlalchemy.Column[Any]) -> None:
         """SQLite gives the next row a later number than those that were copied."""
 
-    def checkpoint(self, connection: sqlalchemy.Connection) -> None:
-        """Brings to the disk what was committed, the last of which a loss of power might take. Raises StorageError."""
-        connection.exec_driver_sql("COMMIT")
-        if connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar():
-            raise StorageError(f"database {self.path} is being read by another program; try again")
-
 
 # === Databases ===============================================================
 # What holds the tables: that file, or a database of PostgreSQL that several machines reach. What the two do
@@ -3943,9 +3937,6 @@ class PostgresServer:
         sequence = func.pg_get_serial_sequence(f'"{column.table.name}"', column.name)
         session.execute(sqlalchemy.select(func.setval(sequence, func.max(column))))
 
-    def checkpoint(self, connection: sqlalchemy.Connection) -> None:
-        """What was committed is on the disk."""
-
 
 Database = SqliteFile | PostgresServer
 
@@ -4014,11 +4005,6 @@ class Store:
     def own(self, name: str) -> str:
         """See own_name."""
         return own_name(name, self.machine)
-
-    def checkpoint(self) -> None:
-        """Brings to the disk what was committed, the last of which a loss of power might take. Raises StorageError."""
-        with self.engine.connect() as connection:
-            self.database.checkpoint(connection)
 
     def close(self) -> None:
         self.engine.dispose()
@@ -19740,7 +19726,6 @@ def copy_rows(source: Store, target: Store, show: Callable[[int, int], None]) ->
                 if before != after:
                     raise StorageError(f"table {table.name} is not the same there; nothing was copied")
                 show(done := done + len(before), 2 * total)
-    target.checkpoint()
     return total
 
 
@@ -20551,7 +20536,6 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
             revise(session)
             if tokens:      # before `seal` has its turn
                 rewrite(installation.path, document, tokens)
-        store.checkpoint()
         vault.retire()
     print(f"secrets are sealed with key {vault.key_id} now")
     return 0
