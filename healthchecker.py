@@ -1966,17 +1966,15 @@ class Plan(Scope):
 
     def around(self, at: float) -> tuple[float, float]:
         """When it began last, at that time at the latest, and when it begins next; infinity for never."""
-        def starts(shift: float) -> Iterator[float]:    # cron's own reckoning knows one of two hours alone
-            then = datetime.datetime.fromtimestamp(math.floor(at) + shift, zone_of(self.zone))
-            return (start.timestamp() for start in CronSim(self.schedule, then, reverse=shift > 0))
+        def starts(begin: float, *, reverse: bool = False) -> Iterator[float]:
+            then = datetime.datetime.fromtimestamp(begin, zone_of(self.zone))
+            return (start.timestamp() for start in CronSim(self.schedule, then, reverse=reverse))
 
-        last = next((start for start in starts(PUT_BACK) if start <= at), -math.inf)
+        whole = math.floor(at)      # and more around it, for cron's own reckoning knows one of two hours alone
+        last = next((start for start in starts(whole + PUT_BACK, reverse=True) if start <= at), -math.inf)
         if last > -math.inf:    # backwards it loses those just before a clock change of half an hour
-            then = datetime.datetime.fromtimestamp(last, zone_of(self.zone))
-            later = (start.timestamp() for start in CronSim(self.schedule, then))
-            last = max([last, *itertools.takewhile(lambda start: start <= at, later)])
-        return (last,
-                next((start for start in starts(-PUT_BACK) if start > at), math.inf))
+            last = max([last, *itertools.takewhile(lambda start: start <= at, starts(last))])
+        return last, next((start for start in starts(whole - PUT_BACK) if start > at), math.inf)
 
 
 def choice_faults(plans: Sequence[Plan], receivers: Sequence[ReceiverSettings], gates: Gates,
@@ -2144,8 +2142,9 @@ def identities(path: Path) -> tuple[object, ...]:
 def fetch_secret(source: str, text: str, folder: Path, *, needed: bool = True) -> str:
     """The secret of an environment variable or a file. Raises ValueError; not for a variable that is missing where no
     secret is `needed`, which may lack the service's environment: the database's password always is."""
+    is_variable = source.endswith("_env")
     try:
-        if source.endswith("_env"):
+        if is_variable:
             found = (os.environ.get(text) or taken_variables().get(text, "")).rstrip("\r\n")
         else:
             path = absolute(text, folder)
@@ -2155,10 +2154,9 @@ def fetch_secret(source: str, text: str, folder: Path, *, needed: bool = True) -
         found.encode()
     except (OSError, UnicodeError):
         raise ValueError("this file cannot be read as text") from None
-    if not found and (needed or not source.endswith("_env") or source == "database_password_env"):
-        what = ("environment variable is not set here; check and reload need it, too, as the service does"
-                if source.endswith("_env") else "file is empty")
-        raise ValueError(f"this {what}")
+    if not found and (needed or not is_variable or source == "database_password_env"):
+        raise ValueError("this environment variable is not set here; check and reload need it, too, as the service does"
+                         if is_variable else "this file is empty")
     return found
 
 
