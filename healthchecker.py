@@ -844,10 +844,10 @@ def read_document(path: Path) -> Document:
 # own: limits, checks, expectations. Texts come in, values go out, or a ValueError that says what is wanted. Pure.
 # Gives: absolute, AppName, CertificateDays, Check, ConsoleListen, DatabaseUrl, Days, Duration, Expect, FilePath,
 # Fingerprint, fits_platform, HeaderName, HeaderValue, HostKey, Hostname, HOSTNAME, if_plain, known_hosts_file, Limit,
-# Limits, Listen, literal_address, LONGEST, LongText, matching, matching_key, Mode, Name, Networks, plain_seconds,
-# Platform, Positive, POSTGRES, PROTOCOLS, RANGE, ranged, read_url, Relogin, REMOTE_PLATFORMS, Seconds, Secret, SECURED,
-# SELECTABLE, selectable, ServiceName, Settings, short_expect, SQLITE, SSH_PLATFORMS, TextLine, Times, Url, WEB_PORTS,
-# Workers
+# Limits, Listen, literal_address, LONGEST, LongText, matching, matching_key, Mode, Name, Networks, passing,
+# plain_seconds, Platform, Positive, POSTGRES, PROTOCOLS, RANGE, ranged, read_url, Relogin, REMOTE_PLATFORMS, Seconds,
+# Secret, SECURED, selectable, SELECTABLE, ServiceName, Settings, short_expect, SQLITE, SSH_PLATFORMS, TextLine, Times,
+# Url, WEB_PORTS, Workers
 class Platform(str, Enum):
     """What a resource runs; decides its connection and its command set. `posix` is what `unix` falls back to."""
 
@@ -890,20 +890,25 @@ def network_of(text: str) -> str:
         raise ValueError("must be an address or a network such as 192.0.2.0/24") from None
 
 
-def matching(pattern: str, message: str, longest: int = 4096) -> AfterValidator:
-    """A validator for a text that matches `pattern` as a whole; `message` says what is wanted."""
+def passing(test: Callable[[str], object]) -> AfterValidator:
+    """A validator for a text that `test` has nothing against."""
     def validate(text: str) -> str:
-        if len(text) > longest or not re.fullmatch(pattern, text):
-            raise ValueError(message)
+        test(text)
         return text
     return AfterValidator(validate)
 
 
-def port_of(listen: str) -> str:
-    """`listen` itself, when its port is one; raises ValueError."""
+def matching(pattern: str, message: str, longest: int = 4096) -> AfterValidator:
+    """A validator for a text that matches `pattern` as a whole; `message` says what is wanted."""
+    def test(text: str) -> None:
+        if len(text) > longest or not re.fullmatch(pattern, text):
+            raise ValueError(message)
+    return passing(test)
+
+
+def right_port(listen: str) -> None:
     if listen != "off" and int(listen.rpartition(":")[2]) > LAST_PORT:
         raise ValueError(f"the port must be at most {LAST_PORT}")
-    return listen
 
 
 def absolute(path: str | Path, folder: Path | None) -> Path:
@@ -987,9 +992,9 @@ LIBPQ_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 LIBPQ = ("host", "port", "sslmode", *LIBPQ_FILES, "ssl_min_protocol_version", "channel_binding", "require_auth",
          "gssencmode", "krbsrvname", "target_session_attrs", "load_balance_hosts")      # options of a URL of PostgreSQL
 ADDRESS = r"(\[[\w:.%]+\]|[\w.-]+):[0-9]{1,5}"
-Listen = Annotated[str, matching(ADDRESS, "must be address:port or [address]:port"), AfterValidator(port_of)]
+Listen = Annotated[str, matching(ADDRESS, "must be address:port or [address]:port"), passing(right_port)]
 ConsoleListen = Annotated[str, matching("off|" + ADDRESS, "must be address:port, [address]:port or off"),
-                          AfterValidator(port_of)]
+                          passing(right_port)]
 # A validation's context is the inventory's folder.
 FilePath = Annotated[Path, BeforeValidator(file_path)]
 Networks = tuple[Annotated[str, AfterValidator(network_of)], ...]
@@ -1289,12 +1294,6 @@ LOCAL_SERVICES = frozenset({"blink1", "dbus", "glib", "gio", "gnome", "kde", "ma
 LOCAL_FILES = re.compile("[?&](keyfile|subfile|pgppub|pgpprv)=|=file:", re.IGNORECASE)
 
 
-def web_url(text: str) -> str:
-    """A URL of HTTP. Raises ValueError."""
-    read_url(text)
-    return text
-
-
 def long_token(text: str) -> None:
     """Raises ValueError for one that somebody may guess."""
     if not re.fullmatch(f"[!-~]{{{TOKEN_CHARS},}}", text):
@@ -1348,7 +1347,7 @@ class ServiceSettings(Settings):
     heartbeat: Annotated[Secret, if_plain(read_url)] | None = None      # a URL, asked every minute
     heartbeat_env: TextLine | None = None
     heartbeat_file: FilePath | None = None
-    console_url: Annotated[str, AfterValidator(web_url)] | None = None      # in notifications, and behind a proxy
+    console_url: Annotated[str, passing(read_url)] | None = None      # in notifications, and behind a proxy
     status_page: bool = False                           # /-/status of the console's listener, for anyone
     status_token: Annotated[Secret, if_plain(long_token)] | None = None   # for its bearer alone
     status_token_env: TextLine | None = None
@@ -1537,7 +1536,7 @@ class ResourceSettings(Settings):
     services: list[ServiceName] = []
     checks: list[Check] = []
     # http only, like the next three; hostname and tls are its own
-    url: Annotated[str, AfterValidator(web_url)] | None = None
+    url: Annotated[str, passing(read_url)] | None = None
     method: Literal["GET", "HEAD", "OPTIONS", "POST", "PUT"] = "GET"
     headers: Annotated[dict[HeaderName, HeaderValue], Field(max_length=32)] = {}    # to no other origin
     redirects: Annotated[int, Field(ge=0, le=10)] = 0       # that are followed
@@ -1881,13 +1880,13 @@ SCOPE_CHARS = 120               # characters of a scope, where there is more to 
 TURNS = 2000                    # of a schedule without a pause, after which there is none
 
 
-def schedule_of(text: str) -> str:
+def right_schedule(text: str) -> None:
     """Raises ValueError for what is no schedule, or never comes."""
     try:
         if len(text) > 100 or len(text.split()) != 5:
             raise CronSimError("five fields")
         if next(CronSim(text, A_MONDAY), None):
-            return text
+            return
     except CronSimError as error:
         raise ValueError("must be minute, hour, day of the month, month and day of the week as cron has them, such as "
                          f"0 2 * * sun ({error})") from None
@@ -1899,11 +1898,6 @@ def zone_of(name: str) -> datetime.tzinfo:
     with contextlib.suppress(KeyError, ValueError, OSError):     # or a folder of them
         return datetime.timezone.utc if name == "UTC" else zoneinfo.ZoneInfo(name)
     raise ValueError(unknown_name(name, sorted(zoneinfo.available_timezones()), "time zone"))
-
-
-def zone_name(name: str) -> str:
-    zone_of(name)
-    return name
 
 
 def with_pauses(seconds: float, info: Any) -> float:
@@ -1959,8 +1953,8 @@ class Plan(Scope):
     """Work that recurs."""
 
     model_config = ConfigDict(serialize_by_alias=True)
-    schedule: Annotated[str, AfterValidator(schedule_of)]
-    zone: Annotated[str, AfterValidator(zone_name)] = "UTC"
+    schedule: Annotated[str, passing(right_schedule)]
+    zone: Annotated[str, passing(zone_of)] = "UTC"
     seconds: Annotated[Duration, Field(ge=60), AfterValidator(with_pauses)] = Field(alias="for")
     reason: Annotated[TextLine, Field(max_length=200)]
 
