@@ -7408,9 +7408,9 @@ def _ps_cpu(text: str) -> float:
     return min(100.0, sum(map(_number, shares)) / _count(count))
 
 
-CGROUPS = (     # limit, used, and what of it is cache: version 2 and 1
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+CGROUPS = (     # limit, used, and what of it is cache, as of a machine's: version 2 and 1
+    ("memory.max", "memory.current", "inactive_file", "active_file", "slab_reclaimable"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file"),
 )
 
 
@@ -7422,19 +7422,19 @@ def _load_per_cpu(text: str) -> float:
 
 
 def _linux_memory(text: str) -> Reading:
-    """Of the container (what docker and podman call used) where it has a limit below the machine's memory, else of
-    the machine. The ARC of ZFS above its floor is available; in a container it is the host's."""
-    named = {}
+    """Of the container where it has a limit below the machine's memory, else of the machine. The ARC of ZFS above its
+    floor is available; in a container it is the host's."""
+    named = {"active_file": "0", "total_active_file": "0", "slab_reclaimable": "0"}    # not of an older endpoint
     for line in text.splitlines():      # such as `/proc/meminfo:MemTotal: 16 kB` and `…/arcstats:size 4 123`
         words = line.removesuffix(" kB").rpartition("/")[2].replace(":", " ").split()
         if len(words) > 1:
             named[words[len(words) > 2]] = words[-1]
     total = _sum(named, "MemTotal")
-    for limit, used, cache in CGROUPS:
+    for limit, used, *cache in CGROUPS:
         # "no limit" is a word, or more than _number() takes
         if re.fullmatch("[0-9]{1,18}", named.get(limit, "")) and _number(named[limit]) < total * 1024:
             most = _number(named[limit])
-            share = percent(min(most, max(0.0, _sum(named, used) - _sum(named, cache))), most)
+            share = percent(min(most, max(0.0, _sum(named, used) - _sum(named, *cache))), most)
             return {"memory_percent": share, "memory_limit": f"the container's limit of {most / (1 << 20):.0f} MiB"}
     if "MemAvailable" in named:
         available = _sum(named, "MemAvailable")
@@ -7678,7 +7678,7 @@ echo @inodes; d -Pi$l
 # One command for all that may be there.
 LINUX_MEMORY = r"""
 c=/sys/fs/cgroup
-grep -sE '^(Mem|Buffers|Cached|Shmem:|[0-9]+$|(total_)?inactive_file |(size|c_min) |lxcfs .proc.meminfo )' \
+grep -sE '^(Mem|Buffers|Cached|Shmem:|[0-9]+$|(total_)?(in)?active_file |slab_rec|(size|c_min) |lxcfs .proc.meminfo )' \
   /proc/meminfo $c/memory.max $c/memory.current $c/memory.stat $c/memory/memory.limit_in_bytes \
   $c/memory/memory.usage_in_bytes $c/memory/memory.stat /proc/spl/kstat/zfs/arcstats /proc/mounts
 :"""
