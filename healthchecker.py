@@ -5632,6 +5632,7 @@ class Connection:
 # Gives: SshConnection
 UNREAD = 4 << 20                # bytes from a bastion that are for nobody behind it; then it is ended
 CLOSE_SECONDS = 1.0             # for a bastion to hear that nobody needs a connection any more
+KILL_SECONDS = 0.2              # for a host that takes nothing to take the end of what runs too long
 
 
 class BoundedPacketizer(paramiko.packet.Packetizer):
@@ -6081,26 +6082,46 @@ class SshSession(HostSession):
         transport.packetizer.resting = False
         try:
             with transport.explained():
-                return self._execute(transport.open_in_time(None, deadline), script, output)
+                return self._execute(transport.open_in_time(None, deadline), script, output, deadline)
         finally:
             transport.packetizer.resting = True
             transport.wire.pause()
 
-    def _execute(self, channel: paramiko.Channel, script: str, output: Output) -> bool:
-        """Feeds the script to a POSIX shell, whatever the login shell is; False when the connection ended first."""
+    def _execute(self, channel: paramiko.Channel, script: str, output: Output, deadline: Deadline) -> bool:
+        """Feeds the script to a POSIX shell, whatever the login shell is; False when the connection ended first, or
+        that is late."""
         command, fed = (script, "") if self._endpoint else ("exec /bin/sh -s", script)
         with contextlib.suppress(paramiko.SSHException, OSError, EOFError), contextlib.closing(channel):
             channel.set_combine_stderr(True)
             channel.exec_command(command)
-            with contextlib.suppress(OSError):      # a shell that ended before may have said why
-                channel.sendall(fed.encode())
-                channel.shutdown_write()
-            while chunk := channel.recv(READ_BYTES):
-                if output.take(chunk):
-                    return True
-            channel.status_event.wait()
-            return channel.exit_status >= 0
+            self._transport.wire.deadline = Deadline(deadline.remaining + KILL_SECONDS)
+            try:
+                channel.settimeout(max(0.0, deadline.remaining))
+                with contextlib.suppress(OSError):      # a shell that ended before may have said why
+                    channel.sendall(fed.encode())
+                    channel.shutdown_write()
+                while not output.whole:
+                    channel.settimeout(max(0.0, deadline.remaining))
+                    if not (chunk := channel.recv(READ_BYTES)):
+                        channel.status_event.wait(max(0.0, deadline.remaining))
+                        return channel.exit_status >= 0
+                    output.take(chunk)
+                return True
+            finally:
+                if not output.whole and not channel.closed:
+                    self._kill(channel)
         return False
+
+    def _kill(self, channel: paramiko.Channel) -> None:
+        """Ends the shell and its group, which sshd leaves alone as long as they print nothing."""
+        kill = paramiko.Message()
+        kill.add_byte(b"b")     # SSH_MSG_CHANNEL_REQUEST
+        kill.add_int(channel.remote_chanid)
+        kill.add_string("signal")
+        kill.add_boolean(False)
+        kill.add_string("KILL")
+        with contextlib.suppress(paramiko.SSHException, OSError, EOFError, ProbeError):
+            self._transport._send_user_message(kill)    # type: ignore[attr-defined]  # the stubs lack it
 
     def close(self) -> None:
         self._stack.close()

@@ -24,14 +24,16 @@ from hostile import ClosedPort, swallow
 from paramiko import common
 from rights import ROOT
 from service import command, environment, run_cheaply, write_inventory
-from sshd import OPENSSH, Login, ParamikoSshd, Sshd, SshServer, make_key, public_line, write_private
+from sshd import MARK, OPENSSH, Login, ParamikoSshd, Sshd, SshServer, make_key, marked, public_line, write_private
 from test_transport import (
+    ACCOUNTS,
     AMPLE,
     DEADLINE,
     Answer,
     TardySshd,
     good_login,
     healthy,
+    login_shell,
     no_attempt,
     poll,
     resource_of,
@@ -116,6 +118,19 @@ def test_resources_as_bastions(servers: tuple[Sshd, Sshd, Sshd], tmp_path: Path,
         assert healthy(net.poll(behind(last, jump)))
     assert came_through(first, begun[0])
     assert came_through(second, begun[1]) is (way != "a resource")
+
+
+@ACCOUNTS
+def test_a_poll_that_is_late_leaves_nothing_behind_bastions(servers: tuple[Sshd, Sshd, Sshd], tmp_path: Path) -> None:
+    first, second, last = servers
+    net = Net(tmp_path / "known", *servers)
+    net.add(target(first, name="b1", **good_login(first)))
+    net.add(target(second, name="b2", **good_login(second)))
+    (last.folder / ".bashrc").write_text("while :; do sleep 1; done", encoding="ascii")
+    with login_shell(last, shutil.which("bash") or pytest.skip("bash is missing")):
+        answer = net.poll(behind(last, "b1,b2", timeout=4))
+    assert answer.cause == "timeout" and answer.reason.startswith("no end within 4 s")
+    wait_for(lambda: not marked(f"{MARK}={last.folder}"), 5)
 
 
 @OPENSSH

@@ -37,6 +37,7 @@ from hostile import RawServer
 from rights import without_root_rights
 from service import Service, run_cheaply, write_inventory
 from sshd import (
+    MARK,
     OPENSSH,
     POSIX,
     ROOT,
@@ -1119,6 +1120,17 @@ def test_login_shells(sshd: Server, shell: str) -> None:
     with login_shell(sshd, shell):
         checks = [{"name": "quotes", "command": "test \"$(echo 'a  b' | tr a c)\" = 'c  b' && set -e; exit 0"}]
         assert healthy(poll(target(sshd, checks=checks, **good_login(sshd))))
+
+
+@ACCOUNTS
+@pytest.mark.parametrize("loop", ["while :; do sleep 1; done", "trap '' HUP PIPE; while :; do sleep 1; done"])
+def test_a_poll_that_is_late_leaves_nothing_on_the_host(own: Sshd, loop: str) -> None:
+    """sshd leaves a command alone whose connection ended, until it prints: one more at each poll."""
+    (own.folder / ".bashrc").write_text(loop, encoding="ascii")
+    with login_shell(own, shutil.which("bash") or pytest.skip("bash is missing")):
+        answer = poll(target(own, timeout=DEADLINE, **good_login(own)))
+    assert answer.cause == "timeout" and answer.reason == "no end within 2 s"
+    wait_for(lambda: not marked(f"{MARK}={own.folder}"), 5)
 
 
 @ACCOUNTS
