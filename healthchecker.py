@@ -7273,7 +7273,6 @@ class CpuTicks(NamedTuple):
 # None: this machine has no such thing. In a mapping of metrics a text is a problem.
 Reading = str | float | None | CpuTicks | Mapping[str, float | str]
 
-
 # What an endpoint says of itself: its format and a digest of each `service NAME` and `check NAME`, in their order.
 INSTALLED: TypeAdapter[tuple[int, dict[str, str]]] = TypeAdapter(
     tuple[Annotated[int, Field(ge=0, le=1000)], dict[str, str]])
@@ -7295,6 +7294,7 @@ class Sample:
     still: int = dataclass_field(default=0, compare=False)
     writable: frozenset[str] = dataclass_field(default=frozenset(), compare=False)
     stuck: tuple[str, ...] = dataclass_field(default=(), compare=False)
+    counted_mono: float = dataclass_field(default=0.0, compare=False)   # when the CPU counters had been read
     endpoint: str = dataclass_field(default="", compare=False)      # what an endpoint says of itself
 
     @property
@@ -7307,7 +7307,7 @@ class Sample:
 
     def to_json(self) -> str:
         """For the pages: an object with the names of the fields; without what only a poll needs."""
-        fields = self.__dataclass_fields__.keys() - {"ticks", "still", "writable", "stuck", "endpoint"}
+        fields = self.__dataclass_fields__.keys() - {"ticks", "still", "writable", "stuck", "counted_mono", "endpoint"}
         return json.dumps({field: getattr(self, field) for field in fields}, default=vars)
 
 
@@ -8871,6 +8871,7 @@ CONNECTIONS: dict[Platform, type[Connection]] = {
 }
 POWERSHELL = {Platform.WINDOWS, Platform.LOCAL} if sys.platform == "win32" else {Platform.WINDOWS}  # they know no sh
 STILL_POLLS = 3                 # without a reading, of counters that should move
+CPU_WINDOW = 0.5                # seconds between two polls; in less, what they need themselves is all that is busy
 
 
 def since(sample: Sample, previous: Sample | None) -> Sample:
@@ -8886,6 +8887,17 @@ def since(sample: Sample, previous: Sample | None) -> Sample:
             problems.setdefault("cpu_percent", f"no reading in {still} polls: its counters stand still")
     shown = frozenset(name.partition(" ")[2] for name, _ in sample.readings("disk_percent"))
     return replace(sample, problems=problems, still=still, writable=(shown or frozenset(writable)).union(turned))
+
+
+def unhurried(sample: Sample, previous: Sample | None, begun_mono: float) -> Sample:
+    """Right after another poll the reading of that one stays, or that it has none."""
+    if not (previous and begun_mono < previous.counted_mono + CPU_WINDOW and sample.ticks
+            and "cpu_percent" in sample.metrics):
+        return replace(sample, counted_mono=time.monotonic())
+    metrics = {name: value for name, value in sample.metrics.items() if name != "cpu_percent"}
+    metrics |= {name: value for name, value in previous.metrics.items() if name == "cpu_percent"}
+    return replace(sample, metrics=metrics, ticks=previous.ticks, still=previous.still,
+                   counted_mono=previous.counted_mono)
 
 
 def disk_problems(kind: str, sample: Sample, settings: ResourceSettings) -> dict[str, str]:
@@ -8926,7 +8938,7 @@ def ask(settings: ResourceSettings, connection: Connection, previous: Sample | N
     """One round trip. Raises ProbeError."""
     if isinstance(connection, ProtocolConnection | PushConnection | SimulatedConnection):
         return complete(connection.sample(deadline), settings)
-    nonce, in_powershell = secrets.token_hex(8), settings.platform in POWERSHELL
+    nonce, in_powershell, begun_mono = secrets.token_hex(8), settings.platform in POWERSHELL, time.monotonic()
     mark, stuck, ticks = end_mark(nonce), previous.stuck if previous else (), previous.ticks if previous else None
     output = WindowsOutput(settings, mark, deadline) if in_powershell else Output(mark)
     if settings.endpoint:
@@ -8941,6 +8953,7 @@ def ask(settings: ResourceSettings, connection: Connection, previous: Sample | N
         sample = parse_windows(text, ticks) if in_powershell else parse_output(text, nonce, ticks)
         checks = {check.name: sample.checks[check.name] for check in settings.checks if check.name in sample.checks}
         sample = since(replace(sample, checks=checks), previous)    # without what nobody asked for
+        sample = unhurried(sample, previous, begun_mono)
         return complete(judge_endpoint(sample, settings) if settings.endpoint else sample, settings)
     during = f" while {running} ran" if running else ""
     if deadline.over:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -517,7 +519,7 @@ def test_the_numbers_are_those_of_a_script_before_and_after_a_change(machine: Ma
     assert before[0].checks["Zürich"].text == "TITLE KEY HOLDS $n $N it's\n0", "a check never sees the nonce"
     assert not before[0].problems
     machine.become(SECOND)
-    after = [collect(way.settings, connection, sample)
+    after = [collect(way.settings, connection, replace(sample, counted_mono=-math.inf))  # long ago
              for way, connection, sample in zip(ways, connections, before, strict=True)]  # fmt: skip
     assert after[0] == after[1]
     assert after[0].metrics["cpu_percent"] > 50

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import ipaddress
+import math
 import re
 import shutil
 import sys
@@ -450,6 +451,21 @@ def test_counters_that_stand_still_are_a_problem_at_the_third_poll(name: str) ->
     assert all(state.startswith("healthy") for state in first)
     assert third.startswith("degraded") and "cpu_percent" in third
     assert fourth.startswith("degraded")
+
+
+def test_polls_in_quick_succession_are_not_what_keeps_the_cpus_busy() -> None:
+    """As of two clicks on *Check now*, on a machine with one CPU: what a poll needs itself is all that it did between
+    the two, and 100 %. The reading before stays, where there is one, and the counters to compare with."""
+    host, wanted, kept, found = hosts.host("alpine/3.20"), resource(limits={"cpu_percent": "90"}), None, []
+    for later, busy, idle in ((0, 100, 900), (0, 102, 900), (0, 104, 900), (1, 1100, 3900), (0, 1110, 3900),
+                              (1, 1160, 3950), (1, 4160, 3950)):  # fmt: skip
+        stat = {**host.files, "proc/stat": f"cpu  {busy} 0 0 {idle} 0 0 0 0 0 0\n"}
+        if kept:
+            kept = replace(kept, counted_mono=-math.inf if later else math.inf)
+        kept = collect(wanted, Played(host._replace(files=stat)), kept)
+        found.append((kept.metrics.get("cpu_percent"), evaluate(kept, wanted).state))
+    assert found == [(None, "healthy")] * 3 + [(25.0, "healthy")] * 2 + [(pytest.approx(100 * 60 / 110), "healthy"),
+                                                                         (100.0, "unhealthy")]  # fmt: skip
 
 
 def test_what_a_machine_does_not_have_is_no_missing_reading() -> None:

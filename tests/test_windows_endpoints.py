@@ -6,9 +6,11 @@ The test registers it by starting the engine with it, less the lines that only R
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +156,7 @@ def test_the_numbers_are_those_of_a_script_before_and_after_a_change(
         samples: list[Sample | None] = [None, None]
         seen = []
         for moment in range(2):
-            samples = [collect(way.settings, through, sample)
+            samples = [collect(way.settings, through, sample and replace(sample, counted_mono=-math.inf))  # long ago
                        for way, through, sample in zip(ways, opened, samples, strict=True)]  # fmt: skip
             assert samples[0] and samples[1]
             assert fields(samples[0]) == fields(samples[1]), moment
