@@ -7242,9 +7242,9 @@ JUDGES: Mapping[str, Judge] = {"plain": by_status, "nagios": by_nagios}    # of 
 # problem shown in the metric's place.
 # Gives: INSTALLED, NOT_KNOWN, PROBLEM_CHARS, DETAILS, BECAME_READ_ONLY, CpuTicks, Reading, Sample, percent,
 # make_sample, build_script, end_mark, last_section, not_run, parse_output
-
 NOT_KNOWN = "not known on this platform"
 PROBLEM_CHARS = 200             # characters of a problem's one line
+LOADER = re.compile(r"ERROR: ld\.so: object '[^'\n]*' from \S{1,20} cannot be preloaded.{0,99}: ignored\.\n")
 DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count", "skipped_filesystems",
                      "hidden_filesystems", "memory_limit"})
 # No disks: what lies in memory, images that are always full, views of another filesystem, and other machines'.
@@ -7698,11 +7698,11 @@ echo @inodes; d -Pi$l
 :"""
 # One command for all that may be there.
 LINUX_MEMORY = r"""
-c=/sys/fs/cgroup
+true </proc/meminfo || exit; c=/sys/fs/cgroup
 grep -sE '^(Mem|Buffers|Cached|Shmem:|[0-9]+$|(total_)?(in)?active_file |slab_rec|(size|c_min) |lxcfs .proc.meminfo )' \
   /proc/meminfo $c/memory.max $c/memory.current $c/memory.stat $c/memory/memory.limit_in_bytes \
   $c/memory/memory.usage_in_bytes $c/memory/memory.stat /proc/spl/kstat/zfs/arcstats /proc/mounts
-:"""
+[ $? -lt 126 ]"""
 PROBES: dict[Platform, CommandSet] = {
     Platform.LINUX: CommandSet("Linux", (
         *_ANY,
@@ -7713,7 +7713,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("cpu_percent", "grep '^cpu ' /proc/stat", _linux_ticks),
         Probe("memory_percent", LINUX_MEMORY, _linux_memory),
         Probe("swap_percent", "grep ^Swap /proc/meminfo", _linux_swap),
-        Probe("load_per_cpu", f"{_LINUX_CPUS} && cat /proc/loadavg", _load_per_cpu),
+        Probe("load_per_cpu", f"true </proc/loadavg && {_LINUX_CPUS} && cat /proc/loadavg", _load_per_cpu),
         Probe("disk_percent", LINUX_DISKS, _disk_percent),
     ), "if [ -d /run/systemd/system ]; then systemctl show -p Id -p LoadState -p ActiveState -p SubState -- {} |"
        " grep ^; else service {} status; fi", _systemd),
@@ -7754,7 +7754,7 @@ PROBES: dict[Platform, CommandSet] = {
 # poll starts no other. BusyBox' timeout leaves a check its own status, which may be 0, so `limit` counts there itself.
 SCRIPT = r"""{
 LC_ALL=C; export LC_ALL; unset LANGUAGE N; N=NONCE
-PATH=$PATH:/usr/sbin:/sbin:/usr/local/sbin:/usr/local/bin; export PATH
+PATH=$PATH:/usr/bin:/bin:/usr/sbin:/sbin:/usr/local/sbin:/usr/local/bin; export PATH
 E=
 b() { E="$E
 @$N begin $1
@@ -7776,7 +7776,7 @@ limit() {
 }
 d() {
   limit 5 /bin/sh -c 'printf "\n@%s df %s %s\n" "$0" $$ "$(date "+%d %b %H:%M")" >&3; exec df "$@" 3>&-' "$N" "$@"; s=$?
-  [ $s -lt 124 ] || echo "df: no end in 5 s"
+  case $s in (124|137|143) echo "df: no end in 5 s";; (???) echo "df: exit status $s";; esac
   return $s
 }
 hangs() {
@@ -7869,7 +7869,7 @@ class Section(NamedTuple):
 
 def _sections(output: str, nonce: str) -> list[Section]:
     found: list[Section] = []
-    for part in ("\n" + output).split(f"\n@{nonce} ")[1:]:
+    for part in LOADER.sub("", f"\n{output}").split(f"\n@{nonce} ")[1:]:    # glibc says so for each command
         header, _, body = part.partition("\n")
         word, *words = header.split(" ")
         if word == "begin" and words:

@@ -209,7 +209,7 @@ TOOLS = """awk cat cut date dd df echo egrep expr getconf grep head id kill ls p
 
 @pytest.fixture
 def toolbox(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A folder, open to all, with the tools of one program, besides printf, true and test."""
+    """A folder, open to all, with the tools of one program, besides printf, true, test and [."""
     program = shutil.which(request.param)
     if not program:
         pytest.skip(f"{request.param} is not installed (apt-get install {request.param})")
@@ -220,7 +220,7 @@ def toolbox(request: pytest.FixtureRequest) -> Iterator[Path]:
         folder.chmod(0o755)
         for name in {*TOOLS.split()} & {*listed}:
             (folder / name).symlink_to(program)
-        for name in ("printf", "true", "test"):
+        for name in ("printf", "true", "test", "["):
             (folder / name).symlink_to(shutil.which(name) or pytest.fail(name))
         service = folder / "service"
         service.write_text('#!/bin/sh\necho "$1 is stopped"\n', encoding="ascii")
@@ -294,6 +294,48 @@ def test_a_plain_account_reads_what_root_does(shell: str, platform: Platform) ->
     assert {"load_per_cpu"} <= kinds == kinds_of_root
     assert plain.checks == root.checks and plain.services.keys() == root.services.keys()
     assert plain.problems == root.problems
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_login_without_the_usual_path(shell: str) -> None:
+    """`PATH=/home/x/bin` in a .bashrc: the system's own commands are found all the same."""
+    command, script = command_of(shell), build_script(wanting(Platform.UNIX), NONCE)
+    usual, bare = (parse_output(run_script(command, script, PATH=path)[0], NONCE, CpuTicks(busy=0.0, total=0.0))
+                   for path in (os.environ["PATH"], "/nowhere"))
+    assert bare.metrics.keys() == usual.metrics.keys() and bare.problems == usual.problems
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_library_that_is_to_be_loaded_and_is_missing(shell: str) -> None:
+    """Of a package that is gone: glibc complains for each command, on stderr, and all of them do what they should."""
+    command, checks = command_of(shell), [Check(name="plug-in", command="cat /etc/hostname", exit="nagios")]
+    script = build_script(wanting(Platform.UNIX, ["cron"], checks), NONCE)
+    usual, odd = (parse_output(run_script(command, script, **environ)[0], NONCE, CpuTicks(busy=0.0, total=0.0))
+                  for environ in ({"A": "b"}, {"LD_PRELOAD": "/nowhere/lib.so"}))
+    assert {**odd.details, "uptime_seconds": 0} == {**usual.details, "uptime_seconds": 0}
+    assert odd.metrics.keys() == usual.metrics.keys() and odd.problems == usual.problems
+    assert odd.checks == usual.checks and odd.services == usual.services
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("toolbox", ["busybox"], indirect=True)
+def test_a_command_that_is_missing_is_what_is_told(toolbox: Path, shell: str) -> None:
+    """And no df that hangs, and no total of the memory."""
+    (toolbox / "df").unlink()
+    (toolbox / "grep").unlink()
+    script = without_path(build_script(wanting(Platform.UNIX), NONCE))
+    problems = parse_output(run_script(command_of(shell), script, PATH=str(toolbox))[0], NONCE, None).problems
+    assert "df: exit status 127" in problems["disk_percent"] and "no end" not in problems["disk_percent"]
+    assert "grep" in problems["memory_percent"] and "MemTotal" not in problems["memory_percent"]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_where_proc_is_missing_that_is_what_is_told(shell: str) -> None:
+    """As in a chroot: real shells, and the files in a place that is none."""
+    script = build_script(wanting(Platform.LINUX), NONCE).replace("/proc/", "/nowhere/proc/")
+    problems = parse_output(run_script(command_of(shell), script)[0], NONCE, None).problems
+    for metric, path in (("memory_percent", "meminfo"), ("load_per_cpu", "loadavg"), ("swap_percent", "meminfo")):
+        assert f"/nowhere/proc/{path}" in problems[metric] and "exit status" in problems[metric]
 
 
 @pytest.mark.parametrize("toolbox", ["busybox", "toybox"], indirect=True)
