@@ -6096,17 +6096,17 @@ class SshSession(HostSession):
             channel.exec_command(command)
             self._transport.wire.deadline = Deadline(deadline.remaining + KILL_SECONDS)
             try:
-                channel.settimeout(max(0.0, deadline.remaining))
                 with contextlib.suppress(OSError):      # a shell that ended before may have said why
                     channel.sendall(fed.encode())
                     channel.shutdown_write()
-                while not output.whole:
+                while not (output.whole or deadline.over):
                     channel.settimeout(max(0.0, deadline.remaining))
-                    if not (chunk := channel.recv(READ_BYTES)):
-                        channel.status_event.wait(max(0.0, deadline.remaining))
-                        return channel.exit_status >= 0
-                    output.take(chunk)
-                return True
+                    with contextlib.suppress(TimeoutError):     # also where the wall clock was set
+                        if not (chunk := channel.recv(READ_BYTES)):
+                            channel.status_event.wait(max(0.0, deadline.remaining))
+                            return channel.exit_status >= 0
+                        output.take(chunk)
+                return output.whole
             finally:
                 if not output.whole and not channel.closed:
                     self._kill(channel)

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import hostile
@@ -1126,11 +1127,27 @@ def test_login_shells(sshd: Server, shell: str) -> None:
 @pytest.mark.parametrize("loop", ["while :; do sleep 1; done", "trap '' HUP PIPE; while :; do sleep 1; done"])
 def test_a_poll_that_is_late_leaves_nothing_on_the_host(own: Sshd, loop: str) -> None:
     """sshd leaves a command alone whose connection ended, until it prints: one more at each poll."""
-    (own.folder / ".bashrc").write_text(loop, encoding="ascii")
+    mark, rc = f"{MARK}={own.folder}", own.folder / ".bashrc"
+    before = marked(mark)
+    rc.write_text(loop, encoding="ascii")
     with login_shell(own, shutil.which("bash") or pytest.skip("bash is missing")):
-        answer = poll(target(own, timeout=DEADLINE, **good_login(own)))
-    assert answer.cause == "timeout" and answer.reason == "no end within 2 s"
-    wait_for(lambda: not marked(f"{MARK}={own.folder}"), 5)
+        answer = poll(target(own, timeout=5, **good_login(own)))
+    rc.unlink()
+    assert answer.cause == "timeout" and answer.reason == "no end within 5 s"
+    wait_for(lambda: marked(mark) <= before)
+
+
+@OPENSSH
+@pytest.mark.parametrize("step", [-86_400, 86_400])
+def test_a_wall_clock_that_is_set_ends_no_poll(own: Sshd, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """paramiko measures by it how long it waited for output."""
+    times = iter(range(0, 10**9, abs(step))[:: 1 if step > 0 else -1])
+    monkeypatch.setattr(paramiko.buffered_pipe, "time", SimpleNamespace(time=lambda: next(times)))
+    checks = [{"name": "slow", "command": "sleep 0.2; echo 1; sleep 0.2"}]
+    assert healthy(poll(target(own, timeout=AMPLE, checks=checks, **good_login(own))))
+    late = poll(target(own, timeout=DEADLINE, checks=[{"name": "slow", "command": "sleep 9", "timeout": 9}],
+                       **good_login(own)))  # fmt: skip
+    assert late.cause == "timeout" and "check slow" in late.reason
 
 
 @ACCOUNTS
@@ -2007,6 +2024,7 @@ def test_local_without_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         (tmp_path / "uname").write_text(f"#!/bin/sh\n{fake}\n", encoding="ascii")
         (tmp_path / "uname").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(healthchecker, "SCRIPT", re.sub("(?m)^PATH=.*$", ":", healthchecker.SCRIPT))
     assert poll(local(timeout=1)).cause in ("protocol", "timeout")
 
 
