@@ -5105,8 +5105,8 @@ def rename_in(guard: LoginGuard, names: Mapping[str, str]) -> None:
 
 
 class TypedGuard(LoginGuard):
-    """Of what is typed for one user, who may guess: it counts with what is watched, and that with it; what is typed
-    later or on another machine, with it, too."""
+    """Of what is typed for one user, who may guess: it counts with what is watched, and that with it; so does, under
+    the same name, what is typed after a restart or on another machine."""
 
     def __init__(self, journal: LoginJournal, watched: Callable[[], Mapping[tuple[str, bytes], LoginGuard]],
                  user: str) -> None:
@@ -5165,11 +5165,14 @@ class Guards:
         self._journal, self._own = journal._replace(keep=keep), dict(before)
         self._find(before)
 
-    def _find(self, rows: Iterable[str]) -> None:
-        """Has rows found by their parts: looking through all of them for each credential took seconds."""
+    def _find(self, rows: Iterable[str], *, anew: bool = False) -> None:
+        """Has rows found by their parts, `anew`: no others. Looking through all of them for each credential took
+        seconds. Who looks has no lock."""
+        found = {} if anew else self._rows
         for row in rows:
             for part in (row[:ACCOUNT_LENGTH], row[ACCOUNT_LENGTH:]):
-                self._rows.setdefault(part, {})[row] = None
+                found.setdefault(part, {})[row] = None
+        self._rows = found
 
     def _texts(self, row: str) -> list[str]:
         return [*filter(None, (self._own.get(row),)), *self._others.get(row, ())]
@@ -5217,7 +5220,8 @@ class Guards:
         for guard in list(self._guards.values()):
             known = set(guard.rows.of.values())
             for credential in {row[ACCOUNT_LENGTH:] for row in known}:
-                for row in [row for row in list(self._rows.get(credential, ())) if row not in known | self._had]:
+                rows = list(self._rows.get(credential, ()))
+                for row in [row for row in rows if row not in known and row not in self._had]:
                     guard.rows.of[row] = row
                     for text in self._texts(row):
                         guard.hear(row, text, is_own=False)
@@ -5246,7 +5250,7 @@ class Guards:
                 guard = self._shared(target)
             else:
                 guard = self._typed.setdefault(key[0], TypedGuard(self._journal, lambda: self._used, key[0]))
-                # It has a row for each account, which stands in the place of a credential, too.
+                # It has a row for each name, host and user, which stands in the place of a credential, too.
                 account = login_row("", target.name, settings.hostname, settings.username)[:ACCOUNT_LENGTH]
                 if guard.rows.of.get(target.name) != (row := 2 * account):
                     self._hear_all(guard, target.name, row)
@@ -5269,6 +5273,9 @@ class Guards:
                     guard.hear(name, guard.rows.aged.pop(name, ""), is_own=True)
                     self._take_replaced(guard, name, row)
                 guard.write(name)
+        for typed in list(self._typed.values()):
+            for name in list(typed.rows.of):
+                typed.write(name)
 
     def keep(self, targets: Iterable[Target]) -> None:
         """Forgets the credentials of all others, but not that they were refused lately: they may come back."""
@@ -5288,8 +5295,7 @@ class Guards:
             self._typed = {user: guard for user, guard in self._typed.items() if guard.is_used}
             for row in list(self._own)[:-REMEMBERED - len(shown)]:
                 self._own.pop(row, None)
-            self._rows = {}
-            self._find((*self._own, *self._others))
+            self._find((*self._own, *self._others), anew=True)
 
 
 # === Sessions ================================================================
@@ -14103,16 +14109,18 @@ class LineThread(io.TextIOBase):
         with contextlib.suppress(RuntimeError):     # where there are no more threads, who writes waits
             self.thread.start()
 
-    def write(self, text: str) -> int:
-        while self._waits >= LOG_ROOM and self.thread.is_alive():
+    def write(self, text: str, *, needed: bool = False) -> int:
+        """`needed`: there is always room for it."""
+        while not needed and self._waits >= LOG_ROOM and self.thread.is_alive():
             if time.monotonic() - self._begun_mono > LOG_PATIENCE:
                 break
             time.sleep(LOG_PAUSE / 10)
         with self._lock:
             if not self.thread.is_alive():      # after the end, or forked without it
                 self._put_out(text)
-            elif self._waits < LOG_ROOM:
-                self._waits += sys.getsizeof(text)
+            elif needed or self._waits < LOG_ROOM:
+                size = sys.getsizeof(text)      # before the sum is read: a finalizer may come in between
+                self._waits += size
                 self._texts.put(text)
             else:
                 self._dropped += 1
@@ -14125,9 +14133,7 @@ class LineThread(io.TextIOBase):
 
     def _run(self) -> None:
         for text in iter(self._texts.get, None):
-            self._begun_mono = time.monotonic()
             self._put_out(text)
-            self._begun_mono = math.inf
             with self._lock:
                 self._waits -= sys.getsizeof(text)
                 missing = self._dropped if self._texts.empty() else 0
@@ -14135,21 +14141,26 @@ class LineThread(io.TextIOBase):
             if missing:
                 why = f"{self.thread.name} took nothing for a while: {missing} lines are missing"
                 self._put_out(self._line(log.makeRecord(log.name, logging.WARNING, "", 0, why, (), None)) + "\n")
+        while not self._texts.empty():      # who wrote meanwhile saw it run
+            self._put_out(self._texts.get() or "")
 
     def _put_out(self, text: str) -> None:
         rest = memoryview(text.replace("\n", self._line_end).encode("utf-8", "backslashreplace"))
+        self._begun_mono = time.monotonic()
         with contextlib.suppress(OSError):      # nobody has the other end any more
             while rest:
                 if taken := self._send(rest):
-                    rest = rest[taken:]
+                    rest, self._begun_mono = rest[taken:], time.monotonic()
                 else:
                     time.sleep(LOG_PAUSE)
+        self._begun_mono = math.inf
 
 
 class LogFile(logging.StreamHandler):   # type: ignore[type-arg]  # Python 3.10 has none here
     """The log file; it rotates by size. Raises UsageError."""
 
     stale = False       # set from a signal handler: somebody has moved the file away
+    _torn = False       # there was no room for the end of the last line
 
     def __init__(self, path: Path) -> None:
         self._path, self._writing = path, Trouble(f"{path} cannot be written")
@@ -14187,15 +14198,19 @@ class LogFile(logging.StreamHandler):   # type: ignore[type-arg]  # Python 3.10 
 
     def _send(self, content: memoryview) -> int:
         """Takes all; the console has the line where this file has no room for it."""
+        rest = memoryview(self._torn * os.linesep.encode() + content)
         with self._writing.caught():
             if self.stale:
                 self.stale = False
                 self._raw.close()
-            elif not self._raw.closed and os.fstat(self._raw.fileno()).st_size + len(content) >= LOG_BYTES:
+            elif not self._raw.closed and stat.S_ISREG((now := os.fstat(self._raw.fileno())).st_mode) and (
+                    now.st_size + len(content) >= LOG_BYTES):
                 self.rotate()
             if self._raw.closed:
                 self._raw = self._open()
-            return self._raw.write(content)
+            while rest:
+                rest = rest[self._raw.write(rest):]
+                self._torn = bool(rest)
         return len(content)
 
 
@@ -14204,7 +14219,7 @@ def stderr_in_thread() -> Iterator[None]:
     """Until the end of the block; as it is under pythonw, which has none."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(AttributeError, OSError):
-            raw = io.FileIO(sys.stderr.fileno(), "wb", closefd=False)
+            raw = open(sys.stderr.fileno(), "wb", buffering=0, closefd=False)   # noqa: SIM115  # a console's on Windows
             thread = stack.enter_context(contextlib.closing(LineThread("stderr", raw.write)))
             stack.enter_context(contextlib.redirect_stderr(thread))
         yield
@@ -14494,7 +14509,7 @@ class Worker:
         try:
             self._serve(messages)
         except HealthCheckerError as error:
-            messages.stream.write(json.dumps(["failed", str(error), False]))
+            messages.stream.write(json.dumps(["failed", str(error), False]), needed=True)
         finally:    # what the application left running does not keep the process
             threading.Thread(target=end_after, args=(WORKER_END / 2,), daemon=True).start()
             messages.stream.close()
@@ -14507,7 +14522,7 @@ class Worker:
         server = GateServer(gate, self.socks, service, connection_limit(), tally)
         keep_out_of_collections()
         tally.turn(0)       # the first beat; it is no hang to wait from here
-        messages.stream.write('["ready"]')
+        messages.stream.write('["ready"]', needed=True)
         while not self.serving.value:
             time.sleep(READY_INTERVAL)
         self.server = server
@@ -19908,9 +19923,9 @@ def read_service(path: Path) -> Inventory:
     kept = "".join(f"{name}:{said}\n" for name, said in zip(parts[1::2], parts[2::2], strict=True)
                    if name == "service" or name not in InventoryFile.model_fields)
     document = Document(path.name, f"{kept}resources: []".encode())
-    service = document.value.get("service", {})
-    for name in {*service} & ServiceSettings.model_fields.keys() - {*OF_ROWS}:
-        del service[name]
+    if isinstance(service := document.value.get("service"), dict):
+        for name in service.keys() & ServiceSettings.model_fields.keys() - {*OF_ROWS}:
+            del service[name]
     return InventoryLoader(path, document, secrets=False).load()
 
 
@@ -20126,9 +20141,9 @@ def installation_of_rows(path: Path) -> Installation:
     HealthCheckerError."""
     try:
         return Installation(path, secrets=False)
-    except InventoryError as error:
+    except (InventoryError, UsageError) as error:
         with contextlib.suppress(HealthCheckerError, OSError, UnicodeError):
-            installation = Installation(path, inventory=read_service(path.absolute()))
+            installation = Installation(path, secrets=False, inventory=read_service(path.absolute()))
             if installation.runs:
                 print(f"the inventory is faulty, as a reload would say: {str(error).partition(chr(10))[0]}",
                       file=sys.stderr)

@@ -932,6 +932,34 @@ def test_what_waits_is_bounded_by_bytes() -> None:
         goes_on.set()
 
 
+def test_what_tells_what_is_missing_may_wait_as_well() -> None:
+    """Then, too, nobody waits for room; and for what the main process needs there always is some."""
+    taken: list[str] = []
+    takes, told = threading.Semaphore(0), threading.Event()
+
+    def send(rest: memoryview) -> int:
+        if MISSING.fullmatch(bytes(rest).decode().strip()):
+            told.set()
+        takes.acquire()
+        taken.append(bytes(rest).decode())
+        return len(rest)
+
+    with contextlib.closing(LineThread("slow", send)) as stream:
+        stream.write("x" * healthchecker.LOG_ROOM)
+        stream.write("dropped")
+        takes.release()
+        assert told.wait(60)
+        stream.write("y" * healthchecker.LOG_ROOM)
+        begun_mono = time.monotonic()
+        for _ in range(30):
+            stream.write("dropped")
+        assert time.monotonic() - begun_mono < 10 and stream._dropped == 30
+        stream.write("ready", needed=True)
+        takes.release(10)
+        wait_for(lambda: not stream._dropped)
+    assert taken[2:4] == ["y" * healthchecker.LOG_ROOM, "ready"] and "30 lines are missing" in taken[4]
+
+
 def test_a_stderr_that_is_read_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However fast it comes: who is faster than the thread waits for it."""
     monkeypatch.setattr(healthchecker, "LOG_PATIENCE", 60.0)
@@ -1020,6 +1048,18 @@ def test_a_log_file_that_takes_nothing(tmp_path: Path) -> None:
         *lines, last = read.result(60).decode().splitlines()
         told = MISSING.fullmatch(last)
         assert lines == texts[:2] and told and told.groups() == ("service.log_file", "1")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such files")
+def test_what_is_no_file_is_not_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as /dev/stdout, which would be moved away."""
+    monkeypatch.setattr(healthchecker, "LOG_BYTES", 10)
+    os.mkfifo(tmp_path / "log")
+    with open(os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK), "rb") as end:
+        with contextlib.closing(LogFile(tmp_path / "log")) as file:
+            file.emit(record("more than ten bytes"))
+        assert end.read() == b"more than ten bytes\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
 def test_complaints_of_several_failures_are_told_once_each(tmp_path: Path) -> None:
