@@ -2638,7 +2638,7 @@ class Vault:
         self.folder = folder
         self._keys: dict[str, rsa.RSAPrivateKey] = {}
         self._marks: dict[str, bytes] = {}      # by key, what secrets are marked with
-        self._unwrapped: dict[bytes, bytes] = {}    # keys of secrets, see unwrap
+        self._unwrapped: dict[bytes, bytes] = {}    # keys of secrets that were opened or sealed
         self.key_id = ""    # first 16 hex digits of the SHA-256 of the public key (DER) that seals; empty without keys
         for name in ("private.pem", "next.pem"):
             self._load(folder / name)
@@ -4167,7 +4167,8 @@ def named_in(settings: str) -> set[str]:
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         said = from_json(settings)
         hops = (said.get("proxy_jump") or "none").split(",")
-        return {*(said.get("depends_on") or ()), *(hop for hop in hops if hop != "none" and not hop_address(hop))}
+        ways = (hop for hop in hops if hop != "none" and not hop_address(hop))
+        return {*map(str, said.get("depends_on") or ()), *ways}
     return set()
 
 
@@ -4210,8 +4211,8 @@ def rename_ways(session: Session, names: Mapping[str, str]) -> None:
 
 
 def rename_events(session: Session, names: Mapping[str, str]) -> None:
-    """By one UPDATE, for it reads all events, while nobody else writes; it looks the names up where an index finds
-    them."""
+    """Has the events of resources say their new names, by one UPDATE, for it reads all events, while nobody else
+    writes; it looks the names up where an index finds them."""
     before = RENAMED + Event.resource
     new = sqlalchemy.select(Setting.text).where(Setting.name == before).scalar_subquery()
     session.execute(sqlalchemy.insert(Setting), [
@@ -4223,9 +4224,9 @@ def rename_events(session: Session, names: Mapping[str, str]) -> None:
 
 
 def rename_elsewhere(session: Session, names: Mapping[str, str], moved: Collection[str] = ()) -> None:
-    """What else says the names of resources that have other ones now, by those before, of which none is a new one:
-    what is planned for them, what is told of them, events, and what the API put behind them, without its passwords
-    where one has `moved` to another host or account."""
+    """Renames what else says the names of resources that have other ones now, by those before, of which none is a new
+    one: what is planned for them, what is told of them, events, and what the API put behind them, without its
+    passwords where one has `moved` to another host or account."""
     if not names:
         return
     # plans of the inventory say it themselves
@@ -4233,16 +4234,18 @@ def rename_elsewhere(session: Session, names: Mapping[str, str], moved: Collecti
         if names.keys() & (scope := work.chosen).resources:
             renamed = tuple(names.get(each, each) for each in scope.resources)
             work.scope = scope.model_copy(update={"resources": renamed}).scope_json
-    told = sqlalchemy.select(Notice).where(Notice.kind.in_(("state", "maintenance")))
-    for notice in session.scalars(told).all():
-        if name := names.get(notice.name):
-            if before := session.get(Notice, (notice.receiver_id, notice.kind, name)):  # of what had the name until now
-                session.delete(before)
-                session.flush()
-            notice.name = name
+    told = {(row.receiver_id, row.kind, row.name): row for row in session.scalars(sqlalchemy.select(Notice).where(
+        Notice.kind.in_(("state", "maintenance")), Notice.name.in_([*names, *names.values()])))}
+    moving = {(receiver, kind, names[old]): row for (receiver, kind, old), row in told.items() if old in names}
+    for place in moving.keys() & told:      # of what had the name until now
+        session.delete(told[place])
+    session.flush()
+    for (_, _, name), notice in moving.items():
+        notice.name = name
     rename_events(session, names)
     rename_ways(session, names)
-    list(forget_behind(session, *moved))
+    if moved:
+        list(forget_behind(session, *moved))
 
 
 def claim_row(session: Session, rows: dict[str, Resource], settings: ResourceSettings) -> Resource:
@@ -4264,10 +4267,11 @@ def tell_of_lost(session: Session, inventory: Inventory) -> None:
     """Says which rows of the API name somebody whom the inventory has no more: such a parent makes nobody unhealthy,
     and through such a bastion nobody is reached."""
     known = {*session.scalars(sqlalchemy.select(Resource.name)), *(group.name for group in inventory.gates.groups)}
-    for row in session.execute(NAMING.where(Resource.origin == "api")):
-        if lost := named_in(row.settings) - known:
-            log.warning("%s, which was added in the console, names %s, which is not watched: correct depends_on or "
-                        "proxy_jump there", row.name, ", ".join(sorted(lost)))
+    naming = session.execute(NAMING.where(Resource.origin == "api"))
+    for name, rows in inverse({row.name: named_in(row.settings) - known for row in naming}).items():
+        log.warning("%s is not in the inventory any more, but is named by %s, which %s added in the console: correct "
+                    "depends_on or proxy_jump there", name, ", ".join(rows[:10]) + ", …" * (len(rows) > 10),
+                    "was" if len(rows) == 1 else "were")
 
 
 def store_rest(session: Session, inventory: Inventory, changes: Changes) -> None:
@@ -4347,8 +4351,8 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
             row = claim_row(session, rows, settings)
             is_new, old = row.origin == REMOVED, row.name
             if old != name:
-                moved += [name] * ((row.hostname, row.port, row.username) != (
-                    settings.hostname, settings.connect_port, settings.username))
+                before = row.hostname, row.port, row.username
+                moved += [name] if before != (settings.hostname, settings.connect_port, settings.username) else []
                 reseal(session, [row], vault, name)
                 renamed[old] = name
             row.origin, row.place = "inventory", inventory.places[name]
@@ -9253,7 +9257,8 @@ class GroupTree:
         self._children: dict[str, tuple[str, ...]] = {}           # what depends on each resource and group
 
     def copy(self) -> GroupTree:
-        """As it is now, to be looked at while reports come in: in groups of thousands that takes seconds."""
+        """As it is now, to be looked at, not changed, while reports come in: in groups of thousands that takes
+        seconds."""
         tree = copy.copy(self)
         tree.spans, tree._own = {**self.spans}, {**self._own}
         tree.aside, tree.beats = {*self.aside}, {**self.beats}
@@ -9538,7 +9543,7 @@ class HealthAggregator:
         """The resource counts, one that is not `critical` for what depends on it alone. Before the first decision a
         critical one blocks everything until its first result, one that is not `asked` what it counts for; later none.
 
-        Reports of another `owner` are dropped from now on."""
+        Reports of another `owner` are dropped from now on. Who counts for something else than before reports again."""
         with self._lock:
             self._owners[name] = owner
             if critical is (name in self._tree.aside):
@@ -11191,9 +11196,8 @@ def is_better(news: sqlalchemy.Row[Any], report: Report, age: float) -> bool:
     """Whether what another machine found counts, and not a report of that age: what is newer; but that nothing came in
     time is refuted by what did, as long as that counts."""
     is_late = report.verdict.cause == "stale"
-    if is_late and not news.is_late:
-        return bool(-CLOCK_DRIFT < news.age < max(age, news.counts))
-    return -CLOCK_DRIFT < news.age < age and (is_late or not news.is_late or age >= report.counts)
+    limit = max(age, news.counts) if is_late and not news.is_late else age
+    return bool(-CLOCK_DRIFT < news.age < limit and (is_late or not news.is_late or age >= report.counts))
 
 
 @functools.lru_cache(1 << 15)
@@ -11260,7 +11264,7 @@ class Membership:
 
     def counting(self, session: Session, reports: Mapping[int, Report]) -> Mapping[int, Report]:
         """Those that count for other machines, within the caller's transaction: of a life that was not interrupted, not
-        of one that may be cut off, and of others nothing newer is there. What a resource said by itself counts in any
+        of one that may be cut off, and where others have nothing better. What a resource said by itself counts in any
         case: it will not say it again."""
         if not self._claim:
             return reports
@@ -11483,7 +11487,7 @@ def may_drop(session: Session, store: Store, now: float) -> bool:
 
 
 def prune_all(session: Session, retention: Retention, now: float) -> None:
-    """What is no resource's: also of logins what is of resources and machines that are no longer there."""
+    """Of what is no resource's what is too old, also what is written of logins."""
     prune_events(session, retention, now)
     prune_incidents(session, retention, now)
     session.execute(sqlalchemy.delete(Setting).where(Setting.name.startswith(LOGINS), Setting.value < now - DAY))
@@ -11914,13 +11918,14 @@ class ResourceLease:
                 self._found_mono = found.found_mono
             self.expires_mono = lease_clock() + left
             self._opens_mono = found.found_mono + found.opens
-            if self.rests:      # or it tells of that itself, by its next result
+            if self.rests or not self._context.members.owns(self.target.name):  # or it tells of that by its next result
                 self.news.hear(standing, found.found_mono)
             elif not self.target.settings.is_asked:     # of which there is none of its own, perhaps
                 self._context.recorder.tell(self.news.weigh(
                     Report(self.target, standing, standing, standing, self._context.recorder.wall(), 0.0)))
             elif not standing.decided:
                 self.doubt.urge()
+            self.news.last = None       # what it found itself is older than the row
             self._set_resource(left)
 
     def go_on_from(self, before: ResourceLease) -> None:
@@ -13165,10 +13170,10 @@ class LeaseFile:
         while not self._ending.wait(KEEP_INTERVAL):
             with trouble.caught():
                 is_there, is_lost = os.path.lexists(self._path), self._cells[GENERATION] != self._generation
-                is_copy = is_there and not os.path.samestat(self._path.stat(), self._found)     # which is followed
+                is_other = is_there and not os.path.samestat(self._path.stat(), self._found)     # which is followed
                 if is_lost and is_there and cells_of(self._path, SLOTS * CELL)[GENERATION]:
                     raise UsageError("another service writes to this path; give each its own")
-                if is_lost or is_copy or not is_there:
+                if is_lost or is_other or not is_there:
                     self._open()
 
     def _open(self) -> None:
@@ -16586,7 +16591,7 @@ class Metrics:
                  connections: ConnectionContext, monitor: Monitor | None = None) -> None:
         self._serving, self._store, self._token_file, self._connections = serving, store, token_file, connections
         self._monitor = monitor
-        self._trouble = Trouble("the token of the metrics cannot be read")
+        self._complaint = ""        # the last one about the token file
         self._lock = threading.Lock()       # guards these two, so that who asks meanwhile waits for the same text
         self._made, self._text = -math.inf, b""
 
@@ -16604,9 +16609,14 @@ class Metrics:
 
     def _admits(self, token: str) -> bool:
         """Reads the file each time, so that a new token counts at once; one that cannot be read admits nobody."""
-        wanted = b""
-        with self._trouble.caught():
+        wanted, complaint = b"", ""
+        try:
             wanted = read_token(self._token_file) if self._token_file else b""
+        except UsageError as error:
+            complaint = str(error)
+        if complaint not in ("", self._complaint):
+            log.error("%s", complaint)
+        self._complaint = complaint
         return hmac.compare_digest(wanted, token.encode("utf-8", "replace")) and bool(wanted)
 
     def _resource_text(self) -> bytes:
@@ -19076,7 +19086,7 @@ class Announcer:
 
     def _give_up(self) -> None:
         """What the message said and still holds is untold, and goes into the next one; ends go there, too."""
-        ends = LETTER.validate_json(self.row.message)[-1]
+        ends = [end for end in LETTER.validate_json(self.row.message)[-1] if end.kind in WORDS]
         self.row.message, self.row.failed = "", self.row.failed + 1
         for notice in [*self.notices.values()]:
             if notice.told_at == self.row.made_at:
@@ -19747,6 +19757,14 @@ def rows_in(session: Session, table: sqlalchemy.Table) -> Iterator[list[dict[str
                 for name, value in row._mapping.items()} for row in part]
 
 
+def put_in_file(store: Store) -> None:
+    """Has what was written stand in the database's file: that its disk has no room for it is seen now, or by nobody."""
+    if isinstance(store.database, SqliteFile):
+        with store.engine.connect() as connection:
+            connection.exec_driver_sql("COMMIT")
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
 def copy_rows(source: Store, target: Store, show: Callable[[int, int], None]) -> int:
     """Copies everything into an empty database and compares what is there then, all or nothing; how many rows. `show`
     is told how many are done, of how many. Raises UsageError and StorageError."""
@@ -19767,6 +19785,7 @@ def copy_rows(source: Store, target: Store, show: Callable[[int, int], None]) ->
                 if before != after:
                     raise StorageError(f"table {table.name} is not the same there; nothing was copied")
                 show(done := done + len(before), 2 * total)
+    put_in_file(target)
     return total
 
 
@@ -20600,6 +20619,7 @@ def replace_keys(arguments: argparse.Namespace) -> int:
             raise UsageError("no secret is sealed with a key that is lost; `keys rotate` makes a new key")
         session.merge(Setting(name="key", text=""))
         vault = installation.open_vault(session)
+        session.merge(Setting(name="key", text=vault.key_id))
         installation.take_over(session, vault, "command line")
         record_event(session, "change", f"key {vault.key_id} in place of a lost one", actor="command line")
         revise(session)

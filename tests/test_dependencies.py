@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -366,7 +368,7 @@ def test_a_parent_that_the_inventory_has_no_more(tmp_path: Path) -> None:
     """What the console put behind it counts by itself then, which is said."""
     switch, db1 = f"  - {{name: switch1, {DOWN}, fall: 1, critical: false}}\n", f"  - {{name: db1, {CALM}}}\n"
     inventory = tmp_path / "inventory.yaml"
-    told = "db2, which was added in the console, names switch1, which is not watched"
+    told = "switch1 is not in the inventory any more, but is named by db2, which was added in the console"
     with console(tmp_path, switch + db1) as (service, client):
         client.log_in()
         added = {"name": "db2", "platform": "simulated", "mean_healthy": 1_000_000, "interval": 1}
@@ -380,3 +382,7 @@ def test_a_parent_that_the_inventory_has_no_more(tmp_path: Path) -> None:
         service.wait_status("/", 200)
         assert client.api("PATCH", "resources/db2", {"depends_on": None}).status == 200
         assert told not in run(inventory, "reload").stderr
+        with closing(sqlite3.connect(tmp_path / "healthchecker.db")) as database, database:
+            database.execute("UPDATE resource SET settings = '{\"depends_on\": [1]}' WHERE name = 'db2'")
+        done = run(inventory, "reload")
+        assert done.returncode == 0 and "1 is not in the inventory any more" in done.stderr

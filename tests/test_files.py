@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import socket
+import sqlite3
 import stat
 import struct
 import subprocess
@@ -400,6 +401,21 @@ def test_a_shell_needs_no_room_for_temporary_files(small_disk: Path, monkeypatch
     fill(small_disk)
     with healthchecker.start_shell(["/bin/sh"], "echo here") as shell:
         assert shell.communicate(timeout=60)[0] == b"here\n"
+
+
+def test_a_copy_on_a_disk_that_has_no_room_for_all_of_it(
+    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For its log there is, and for the file alone there would be."""
+    path = installation(tmp_path)
+    with closing(sqlite3.connect(tmp_path / "healthchecker.db")) as database, database:
+        database.executemany(
+            "INSERT INTO event (at, kind, resource, state, text, actor, address, \"group\") "
+            "VALUES (?, 'state', 'h0', 'unhealthy', ?, '', '', '')", [(at, "x" * 500) for at in range(2000)])
+    arguments = "database", "copy", "sqlite:///healthchecker.db", f"sqlite:///{small_disk / 'new.db'}"
+    capsys.readouterr()
+    assert healthchecker.main(["--inventory", str(path), *arguments]) == 4
+    assert capsys.readouterr().err == "the database cannot be used: database or disk is full\n"
 
 
 def test_a_backup_and_the_way_back_without_room(

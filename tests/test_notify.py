@@ -555,6 +555,16 @@ def test_a_reminder_that_is_given_up_is_followed_by_the_end() -> None:
     assert not desk.announcer.notices
 
 
+def test_an_end_of_a_kind_that_nobody_knows() -> None:
+    """As of a database that was restored: what else the message holds goes into the next one."""
+    desk = Desk()
+    ends = [[1, kind, "", "why", "", 1, NOON, NOON, NOON, NOON] for kind in ("nonsense", "gate")]
+    desk.announcer.row.message, desk.announcer.row.made_at = json.dumps(["", "", "", ends]), NOON
+    assert not desk.announcer.take_result(Delivery(False, "nobody is there"), NOON + healthchecker.RETRY_TIME)
+    assert list(desk.announcer.notices) == [("gate", "")]
+    desk.announcer.compose(desk.picture, NOON + healthchecker.RETRY_TIME)
+
+
 def test_a_receiver_that_wants_to_be_left_alone() -> None:
     """Its Retry-After counts, where it is longer than the pause; never for longer than an hour."""
     row = Desk().announcer.row
@@ -722,7 +732,7 @@ def test_a_web_hook_that_wants_to_be_left_alone(hook: Hook) -> None:
 
 @pytest.mark.parametrize("text", [
     "", "soon", "-1", "1e9", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 99999999999999999999 07:28:00 GMT", "0 0",
-    "9" * 5000, ",", "Wed, 21 Oct 2015 07:28:00 +9999999999999999", "\x00", "1 2 3 4 5 6" * 1000,
+    "Wed, 21 Oct 99999 07:28:00 GMT", ",", "Wed, 21 Oct 2015 07:28:00 +9999999999999999", "\x00", "1 2 3 4 5 6" * 1000,
 ])  # fmt: skip
 def test_a_wait_that_is_none(text: str) -> None:
     """What is over, or no date: nobody forges an error by it."""

@@ -370,6 +370,35 @@ def test_what_was_said_to_another_machine_than_its_owner_is_told(two: Two) -> No
     assert [state for _, state in events(a, "state")] == ["healthy", "unhealthy"] * 3
 
 
+def test_what_its_owner_tells_another_machine_does_not(two: Two) -> None:
+    """That one was cut off, and polled all by itself."""
+    [name] = owned_by("b", 1)
+    a, b = two(name, fall=1, rise=1)
+    for machine in (a, b):
+        push(machine, name)
+    b.find(name, GOOD)
+    a.look()
+    a.recorder.flush()
+    a.pollers[name].go_on(0.0)
+    b.find(name, DOWN)
+    for machine in (a, b):
+        machine.look()
+        machine.recorder.flush()
+    assert [state for _, state in events(a, "state")] == ["healthy", "unhealthy"]
+
+
+def test_what_another_found_later_is_shown(two: Two) -> None:
+    """And not for good what a machine that is not the owner found when it was asked."""
+    [name] = owned_by("b", 1)
+    a, b = two(name, fall=1, rise=1)
+    a.find(name, GOOD)
+    assert a.pollers[name].news.last
+    b.look()
+    b.find(name, DOWN)
+    a.look()
+    assert not a.pollers[name].news.last and a.pollers[name].standing.state == "unhealthy"
+
+
 def test_who_joins_tells_how_it_stands_once(two: Two) -> None:
     """That all is open is no news; that it is closed would be, where it was told to be open."""
     [name] = owned_by("b", 1)
