@@ -877,6 +877,7 @@ def test_no_client_fills_the_log(folder: Path, caplog: pytest.LogCaptureFixture)
         wait_for(lambda: "told /2" in caplog.text)
     told = [record for record in caplog.records if record.getMessage().startswith("worker 0: ")]
     texts = [re.sub("/xx+", "", record.getMessage().removeprefix("worker 0: ")) for record in told]
+    texts = [text for text in texts if "service.send_buffer" not in text]   # where it fills before the reset is seen
     assert texts == ["Exception while serving /fail", MUCH, "told /much", "Exception while serving /other",
                      *["told /much"] * 4, "told /0", "told /1", "told /2"]  # fmt: skip
     assert max(len(record.getMessage()) for record in told if record.levelno > logging.INFO) < 1100
