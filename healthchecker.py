@@ -44,6 +44,7 @@ Sections, in file order; a definition refers only to what stands above it:
     PowerShell   PowerShell Remoting over one watched socket
     Local        this machine's own shell
     Outcomes     what an exit status and an output say of a service or check
+    Disks        what is mounted and how full it is
     Probes       a sample, and the command sets of the POSIX platforms, as tables
     Windows      the PowerShell script of a poll, and what it prints
     Endpoints    what a host keeps that is sent no code, and what its answer counts for
@@ -938,8 +939,9 @@ def scalar_limit(value: object) -> object:
 
 def matching_key(patterns: Iterable[str], mount: str) -> str | None:
     """Which pattern holds for a mount point: itself, or else the first that it matches. On Windows, which has a colon
-    in each, case is nothing, and neither is a last backslash."""
-    plain = (lambda name: name.rstrip("\\").casefold()) if mount[1:2] == ":" else str
+    in each, case is nothing; a last slash or backslash is nothing anywhere."""
+    def plain(name: str) -> str:
+        return name.rstrip("\\").casefold() if mount[1:2] == ":" else name.rstrip("/") or "/"
     found = [pattern for pattern in patterns if plain(pattern) == plain(mount)
              or fnmatch.fnmatchcase(plain(mount), plain(pattern))]
     return next((key for key in found if plain(key) == plain(mount)), next(iter(found), None))
@@ -7246,22 +7248,17 @@ def by_nagios(status: int, text: str) -> Outcome:
 JUDGES: Mapping[str, Judge] = {"plain": by_status, "nagios": by_nagios}    # of checks, by their `exit`
 
 
-# === Probes ==================================================================
-# A platform is a table of rows: name, command, parser. One script of sh runs a whole table, so that a poll is one
-# round trip; its output goes in, a sample comes out. Parsers are pure and raise ValueError, which becomes the
-# problem shown in the metric's place.
-# Gives: INSTALLED, NOT_KNOWN, PROBLEM_CHARS, DETAILS, BECAME_READ_ONLY, CpuTicks, Reading, Sample, percent,
-# make_sample, build_script, end_mark, last_section, not_run, parse_output
+# === Disks ===================================================================
+# What is mounted of a machine, and how full it is: in come its table of mounts and what df said of what is a disk, out
+# go shares by mount point, and for each disk that cannot be read why. Pure.
+# Gives: BECAME_READ_ONLY, disk_percent, LINUX_DISKS, NOT_KNOWN, percent
 NOT_KNOWN = "not known on this platform"
-PROBLEM_CHARS = 200             # characters of a problem's one line
-LOADER = re.compile(r"ERROR: ld\.so: object '[^'\n]*' from \S{1,20} cannot be preloaded.{0,99}: ignored\.\n")
-DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count", "skipped_filesystems",
-                     "hidden_filesystems", "memory_limit"})
 # No disks: what lies in memory, images that are always full, views of another filesystem, and other machines'.
 NO_DISK = re.compile(
-    r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|rootfs|mfs|efivarfs|overlay(fs)?|fuse(?!blk$).*"
+    r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|rootfs|mfs|efivarfs|overlay(fs)?|fuse([^b].*)?"
     r"|(au|union|null|ecrypt|auto|lo|name|mnt|ct|obj|share|kern|pty|dev|fdesc|lin?sys)fs|map|dev|fd|none|(lin)?procfs?"
     r"|hugetlbfs|9p|virtiofs|vboxsf|drvfs|nfs[0-9]*|cifs|smb3|smbfs|afpfs|ceph|lustre|gpfs"
+    r"|a(uristor|c)?fs|coda|beegfs|fhgfs|ibrix|panfs|orangefs|pvfs2|ncpfs|vmhgfs|prl_fs"
 )
 # A row of df: device, used, available, used and free inodes, mount point. Word by word, or a long line would take
 # a second.
@@ -7271,6 +7268,215 @@ DF_ROW = re.compile(r"\s*(\S+(?:\s+\S+)*?)\s+[0-9]{1,18}\s+(-?[0-9]{1,18})\s+(-?
 READ_ONLY = frozenset({"ro", "read-only"})
 BECAME_READ_ONLY = "became read-only"   # the problem of a `filesystem MOUNT`
 MACOS_PARTS = re.compile(r"/System/Volumes/(?!Data$)|/private/var/vm$")
+# Of what is no disk, or a server's, the type alone is sent, and df is asked for nothing of it: that may hang. Any other
+# line comes as device, place, type, options and number of the filesystem itself, and df is asked for each number once.
+# The oldest BusyBox has no -P. An echo may see escapes.
+LINUX_DISKS = r"""
+t=/proc/self/mountinfo; [ -r $t ] || t=/proc/mounts
+M=$(sed -r 's,^[0-9]+ [0-9]+ ([0-9]+:[0-9]+) [^ ]+ ([^ ]+) .* - ([^ ]+) ([^ ]*) ([^ ]+)$,\4 \2 \3 \5 \1,
+s,^[^ ]* [^ ]+ (NO_DISK) .*,- - \1 -,;s,^[^/ ]+:/[^ ]* [^ ]+ ([^ ]+) .*,- - \1 -,' $t)
+printf '%s\n' "$M" @fstab; cat /etc/fstab 2>/dev/null
+echo @space; set -f; set --; k=
+IFS='
+'
+for l in $M; do
+  p=${l#* }; p=${p%% *} n=${l##* }; [ "$n" != 0 ] || n=$p
+  case "$l|$k" in (-\ *|*"| $n "*) continue;; esac
+  k="$k$n | "
+  case $p in (*\\*) p=$(printf "$(printf %s "$p" | sed 's/%/%%/g')."); p=${p%.};; esac
+  set -- "$@" "$p"
+done
+[ $# != 0 ] || exit 0
+r=$(d -Pk "$@"); s=$?
+case $s$r in (0*|*%*|12[4-9]*|137*) ;; (*) r=$(d -k "$@");; esac
+printf '%s\n' "$r"; [ $s -lt 124 ] || exit 0
+echo @inodes; d -Pi "$@"
+:""".replace("NO_DISK", NO_DISK.pattern)
+
+
+def percent(part: float, whole: float) -> float:
+    if not 0 <= part <= whole or not whole:
+        raise ValueError(f"{part:g} of {whole:g} is no share")
+    return 100 * part / whole
+
+
+class Mount(NamedTuple):
+    """A line of a machine's table of what is mounted."""
+
+    point: str
+    kind: str           # the filesystem's type
+    flags: frozenset[str]
+    device: str = ""
+    number: str = ""    # of the filesystem, where the machine says it
+
+    @property
+    def is_disk(self) -> bool:
+        """By what it is not: a list of good types would silently miss the next filesystem there is."""
+        return self.point.startswith("/") and not NO_DISK.fullmatch(self.kind)
+
+    @property
+    def hidden(self) -> bool:
+        return bool({*READ_ONLY, "quarantine"} & self.flags or MACOS_PARTS.match(self.point))
+
+    @property
+    def disk(self) -> str:
+        """Which filesystem. What is no path may be the same word in every line, such as AIX' Global."""
+        return self.number or (self.device if self.device.startswith("/") or self.kind == "zfs" else self.point)
+
+    @property
+    def pool(self) -> str:
+        """Volumes of ZFS and APFS share the free space of one; any other is its own."""
+        part = {"zfs": "/.*", "apfs": "(?<=[0-9])s.*"}.get(self.kind)
+        return re.sub(part, "", self.device) if part else self.disk
+
+
+class Volume(NamedTuple):
+    """A row of df with sizes in KiB."""
+
+    mount: Mount
+    used: float
+    available: float
+    inodes: tuple[float, float]     # used and free
+
+
+def _mounts(text: str) -> list[Mount]:
+    """/etc/mnttab, fstab, AIX' mount(8) and what LINUX_DISKS prints have columns, of which the second is the mount
+    point; BSDs print `device on /mount type ffs (local)` or `device on /mount (ufs, local)`."""
+    found = []
+    for line in text.splitlines():
+        words = [*line.split(), "defaults"]     # which fstab may leave out
+        left, _, right = line.rstrip(" )").rpartition(" (")
+        if " on " in left and line.endswith(")"):
+            point, _, kind = left.partition(" on ")[2].partition(" type ")
+            flags = right.split(", ")
+            found.append(Mount(point, kind or flags[0], frozenset(flags), left.partition(" on ")[0]))
+        elif len(words) > 3:
+            point, kind, *rest = words[2:] if words[2].startswith("/") else words[1:]   # AIX names a server first
+            flags = ",".join(rest).split(",")
+            point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), point)
+            point = re.sub(r"[\0-\37\177]", "?", point).rstrip("/") or "/"
+            number = "".join(word for word in rest[1:2] if re.fullmatch("[0-9]+:[0-9]+", word))
+            found.append(Mount(point, kind, frozenset(flags), words[0], number))
+    return found
+
+
+def _bare(point: str) -> str:
+    """A mount point without what df may write as a question mark."""
+    return re.sub(r"[\0-\37\177?]", "", point.replace("\\040", " "))
+
+
+def _volumes(text: str, places: Mapping[str, Mount], inodes: Mapping[str, Volume]) -> dict[str, Volume]:
+    """By filesystem, the rows of `df -Pk` that have sizes and are of one of these places; a long device may stand on a
+    line of its own. `inodes` are of another table, where the rows have none."""
+    found: dict[str, Volume] = {}
+    for line in re.sub(r"(?m)^(\S+)\n +", r"\1 ", text).splitlines():
+        if len(line) > 4096:    # nobody's mount point
+            raise ValueError(f"a line of {len(line)} characters")
+        row = DF_ROW.fullmatch(line)
+        mount = row and places.get(_bare(row[6]))
+        if not row or not mount or row[1].startswith("/") < mount.device.startswith("/"):   # or it lies under another
+            continue
+        used, available = float(row[2]), max(0.0, float(row[3]))    # below 0 where the reserve of UFS is in use
+        _, taken, left, _ = inodes.get(mount.disk, Volume(mount, 0.0, 0.0, (0.0, 0.0)))
+        counts = (float(row[4]), float(row[5])) if row[5] else (taken, left)
+        if used + available > 0:
+            found.setdefault(mount.disk, Volume(mount, used, available, counts))
+    return found
+
+
+class Disks:
+    """What is mounted, and what df says of it. In comes the table of mounts and, after a line with its name, what each
+    further command printed, the places that limits name and those that were written to."""
+
+    def __init__(self, text: str) -> None:
+        mounted, *rest = re.split(r"(?m)^@(?=(?:fstab|space|inodes|named|writable)$)", text)
+        self.parts: dict[str, str] = dict(part.partition("\n")[::2] for part in rest)
+        self.mounts = _mounts(mounted)
+        self.places = {_bare(mount.point): mount for mount in self.mounts if mount.is_disk}
+        named = (line.rstrip("/") or "/" for line in self._part("named").splitlines())
+        self.named = {point: self.places[_bare(point)].disk for point in named if _bare(point) in self.places}
+        fstab = _mounts(re.sub(r"(?m)^\s*#.*$", "", self._part("fstab")))
+        meant = {mount.point for mount in fstab if not mount.flags & {"ro", "noauto"}}
+        meant.update(self._part("writable").splitlines())
+        self.broken = {mount.disk for mount in self.places.values() if mount.flags & {"emergency_ro", "shutdown"}
+                       or (mount.flags & READ_ONLY and mount.point in meant)}
+        self.shown = {*self.broken, *self.named.values(),
+                      *(mount.disk for mount in self.places.values() if not mount.hidden)}
+        self.names: dict[str, str] = {}     # the shortest of each
+        for mount in sorted(self.places.values(), key=lambda mount: (mount.hidden, len(mount.point))):
+            self.names.setdefault(mount.disk, mount.point)
+        inodes = _volumes(self._part("inodes"), self.places, {})
+        self.volumes = _volumes(self._part("space"), self.places, inodes)
+
+    def _part(self, name: str) -> str:
+        return self.parts.get(name, "")
+
+    def shares(self) -> dict[str, float]:
+        """used / (used + available) of each pool under its shortest name, of volumes with a quota, and of what a limit
+        names."""
+        found: dict[str, float] = {}
+        pools = collections.defaultdict[str, list[Volume]](list)
+        for volume in sorted(self.volumes.values(), key=lambda volume: len(self.names[volume.mount.disk])):
+            pools[volume.mount.pool].append(volume)
+        for volumes in pools.values():
+            used, free = sum(volume.used for volume in volumes), max(volume.available for volume in volumes)
+            shown = (volume for volume in volumes if volume.mount.disk in self.shown)
+            for index, volume in enumerate(shown):
+                has_quota, disk = volume.available < free * 0.98, volume.mount.disk
+                full = [percent(volume.used, volume.used + volume.available)] if has_quota else []
+                if index == 0 or not has_quota:
+                    full.append(percent(used, used + free))
+                names = [point for point, named in self.named.items() if named == disk]
+                for name in [self.names[disk], *names] if index == 0 or has_quota else names:
+                    found[f"disk_percent {name}"] = max(full)
+                    if sum(volume.inodes) and volume.mount.kind not in ("apfs", "zfs"):     # they make what they need
+                        found[f"inode_percent {name}"] = percent(volume.inodes[0], sum(volume.inodes))
+        return found
+
+    def complaints(self, part: str) -> tuple[list[str], dict[str, str]]:
+        """What df says of nothing that is mounted, and of filesystems. An account without rights to what is no disk is
+        no fault."""
+        told, why, points = [], dict[str, str](), {_bare(mount.point) for mount in self.mounts}
+        for line in re.findall("(?m)^df: .*", self._part(part)):
+            named = re.fullmatch(r"df: [^\w/]?(/.*?)[^\w/)]?: (.*)", line)
+            point = _bare(named[1]) if named else ""
+            if named and point in self.places:
+                why[self.places[point].disk] = named[2]
+            elif point not in points and not re.search("[Pp]ermission denied|not permitted", line):
+                told.append(line)
+        return told, why
+
+
+def disk_percent(text: str) -> dict[str, float | str]:
+    """The shares, what is not among them, and what is wrong."""
+    disks = Disks(text)
+    shares, (errors, why), (uncounted, _) = disks.shares(), disks.complaints("space"), disks.complaints("inodes")
+    kinds = collections.Counter(mount.kind for mount in disks.mounts if not mount.is_disk)
+    skipped = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in sorted(kinds.items()))
+    hidden = ", ".join(sorted(mount.point for mount in disks.places.values() if mount.disk not in disks.shown))
+    unread = {f"disk_percent {disks.names[mount.disk]}": why.get(mount.disk, "df tells nothing of it")
+              for mount in disks.places.values() if mount.device.startswith("/")
+              and mount.disk in disks.shown and mount.disk not in disks.volumes}
+    if not shares:
+        nothing = " ".join(["no local filesystem", f"(skipped: {skipped or 'nothing'})", *errors])
+        errors = [*errors, *unread.values()] if unread else [nothing]
+    told = {"disk_percent": "".join(errors[:1]), "inode_percent": "".join(uncounted[:1]),
+            "skipped_filesystems": skipped, "hidden_filesystems": hidden}
+    return {**({} if "inodes" in disks.parts else {"inode_percent": NOT_KNOWN}), **shares, **unread,
+            **{name: what for name, what in told.items() if what},
+            **{f"filesystem {disks.names[disk]}": BECAME_READ_ONLY for disk in disks.broken}}
+
+
+# === Probes ==================================================================
+# A platform is a table of rows: name, command, parser. One script of sh runs a whole table, so that a poll is one
+# round trip; its output goes in, a sample comes out. Parsers are pure and raise ValueError, which becomes the
+# problem shown in the metric's place.
+# Gives: INSTALLED, PROBLEM_CHARS, DETAILS, CpuTicks, Reading, Sample, make_sample, build_script, end_mark,
+# last_section, not_run, parse_output
+PROBLEM_CHARS = 200             # characters of a problem's one line
+LOADER = re.compile(r"ERROR: ld\.so: object '[^'\n]*' from \S{1,20} cannot be preloaded.{0,99}: ignored\.\n")
+DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count", "skipped_filesystems",
+                     "hidden_filesystems", "memory_limit"})
 
 
 class CpuTicks(NamedTuple):
@@ -7352,12 +7558,6 @@ def _count(text: str) -> float:
     if not 1 <= count <= 1e6:
         raise ValueError(f"{count:g} is no count of CPUs")
     return count
-
-
-def percent(part: float, whole: float) -> float:
-    if not 0 <= part <= whole or not whole:
-        raise ValueError(f"{part:g} of {whole:g} is no share")
-    return 100 * part / whole
 
 
 def cpu_percent(before: CpuTicks | None, now: CpuTicks) -> float | None:
@@ -7516,133 +7716,6 @@ def _freebsd_swap(text: str) -> float | None:
     return percent(used, total) if total else None
 
 
-class Mount(NamedTuple):
-    """A line of a machine's table of what is mounted."""
-
-    point: str
-    kind: str           # the filesystem's type
-    flags: frozenset[str]
-    device: str = ""
-
-    @property
-    def hidden(self) -> bool:
-        return bool({*READ_ONLY, "quarantine"} & self.flags or MACOS_PARTS.match(self.point))
-
-
-class Volume(NamedTuple):
-    """A row of df with sizes in KiB."""
-
-    device: str
-    pool: str           # volumes of ZFS and APFS share the free space of one; any other is its own
-    used: float
-    available: float
-    mount: Mount
-    inodes: tuple[float, float]     # used and free
-
-
-def _mounts(text: str) -> list[Mount]:
-    """/proc/mounts, /etc/mnttab, fstab and AIX' mount(8) have columns, of which the second is the mount point; BSDs
-    print `device on /mount type ffs (local)` or `device on /mount (ufs, local)`."""
-    found = []
-    for line in text.splitlines():
-        words = [*line.split(), "defaults"]     # which fstab may leave out
-        left, _, right = line.rstrip(" )").rpartition(" (")
-        if " on " in left and line.endswith(")"):
-            point, _, kind = left.partition(" on ")[2].partition(" type ")
-            flags = right.split(", ")
-            found.append(Mount(point, kind or flags[0], frozenset(flags), left.partition(" on ")[0]))
-        elif len(words) > 3:
-            point, kind, *rest = words[2:] if words[2].startswith("/") else words[1:]   # AIX names a server first
-            flags = ",".join(rest).split(",")
-            point = re.sub(r"\\(040|043|134)", lambda code: chr(int(code[1], 8)), point).rstrip("/") or "/"
-            found.append(Mount(point, kind, frozenset(flags), words[0]))
-    return found
-
-
-def _volumes(text: str, mounts: Mapping[str, Mount], inodes: Mapping[str, tuple[float, float]]) -> Iterator[Volume]:
-    """The rows of `df -Pk` that have sizes; a long device may stand on a line of its own. `inodes` by mount point
-    are those of another table, where the rows have none."""
-    for line in re.sub(r"(?m)^(\S+)\n +", r"\1 ", text).splitlines():
-        if len(line) > 4096:    # nobody's mount point
-            raise ValueError(f"a line of {len(line)} characters")
-        if not (row := DF_ROW.fullmatch(line)):
-            continue
-        device, used, free, taken, left, point = row.groups()
-        point = point.replace("\\040", " ")
-        mount = mounts.get(point, Mount(point, device, frozenset()))    # a device called tmpfs is one
-        # By what it is: a list of good types would silently miss the next filesystem there is.
-        if not NO_DISK.fullmatch(mount.kind):
-            # What is no path may be the same word in every row, such as AIX' Global.
-            device = device if device.startswith("/") or mount.kind == "zfs" else point
-            pool = re.sub({"zfs": "/.*", "apfs": "(?<=[0-9])s.*"}.get(mount.kind, "$^"), "", device)
-            available = max(0.0, float(free))   # below 0 where the reserve of UFS is in use
-            counts = (float(taken), float(left)) if left else inodes.get(point, (0.0, 0.0))
-            yield Volume(device, pool, float(used), available, mount, counts)
-
-
-def _pools(volumes: Iterable[Volume]) -> list[list[Volume]]:
-    """Those that share their space, that with the shortest mount point first, and none twice (a bind mount)."""
-    pools: dict[str, dict[str, Volume]] = {}
-    for volume in sorted(volumes, key=lambda volume: len(volume.mount.point)):
-        if volume.used + volume.available > 0:
-            pools.setdefault(volume.pool, {}).setdefault(volume.device, volume)
-    return [list(pool.values()) for pool in pools.values()]
-
-
-def _told(shares: dict[str, float | str], mounts: Iterable[Mount], broken: Collection[str],
-          parts: Mapping[str, str]) -> dict[str, float | str]:
-    """The shares, what is not among them, and what is wrong."""
-    kinds = collections.Counter(mount.kind for mount in mounts if NO_DISK.fullmatch(mount.kind))
-    skipped = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in sorted(kinds.items()))
-    hidden = ", ".join(sorted(
-        mount.point for mount in mounts
-        if mount.hidden and mount.point not in broken and f"disk_percent {mount.point}" not in shares
-        and not NO_DISK.fullmatch(mount.kind)))
-    # An account without rights to somebody's private mount is no fault; a disk that answers with an error is.
-    error = r"(?m)^df: (?!.*(?:[Pp]ermission denied|not permitted)).*"
-    errors, uncounted = (re.findall(error, parts.get(name, "")) for name in ("space", "inodes"))
-    if not shares:
-        errors = [" ".join(["no local filesystem", f"(skipped: {skipped or 'nothing'})", *errors])]
-    told = {"disk_percent": "".join(errors[:1]), "inode_percent": "".join(uncounted[:1]),
-            "skipped_filesystems": skipped, "hidden_filesystems": hidden}
-    return {**shares, **{name: what for name, what in told.items() if what},
-            **{f"filesystem {point}": BECAME_READ_ONLY for point in broken}}
-
-
-def _disk_percent(text: str) -> dict[str, float | str]:
-    """used / (used + available) of each pool under its shortest mount point, and of volumes with a quota. In comes
-    the table of mounts and, after a line with its name, what each further command printed."""
-    mounted, *rest = re.split(r"(?m)^@(?=fstab$|space$|inodes$)", text)
-    parts = dict(part.partition("\n")[::2] for part in rest)
-    listed = _mounts(mounted)
-    mounts = {mount.point: mount for mount in listed}
-    fstab = re.sub(r"(?m)^\s*#.*$", "", parts.get("fstab", ""))
-    meant = {mount.point for mount in _mounts(fstab) if not mount.flags & {"ro", "noauto"}}
-    broken = {point for point, mount in mounts.items()
-              if ("emergency_ro" in mount.flags or ("ro" in mount.flags and point in meant))
-              and not NO_DISK.fullmatch(mount.kind)}
-    # What is written to at another place is no less full where it is read-only, and df may name that place alone.
-    written = {mount.device for mount in listed if mount.device.startswith("/") and not mount.hidden}
-    mounts |= {point: mount._replace(flags=frozenset()) for point, mount in mounts.items()
-               if point in broken or mount.device in written}
-    shares: dict[str, float | str] = {}
-    inodes = {volume.mount.point: (volume.used, volume.available)
-              for volume in _volumes(parts.get("inodes", ""), mounts, {})}
-    for volumes in _pools(_volumes(parts.get("space", ""), mounts, inodes)):
-        used, free = sum(volume.used for volume in volumes), max(volume.available for volume in volumes)
-        for index, volume in enumerate(volume for volume in volumes if not volume.mount.hidden):
-            has_quota = volume.available < free * 0.98
-            full = [percent(volume.used, volume.used + volume.available)] if has_quota else []
-            if index == 0:
-                full.append(percent(used, used + free))
-                if sum(volume.inodes) and volume.mount.kind not in ("apfs", "zfs"):     # they make what they need
-                    shares[f"inode_percent {volume.mount.point}"] = percent(volume.inodes[0], sum(volume.inodes))
-            if full:
-                shares[f"disk_percent {volume.mount.point}"] = max(full)
-    told = _told(shares, listed, broken, parts)
-    return told if "inodes" in parts else {"inode_percent": NOT_KNOWN, **told}
-
-
 # A service that has ended, in the words of Upstart, Red Hat's and Debian's scripts, OpenRC, runit and procd: their
 # exit status is 0 all the same. Not the bare word "stopped", which may be in a name or of something else.
 NOT_RUNNING = re.compile(
@@ -7689,23 +7762,6 @@ _BSD = (                        # and macOS
 # What may fail comes first, so that a problem shows its words.
 _CPUS = "{ getconf NPROCESSORS_ONLN 2>/dev/null || getconf _NPROCESSORS_ONLN; }"
 _LINUX_CPUS = "{ getconf _NPROCESSORS_ONLN 2>/dev/null || grep -c '^cpu[0-9]' /proc/stat; }"
-# Lines whose device is called as its type (thousands of overlays and tmpfs on a node of Kubernetes) are sent as the
-# type alone. Without -l a dead NFS server holds df up for ever; BusyBox has no -l, its oldest no -P. A name with a
-# colon is a server's for GNU's -l, so what else has one is asked for by its mount point. An echo may see escapes.
-LINUX_DISKS = r"""
-M=$(sed 's,^\([^ ]*\) [^ ]* \1 .*,\1 - \1 -,' /proc/mounts); printf '%s\n' "$M" @fstab; cat /etc/fstab 2>/dev/null
-echo @space; h=$(df --help 2>&1); l=; [ "${h#*--local}" = "$h" ] || l=l
-r=$(d -Pk$l); s=$?
-[ "${r#*%}" != "$r" ] || [ $s -ge 124 ] || r=$(d -k)
-printf '%s\n' "$r"; [ $s -lt 124 ] || exit 0
-set -f; a= b= m=
-for c in $M; do
-  case "$a $c" in (/dev/*:*' '*|*:*' 'ubifs|*:*' 'zfs) m="$m $b";; esac
-  a=$b b=$c
-done
-[ ! "$l" ] || [ ! "$m" ] || d -Pk $m
-echo @inodes; d -Pi$l
-:"""
 # One command for all that may be there.
 LINUX_MEMORY = r"""
 true </proc/meminfo || exit; c=/sys/fs/cgroup
@@ -7724,7 +7780,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("memory_percent", LINUX_MEMORY, _linux_memory),
         Probe("swap_percent", "grep ^Swap /proc/meminfo", _linux_swap),
         Probe("load_per_cpu", f"true </proc/loadavg && {_LINUX_CPUS} && cat /proc/loadavg", _load_per_cpu),
-        Probe("disk_percent", LINUX_DISKS, _disk_percent),
+        Probe("disk_percent", LINUX_DISKS, disk_percent),
     ), "if [ -d /run/systemd/system ]; then systemctl show -p Id -p LoadState -p ActiveState -p SubState -- {} |"
        " grep ^; else service {} status; fi", _systemd),
     Platform.MACOS: CommandSet("Darwin", (
@@ -7733,7 +7789,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("cpu_percent", "sysctl -n hw.ncpu; ps -A -o %cpu=", _ps_cpu),
         Probe("memory_percent", "vm_stat; sysctl hw.memsize", _macos_memory),
         Probe("swap_percent", "sysctl -n vm.swapusage", _macos_swap),
-        Probe("disk_percent", "mount; echo @space; d -Pkl; :", _disk_percent),
+        Probe("disk_percent", "mount; echo @space; d -Pkl; :", disk_percent),
     ), "launchctl print system/{}", _launchd),
     Platform.FREEBSD: CommandSet("FreeBSD", (
         *_ANY, *_BSD,
@@ -7743,7 +7799,7 @@ PROBES: dict[Platform, CommandSet] = {
               " vm.stats.vm.v_inactive_count kstat.zfs.misc.arcstats.size kstat.zfs.misc.arcstats.c_min",
               _freebsd_memory),
         Probe("swap_percent", "swapinfo -k", _freebsd_swap),
-        Probe("disk_percent", "mount; echo @space; d -Pkli; echo @inodes", _disk_percent),
+        Probe("disk_percent", "mount; echo @space; d -Pkli; echo @inodes", disk_percent),
     ), 'service {} onestatus || { s=$?; [ "$(id -u)" = 0 ] || [ "$(sysctl -n security.bsd.see_other_uids)" = 1 ] ||'
        ' echo "this account may not see the processes of others: security.bsd.see_other_uids is 0"; (exit $s); }',
        _service),
@@ -7752,7 +7808,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("os", "uname -sr", _line),
         Probe("cpu_count", _CPUS, _count),
         Probe("load_per_cpu", f"{_CPUS} && uptime", _load_per_cpu),
-        Probe("disk_percent", "cat /etc/mnttab 2>/dev/null || mount; echo @space; d -Pk; :", _disk_percent),
+        Probe("disk_percent", "cat /etc/mnttab 2>/dev/null || mount; echo @space; d -Pk; :", disk_percent),
     ), ":", lambda status, text: Outcome(False, "services are not supported on this platform")),
 }  # fmt: skip
 
@@ -7926,9 +7982,14 @@ def _outcomes(sections: Iterable[Section], kind: str, state: Judge) -> dict[str,
     return {unquote(section.title[1]): section.outcome(state) for section in chosen}
 
 
-def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
-    """The sample in the script's output; raises ProbeError (`protocol`) when nothing in it can be read."""
+def parse_output(text: str, nonce: str, previous: CpuTicks | None, named: Iterable[str] = (),
+                 writable: Iterable[str] = ()) -> Sample:
+    """The sample in the script's output, with mount points that limits name and those that were writable; raises
+    ProbeError (`protocol`) when nothing in it can be read."""
     sections = {section.title[:2]: section for section in _sections(text, nonce)}
+    if disks := sections.get(("disk_percent",)):
+        asked = "\n".join([disks.text, "@named", *named, "@writable", *writable])
+        sections["disk_percent",] = disks._replace(text=asked)
     table = next((table for key, table in PROBES.items() if ("platform", key.value) in sections), None)
     rows = {probe.name: functools.partial(_reading, probe, sections.get((probe.name,)))
             for probe in (table.probes if table else ())}
@@ -7941,7 +8002,7 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
         raise not_run(text)
     if not sample.readings("disk_percent"):     # they come with the disks
         problems["inode_percent"] = problems.get("disk_percent", NOT_KNOWN)
-    disks, endpoint = sections.get(("disk_percent",)), sections.get(("endpoint",))
+    endpoint = sections.get(("endpoint",))
     return replace(sample, stuck=disks.df if disks and not disks.end else (),
                    endpoint=endpoint.text if endpoint else "")
 
@@ -8868,7 +8929,7 @@ class NameConnection(ProtocolConnection):
 # === Collect =================================================================
 # One poll of a resource, in the poller's thread: build the platform's script, run it over the connection, parse
 # what came back, and see to it that all that was asked for is answered: a sample or ProbeError.
-# Gives: collect, CONNECTIONS
+# Gives: collect, CONNECTIONS, since
 CONNECTIONS: dict[Platform, type[Connection]] = {
     **{platform: SshConnection for platform in SSH_PLATFORMS},
     Platform.WINDOWS: PowerShellConnection,
@@ -8884,19 +8945,21 @@ STILL_POLLS = 3                 # without a reading, of counters that should mov
 CPU_WINDOW = 0.5                # seconds between two polls; in less, what they need themselves is all that is busy
 
 
+def disks_found(sample: Sample) -> list[str]:
+    """Mount points that were read or cannot be."""
+    return [mount for name in (*sample.metrics, *sample.problems)
+            for kind, _, mount in [name.partition(" ")] if kind == "disk_percent" and mount]
+
+
 def since(sample: Sample, previous: Sample | None) -> Sample:
-    """What shows only from poll to poll is a problem, too: counters that stand still, and a filesystem that was
-    writable and is no longer."""
-    problems, writable = dict(sample.problems), previous.writable if previous else ()
-    turned = sorted(set(writable).intersection(str(sample.details.get("hidden_filesystems", "")).split(", ")))
-    problems |= {f"filesystem {mount}": BECAME_READ_ONLY for mount in turned}
-    still = 0
+    """What the next poll needs; counters that stand still are a problem, too."""
+    problems, still = dict(sample.problems), 0
     if sample.ticks and "cpu_percent" not in sample.metrics:
         still = previous.still + 1 if previous else 1
         if still >= STILL_POLLS:
             problems.setdefault("cpu_percent", f"no reading in {still} polls: its counters stand still")
-    shown = frozenset(name.partition(" ")[2] for name, _ in sample.readings("disk_percent"))
-    return replace(sample, problems=problems, still=still, writable=(shown or frozenset(writable)).union(turned))
+    writable = frozenset(disks_found(sample)) or (previous.writable if previous else frozenset())
+    return replace(sample, problems=problems, still=still, writable=writable)
 
 
 def unhurried(sample: Sample, previous: Sample | None, begun_mono: float) -> Sample:
@@ -8920,11 +8983,10 @@ def disk_problems(kind: str, sample: Sample, settings: ResourceSettings) -> dict
 def missed_disks(sample: Sample, settings: ResourceSettings) -> Iterator[str]:
     """What is wrong with filesystems that cannot be read, and those that a limit names and nobody found."""
     yield from (f"{mount} {why}" for mount, why in disk_problems("disk_percent", sample, settings).items())
-    unread = (name.partition(" ")[2] for name in sample.problems if name.startswith("disk_percent "))
-    found = [*unread, *(name.partition(" ")[2] for name, _ in sample.readings("disk_percent"))]
-    if lost := [path for path in settings.limited_mounts if settings.platform in POWERSHELL
-                and WINDOWS_MOUNT.fullmatch(path) and not any(matching_key([path], mount) for mount in found)]:
-        yield f"not there: {', '.join(lost)}"
+    found, path = disks_found(sample), WINDOWS_MOUNT if settings.platform in POWERSHELL else re.compile(r"/[^*?\[]*")
+    if lost := [name for name in settings.limited_mounts if settings.platform is not Platform.SIMULATED
+                and path.fullmatch(name) and not any(matching_key([name], mount) for mount in found)]:
+        yield f"no disk there: {', '.join(lost)}"
 
 
 def complete(sample: Sample, settings: ResourceSettings) -> Sample:
@@ -8960,7 +9022,8 @@ def ask(settings: ResourceSettings, connection: Connection, previous: Sample | N
     # What comes last hangs where a disk does: all else was answered.
     running = last_section(text, nonce)
     if done or (deadline.over and running == "disk_percent"):
-        sample = parse_windows(text, ticks) if in_powershell else parse_output(text, nonce, ticks)
+        sample = parse_windows(text, ticks) if in_powershell else parse_output(
+            text, nonce, ticks, settings.limited_mounts, previous.writable if previous else ())
         checks = {check.name: sample.checks[check.name] for check in settings.checks if check.name in sample.checks}
         sample = since(replace(sample, checks=checks), previous)    # without what nobody asked for
         sample = unhurried(sample, previous, begun_mono)
@@ -11948,7 +12011,7 @@ class Poller(ResourceLease, threading.Thread):
         self._guard = guard
         self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
         context.access.watched[target.name] = self._connection
-        self._previous: Sample | None = None
+        self.previous: Sample | None = None
         self._due_mono = time.monotonic() + delay
         self._begun_mono, self.died, self.deaths = lease_clock(), "", 0    # of what; in a row, with those before it
         self._asked: queue.SimpleQueue[concurrent.futures.Future[Report]] = queue.SimpleQueue()     # see poll_now
@@ -12060,11 +12123,11 @@ class Poller(ResourceLease, threading.Thread):
         if wait > 0 and not self._connection.keeper.lives:
             verdict = Verdict("unhealthy", "auth", self._guard.why(settings.name))
         else:
-            verdict, sample = poll_once(self.target, self._connection, self._previous)
+            verdict, sample = poll_once(self.target, self._connection, self.previous)
         if sample and self._connection.keeper.session:     # a poll over it is no login: for the next start
             age = time.monotonic() - self._connection.keeper.opened_mono
             sample = replace(sample, details={**sample.details, "session_seconds": round(age, 1)})
-        self._previous = sample or self._previous
+        self.previous = sample or self.previous
         seconds, not_tried = lease_clock() - begun_mono, verdict.reason.startswith(NOT_TRIED)
         if self._epoch != self._context.members.epoch or (not_tried and not (
                 wait > 0 and self.standing.state == "unknown")):
@@ -12188,6 +12251,17 @@ def is_same_place(before: ResourceSettings, settings: ResourceSettings) -> bool:
     """Whether the same machine answers to the same account, which may have another name here."""
     return all(getattr(before, name) == getattr(settings, name) for name in (
         "platform", "hostname", "connect_port", "url", "hops", "username", "key_file", "secrets"))
+
+
+def sample_before(before: Poller | None, stored: Stored | None, target: Target) -> Sample | None:
+    """What the next poll of the same place has to know of the last one."""
+    if before and is_same_place(before.target.settings, target.settings):
+        return before.previous
+    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):   # it read nothing, or is damaged
+        if stored and stored.status.credential_digest == target.credential_digest:
+            names = json.loads(stored.status.sample)["metrics"]
+            return since(Sample({}, dict.fromkeys(names, 0.0), None, {}, {}, {}), None)
+    return None
 
 
 def follows(poller: Poller | None, target: Target) -> bool:
@@ -12406,8 +12480,7 @@ class Monitor(threading.Thread):
         self._reconcile()
         self._take_clock(now_at, behind)
         self.aggregator.start()
-        changed = functools.partial(report_again, self.pollers)
-        self.uplink.begin(self._context.urge, changed, self._context.recorder.note)
+        self.uplink.begin(self._context.urge, lambda: report_again(self.pollers), self._context.recorder.note)
         self._context.recorder.start()
 
     def run(self) -> None:
@@ -12569,6 +12642,7 @@ class Monitor(threading.Thread):
             if (before and before.target.name != target.name and poller.standing.state == "unknown"     # renamed
                     and (not before.standing.healthy or is_same_place(before.target.settings, target.settings))):
                 poller.go_on_from(before)
+        poller.previous = sample_before(before, stored, target)
         if before:
             poller.lease_mono, poller.deaths, poller.rests = before.expires_mono, before.deaths, before.rests
         self.pollers[target.name] = poller

@@ -5,7 +5,7 @@ with its name and a colon, or with "Failed to"), and `[3]` where its exit status
 are comments; the first ones say which system and version it is and where the shape was found. Names and numbers are our
 own, made so that shares are round. Besides,
 
-    $ cat /proc/mounts      makes that file; `$ ls -d /run/systemd/system` that folder
+    $ cat /proc/mounts      makes that file and its mountinfo; `$ ls -d /run/systemd/system` that folder
     $ sysctl -a             answers any `sysctl` of these variables
     $ systemctl show UNIT   answers whatever properties are asked for
     $ df --options          the letters this df knows, then what it says to any other (X)
@@ -96,7 +96,7 @@ def untyped(table: str) -> str:
 
 def df_answers(answers: dict[str, Answer]) -> dict[str, Answer]:
     """By sorted letters. Where the same was recorded with -T it is known without; -l makes a difference only where
-    a table with -l was recorded."""
+    tables with and without it were recorded."""
     found = {}
     for command, answer in answers.items():
         if re.fullmatch("df( -[A-Za-z]+)?", command):
@@ -105,8 +105,8 @@ def df_answers(answers: dict[str, Answer]) -> dict[str, Answer]:
         if re.search("^Filesystem +Type", answer.text, re.MULTILINE):
             found.setdefault(letters.replace("T", ""), Answer(untyped(answer.text), answer.status))
     for letters, answer in list(found.items()):
-        if "l" not in letters:
-            found.setdefault("".join(sorted(letters + "l")), answer)
+        other = letters.replace("l", "") if "l" in letters else "".join(sorted(letters + "l"))
+        found.setdefault(other, answer)     # of the same places
     return found
 
 
@@ -114,6 +114,9 @@ def df_answers(answers: dict[str, Answer]) -> dict[str, Answer]:
 ROWS = """awk -v "wanted=$rest" '
 BEGIN { for (n = split(wanted, list, "\\n"); n > 0; n--) if (list[n] != "") only[list[n]] = ++some }
 { mount = $0; sub(/^.*([0-9]%|-) +/, "", mount) } /^Filesystem/ || !some || mount in only'"""
+COMPLAINTS = """awk -v "wanted=$rest" '
+BEGIN { for (n = split(wanted, list, "\\n"); n > 0; n--) if (list[n] != "") only[list[n]] = ++some }
+{ for (place in only) if (match($0, place "[^/]?[^/]?[^/]?:")) { print; next } } !some'"""
 KEY = {
     # Letters in any order and number of words, sorted; what is no option is left alone.
     "df": r"""
@@ -181,11 +184,25 @@ def stub(name: str, answers: dict[str, Answer], folder: Path) -> str:
         complaints.write_text("".join(line for line in lines if line.startswith(begins)), encoding="utf-8")
         stored.write_text("".join(line for line in lines if not line.startswith(begins)), encoding="utf-8")
         show = ROWS if name == "df" else "cat"
-        said = f"cat {shlex.quote(str(complaints))} >&2; {show} {shlex.quote(str(stored))}"
+        told = COMPLAINTS if name == "df" else "cat"
+        said = f"{told} {shlex.quote(str(complaints))} >&2; {show} {shlex.quote(str(stored))}"
         choices += f"{shlex.quote(key)}) {said}; exit {answer.status};;\n"
     real = shutil.which(name) if name in TOOLS else None
     other = f'exec {real} "$@"' if real else f'echo "{name}: not recorded: $*" >&2; exit 64'
     return f"#!/bin/sh{before}case $key in\n{choices}esac\n{other}\n"
+
+
+def mountinfo(mounts: str) -> str:
+    """What the kernel shows of the same in /proc/self/mountinfo: a device has one number wherever it is mounted, and
+    is itself read-only where no place of it is writable."""
+    lines, devices = [line.split(" ") for line in mounts.splitlines()], dict[str, int]()
+    written = {device for device, _, _, flags, *_ in lines if "ro" not in flags.split(",")}
+    found = ""
+    for at, (device, point, kind, flags, *_) in enumerate(lines):
+        number = devices.setdefault(device if device.startswith("/") else str(at), len(devices))
+        own = ("rw" if device in written else "ro") + "".join(f",{flag}" for flag in flags.split(",")[1:])
+        found += f"{at + 20} 1 8:{number} / {point} {flags} shared:{at} - {kind} {device} {own}\n"
+    return found
 
 
 def install(host: Host, root: Path) -> None:
@@ -211,6 +228,9 @@ def install(host: Host, root: Path) -> None:
         path = root / path_name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    if "proc/mounts" in host.files:
+        (root / "proc" / "self").mkdir(exist_ok=True)
+        (root / "proc" / "self" / "mountinfo").write_text(mountinfo(host.files["proc/mounts"]), encoding="utf-8")
 
 
 def play(host: Host, script: str, shell: str = "dash") -> str:

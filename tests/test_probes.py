@@ -289,12 +289,15 @@ def test_a_disk_that_fails_leaves_the_others() -> None:
 ROOT = "/dev/sda1 / ext4 rw,relatime 0 0\n"
 TABLES: dict[str, tuple[str, str, list[str], dict[str, float]]] = {
     "a disk whose place with the shorter name is read-only": (
-        ROOT + "/dev/loop0 /srv/root ext4 rw,relatime 0 0\n/dev/loop0 /pb ext4 ro,relatime 0 0\n", "",
-        ["/dev/sda1 100 10 90 10% /", "/dev/loop0 100 99 1 99% /pb"], {"/": 10.0, "/pb": 99.0}),
-    "and is listed twice": (
+        ROOT + "/dev/loop0 /srv/root ext4 rw 7:0\n/dev/loop0 /pb ext4 rw 7:0\n", "",
+        ["/dev/sda1 100 10 90 10% /", "/dev/loop0 100 99 1 99% /srv/root"], {"/": 10.0, "/pb": 99.0}),
+    "as a kernel without numbers or an endpoint of before says it, listed twice": (
         ROOT + "/dev/loop0 /srv/root ext4 rw,relatime 0 0\n/dev/loop0 /pb ext4 ro,relatime 0 0\n", "",
         ["/dev/sda1 100 10 90 10% /", "/dev/loop0 100 99 1 99% /srv/root", "/dev/loop0 100 99 1 99% /pb"],
-        {"/": 10.0, "/pb": 99.0}),
+        {"/": 10.0, "/srv/root": 99.0}),
+    "two disks of one name": (
+        "/dev/sdb1 /old ext4 rw 8:17\n/dev/sdb1 /new ext4 rw 8:33\n", "",
+        ["/dev/sdb1 100 10 90 10% /old", "/dev/sdb1 100 99 1 99% /new"], {"/old": 10.0, "/new": 99.0}),
     "one that is read-only everywhere": (
         ROOT + "/dev/loop0 /pb squashfs2 ro 0 0\n/dev/loop0 /p ext4 ro,relatime 0 0\n", "",
         ["/dev/sda1 100 10 90 10% /", "/dev/loop0 100 100 0 100% /p"], {"/": 10.0}),
@@ -343,11 +346,12 @@ def test_a_disk_turned_read_only_however_fstab_writes_it(line: str) -> None:
 
 
 def test_the_only_disk_turned_read_only() -> None:
-    before, after = (parsed(Platform.FREEBSD, {"disk_percent": (
+    before, after = (output(Platform.FREEBSD, {"disk_percent": (
         f"/dev/ada0p2 on / (ufs, local, {flag})\n@space\n/dev/ada0p2 100 10 90 10% 1 9 10% /\n@inodes\n")})
         for flag in ("journaled soft-updates", "read-only"))
-    assert after.problems["disk_percent"] == "no local filesystem (skipped: nothing)"
-    assert since(after, since(before, None)).problems["filesystem /"] == "became read-only"
+    assert parse_output(after, NONCE, None).problems["disk_percent"] == "no local filesystem (skipped: nothing)"
+    writable = since(parse_output(before, NONCE, None), None).writable
+    assert parse_output(after, NONCE, None, (), writable).problems["filesystem /"] == "became read-only"
 
 
 @pytest.mark.parametrize("said", [  # of BusyBox without FEATURE_DF_FANCY, and of our own

@@ -217,11 +217,11 @@ def test_nothing_vanishes(name: str) -> None:
         assert mount in shown or listed or (space in spaces and kind != "tmpfs"), f"{mount} ({device}, {kind})"
 
 
-def test_a_node_with_a_thousand_pods_stays_below_what_is_read() -> None:
+def test_a_node_with_thousands_of_pods_stays_below_what_is_read() -> None:
     """Each pod has a root and volumes; their lines in /proc/mounts are long, and most are no disk."""
     host = hosts.host("debian/12-inodes")
     mounts, table = host.files["proc/mounts"], host.said("df -PkT")
-    for number in range(1000):
+    for number in range(3000):
         pod = f"/var/lib/kubelet/pods/0b0b0b0b-0000-4000-8000-{number:012}/volumes"
         root = f"/run/containerd/io.containerd.runtime.v2.task/k8s.io/{number:064}/rootfs"
         layers = ":".join(f"/var/lib/containerd/snapshots/{number + layer}/fs" for layer in range(12))
@@ -232,7 +232,7 @@ def test_a_node_with_a_thousand_pods_stays_below_what_is_read() -> None:
     played = host._replace(files={**host.files, "proc/mounts": mounts},
                            answers={**host.answers, "df -PkT": hosts.Answer(table)})  # fmt: skip
     text = hosts.play(played, build_script(wanting(Platform.UNIX), NONCE))
-    assert len(text) < OUTPUT_BYTES / 2
+    assert len(text) < OUTPUT_BYTES / 4
     assert readings(parse_output(text, NONCE, None), "disk_percent").keys() == DISKS["debian/12-inodes"].keys()
 
 

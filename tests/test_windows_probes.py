@@ -465,10 +465,10 @@ def test_a_mount_point_that_a_limit_names_and_nobody_read() -> None:
     settings, sample = collected("administrator", limits={"disk_percent": {"fail": "100", "mounts": mounts}})
     here = [name.partition(" ")[2].casefold() for name in sample.metrics if name.startswith("disk_percent ")]
     lost = [mount for mount in named[:4] if mount.casefold() not in here]
-    assert lost[-2:] == ["e:", "F:\\"] and sample.problems["disk_percent"] == f"not there: {', '.join(lost)}"
+    assert lost[-2:] == ["e:", "F:\\"] and sample.problems["disk_percent"] == f"no disk there: {', '.join(lost)}"
     assert evaluate(sample, settings).state == "degraded"
     linux = settings.model_copy(update={"platform": Platform.LINUX})  # with the same `defaults`
-    assert "disk_percent" not in complete(EXPECTED["administrator"], linux).problems
+    assert complete(EXPECTED["administrator"], linux).problems["disk_percent"] == "no disk there: /srv"
 
 
 LOCKED = {"disk_percent D:": "has no size: locked", "disk_percent E:\\mnt": "has no size: not\nformatted"}
@@ -477,7 +477,7 @@ LOCKED = {"disk_percent D:": "has no size: locked", "disk_percent E:\\mnt": "has
 @pytest.mark.parametrize(("mounts", "problem"), [
     ({"d:": "off", "E:\\*": "off"}, None), ({"D:": "off"}, "E:\\mnt has no size: not formatted"),
     ({}, "D: has no size: locked; E:\\mnt has no size: not formatted"),
-    ({"D:": "9", "E:\\mnt": "off", "F:": "9"}, "D: has no size: locked; not there: F:"),
+    ({"D:": "9", "E:\\mnt": "off", "F:": "9"}, "D: has no size: locked; no disk there: F:"),
 ])  # fmt: skip
 def test_a_filesystem_that_is_off_may_be_locked(mounts: dict[str, str], problem: str | None) -> None:
     """It degraded its host for good. What nobody may read is not gone; and a hash table has no order that lasts."""
