@@ -7356,7 +7356,8 @@ def _mounts(text: str) -> list[Mount]:
             point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), point)
             point = re.sub(r"[\0-\37\177]", "?", point).rstrip("/") or "/"
             number = "".join(word for word in rest[1:2] if re.fullmatch("[0-9]+:[0-9]+", word))
-            found.append(Mount(point, kind, frozenset(flags), words[0], number))
+            if point == "-" or point.startswith("/"):   # no heading, and no shell that has no such command
+                found.append(Mount(point, kind, frozenset(flags), words[0], number))
     return found
 
 
