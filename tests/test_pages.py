@@ -63,6 +63,8 @@ FAKES = {
     "uname": f"[ \"$1\" = -n ] && echo '{PAYLOAD}' || exec /bin/uname \"$@\"",
     "df": "echo 'Filesystem Type 1024-blocks Used Available Capacity Mounted on'\n"
     f"echo '/dev/sda1 ext4 100 90 10 90% /{PAYLOAD}'",
+    "sed": "case $* in (*/mountinfo) printf '%s\\n' '/dev/sda1 /" + PAYLOAD.replace(" ", r"\040") + " ext4 rw 8:1';; "
+    '(*) exec /bin/sed "$@";; esac',
 }
 
 
