@@ -7269,23 +7269,27 @@ READ_ONLY = frozenset({"ro", "read-only"})
 BECAME_READ_ONLY = "became read-only"   # the problem of a `filesystem MOUNT`
 MACOS_PARTS = re.compile(r"/System/Volumes/(?!Data$)|/private/var/vm$")
 # Of what is no disk, or a server's, the type alone is sent, and df is asked for nothing of it: that may hang. Any other
-# line comes as device, place, type, options and number of the filesystem itself, and df is asked for each number once.
-# The oldest BusyBox has no -P. An echo may see escapes.
+# line comes as device, place, type, options and number of the filesystem itself, and what of it is there; df is asked
+# for two places of each number, for one may be covered. The oldest BusyBox has no -P. An echo may see escapes.
 LINUX_DISKS = r"""
 t=/proc/self/mountinfo; [ -r $t ] || t=/proc/mounts
-M=$(sed -r 's,^[0-9]+ [0-9]+ ([0-9]+:[0-9]+) [^ ]+ ([^ ]+) .* - ([^ ]+) ([^ ]*) ([^ ]+)$,\4 \2 \3 \5 \1,
+M=$(sed -r 's,^[0-9]+ [0-9]+ ([0-9]+:[0-9]+) ([^ ]+) ([^ ]+) .* - ([^ ]+) ([^ ]*) ([^ ]+).*$,\5 \3 \4 \6 \1\2,
 s,^[^ ]* [^ ]+ (NO_DISK) .*,- - \1 -,;s,^[^/ ]+:/[^ ]* [^ ]+ ([^ ]+) .*,- - \1 -,' $t)
 printf '%s\n' "$M" @fstab; cat /etc/fstab 2>/dev/null
-echo @space; set -f; set --; k=
+echo @space; set -f; set --; a= k='| '
 IFS='
 '
 for l in $M; do
-  p=${l#* }; p=${p%% *} n=${l##* }; [ "$n" != 0 ] || n=$p
-  case "$l|$k" in (-\ *|*"| $n "*) continue;; esac
+  p=${l#* }; p=${p%% *} n=${l##* }; n=${n%%/*}; [ "$n" != 0 ] || n=$p
+  case "$l|$k" in (-\ *|*"| $n "*"| $n "*) continue;; esac
   k="$k$n | "
-  case $p in (*\\*) p=$(printf "$(printf %s "$p" | sed 's/%/%%/g')."); p=${p%.};; esac
-  set -- "$@" "$p"
+  case $p in
+  (*\\*) p=$(printf "$(printf %s "$p" | sed 's/%/%%/g')."); set -- "$@" "${p%.}";;
+  (*) a="$a$p
+";;
+  esac
 done
+set -- "$@" $a
 [ $# != 0 ] || exit 0
 r=$(d -Pk "$@"); s=$?
 case $s$r in (0*|*%*|12[4-9]*|137*) ;; (*) r=$(d -k "$@");; esac
@@ -7307,7 +7311,8 @@ class Mount(NamedTuple):
     kind: str           # the filesystem's type
     flags: frozenset[str]
     device: str = ""
-    number: str = ""    # of the filesystem, where the machine says it
+    number: str = ""    # of the filesystem, and which part of it, where the machine says it
+    root: str = ""
 
     @property
     def is_disk(self) -> bool:
@@ -7322,6 +7327,12 @@ class Mount(NamedTuple):
     def disk(self) -> str:
         """Which filesystem. What is no path may be the same word in every line, such as AIX' Global."""
         return self.number or (self.device if self.device.startswith("/") or self.kind == "zfs" else self.point)
+
+    def names_rather_than(self, other: Mount) -> bool:
+        """Whether it gives the same disk its name: as GNU's df says, by the shorter place, but not of a smaller part,
+        which is there for another use; subvolumes are no parts."""
+        is_part = len(self.root) > len(other.root) and self.kind != "btrfs"
+        return len(self.point) < len(other.point) and not is_part and (other.hidden or not self.hidden)
 
     @property
     def pool(self) -> str:
@@ -7355,9 +7366,9 @@ def _mounts(text: str) -> list[Mount]:
             flags = ",".join(rest).split(",")
             point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), point)
             point = re.sub(r"[\0-\37\177]", "?", point).rstrip("/") or "/"
-            number = "".join(word for word in rest[1:2] if re.fullmatch("[0-9]+:[0-9]+", word))
+            number, slash, root = (rest[1] if rest[1:] and re.match("[0-9]+:", rest[1]) else "").partition("/")
             if point == "-" or point.startswith("/"):   # no heading, and no shell that has no such command
-                found.append(Mount(point, kind, frozenset(flags), words[0], number))
+                found.append(Mount(point, kind, frozenset(flags), words[0], number, slash + root))
     return found
 
 
@@ -7392,7 +7403,9 @@ class Disks:
     def __init__(self, text: str) -> None:
         mounted, *rest = re.split(r"(?m)^@(?=(?:fstab|space|inodes|named|writable)$)", text)
         self.parts: dict[str, str] = dict(part.partition("\n")[::2] for part in rest)
-        self.mounts = _mounts(mounted)
+        self.mounts = _mounts(mounted) or [     # where no table can be read, what df calls a device
+            Mount(row[6], row[1], frozenset(), row[1]) for line in self._part("space").splitlines()
+            if len(line) < 4096 and (row := DF_ROW.fullmatch(line))]
         self.places = {_bare(mount.point): mount for mount in self.mounts if mount.is_disk}
         named = (line.rstrip("/") or "/" for line in self._part("named").splitlines())
         self.named = {point: self.places[_bare(point)].disk for point in named if _bare(point) in self.places}
@@ -7401,11 +7414,13 @@ class Disks:
         meant.update(self._part("writable").splitlines())
         self.broken = {mount.disk for mount in self.places.values() if mount.flags & {"emergency_ro", "shutdown"}
                        or (mount.flags & READ_ONLY and mount.point in meant)}
-        self.shown = {*self.broken, *self.named.values(),
-                      *(mount.disk for mount in self.places.values() if not mount.hidden)}
-        self.names: dict[str, str] = {}     # the shortest of each
-        for mount in sorted(self.places.values(), key=lambda mount: (mount.hidden, len(mount.point))):
-            self.names.setdefault(mount.disk, mount.point)
+        self.written = self.broken.union(mount.disk for mount in self.places.values() if not mount.hidden)
+        self.shown = self.written.union(self.named.values())
+        named_by: dict[str, Mount] = {}
+        for mount in sorted(self.places.values(), key=lambda mount: mount.hidden):
+            if mount.names_rather_than(named_by.setdefault(mount.disk, mount)):
+                named_by[mount.disk] = mount
+        self.names = {disk: mount.point for disk, mount in named_by.items()}
         inodes = _volumes(self._part("inodes"), self.places, {})
         self.volumes = _volumes(self._part("space"), self.places, inodes)
 
@@ -7454,10 +7469,10 @@ def disk_percent(text: str) -> dict[str, float | str]:
     shares, (errors, why), (uncounted, _) = disks.shares(), disks.complaints("space"), disks.complaints("inodes")
     kinds = collections.Counter(mount.kind for mount in disks.mounts if not mount.is_disk)
     skipped = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in sorted(kinds.items()))
-    hidden = ", ".join(sorted(mount.point for mount in disks.places.values() if mount.disk not in disks.shown))
-    unread = {f"disk_percent {disks.names[mount.disk]}": why.get(mount.disk, "df tells nothing of it")
+    hidden = ", ".join(sorted(mount.point for mount in disks.places.values() if mount.disk not in disks.written))
+    unread = {f"disk_percent {disks.names[mount.disk]}": why[mount.disk]
               for mount in disks.places.values() if mount.device.startswith("/")
-              and mount.disk in disks.shown and mount.disk not in disks.volumes}
+              and mount.disk in why and mount.disk in disks.shown and mount.disk not in disks.volumes}
     if not shares:
         nothing = " ".join(["no local filesystem", f"(skipped: {skipped or 'nothing'})", *errors])
         errors = [*errors, *unread.values()] if unread else [nothing]
@@ -8959,7 +8974,9 @@ def since(sample: Sample, previous: Sample | None) -> Sample:
         still = previous.still + 1 if previous else 1
         if still >= STILL_POLLS:
             problems.setdefault("cpu_percent", f"no reading in {still} polls: its counters stand still")
-    writable = frozenset(disks_found(sample)) or (previous.writable if previous else frozenset())
+    hidden = f", {sample.details.get('hidden_filesystems', '')}, "
+    found = frozenset(mount for mount in disks_found(sample) if f", {mount}, " not in hidden)
+    writable = found or (previous.writable if previous else frozenset())
     return replace(sample, problems=problems, still=still, writable=writable)
 
 
@@ -8986,7 +9003,7 @@ def missed_disks(sample: Sample, settings: ResourceSettings) -> Iterator[str]:
     yield from (f"{mount} {why}" for mount, why in disk_problems("disk_percent", sample, settings).items())
     found, path = disks_found(sample), WINDOWS_MOUNT if settings.platform in POWERSHELL else re.compile(r"/[^*?\[]*")
     if lost := [name for name in settings.limited_mounts if settings.platform is not Platform.SIMULATED
-                and path.fullmatch(name) and not any(matching_key([name], mount) for mount in found)]:
+                and name != "/" and path.fullmatch(name) and not any(matching_key([name], mount) for mount in found)]:
         yield f"no disk there: {', '.join(lost)}"
 
 
@@ -12260,8 +12277,8 @@ def sample_before(before: Poller | None, stored: Stored | None, target: Target) 
         return before.previous
     with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):   # it read nothing, or is damaged
         if stored and stored.status.credential_digest == target.credential_digest:
-            names = json.loads(stored.status.sample)["metrics"]
-            return since(Sample({}, dict.fromkeys(names, 0.0), None, {}, {}, {}), None)
+            kept = json.loads(stored.status.sample)
+            return since(Sample(kept["details"], dict.fromkeys(kept["metrics"], 0.0), None, {}, {}, {}), None)
     return None
 
 

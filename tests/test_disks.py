@@ -106,6 +106,9 @@ FULL = "disk_percent /srv/data at 100.0, fail above 98"
 # What is mounted, the limit; the state and what is said, "" where nothing is.
 MOUNTED: dict[str, tuple[str, Any, str, str]] = {
     "a FUSE that hangs beside a full disk": ("disk data 40; hung bucket", 98, "unhealthy", FULL),
+    "one that is covered, and seen elsewhere": (
+        "disk data 40; mkdir x; mount --bind data x; mount -t tmpfs tmpfs data", 98, "unhealthy",
+        "disk_percent /srv/x at 100.0, fail above 98"),
     "one of a server's name": ("disk data 40; hung bucket alice@nas:/share", 98, "unhealthy", FULL),
     "a dead FUSE": ("disk data 1; hung dead; exec 9>&-", 98, "healthy", ""),
     "a FUSE whose name is a row of df": ("hung dead 'x 100 99 0 99% /etc'; exec 9>&-", 98, "healthy", ""),
@@ -155,6 +158,14 @@ def test_odd_names(tools: str, machine: Machine, toolbox: Path) -> None:
     machine.do("\n".join(f"turn rw {shlex.quote(name)}; rm {shlex.quote(name + '/fill')}" for name in names[1:]))
     sample, verdict = machine.poll({"fail": 100}, after)
     assert (verdict.state, verdict.reason) == ("degraded", f"filesystems: became read-only: /srv/{names[0]}"), sample
+
+
+def test_a_disk_that_always_was_read_only(machine: Machine) -> None:
+    """A limit that names it has it read, and nothing turned."""
+    machine.do("disk data 1; turn ro /srv/data")
+    first, verdict = machine.poll(OWN)
+    assert first.metrics["disk_percent /srv/data"] < 50
+    assert verdict.state == machine.poll(OWN, first)[1].state == "healthy"
 
 
 def test_a_disk_that_turns_read_only_is_no_less_full(machine: Machine) -> None:
