@@ -7270,7 +7270,7 @@ BECAME_READ_ONLY = "became read-only"   # the problem of a `filesystem MOUNT`
 MACOS_PARTS = re.compile(r"/System/Volumes/(?!Data$)|/private/var/vm$")
 # Of what is no disk, or a server's, the type alone is sent, and df is asked for nothing of it: that may hang. Any other
 # line comes as device, place, type, options and number of the filesystem itself, and what of it is there; df is asked
-# for two places of each number, for one may be covered. The oldest BusyBox has no -P. An echo may see escapes.
+# for three places of each number, for some may be covered. The oldest BusyBox has no -P. An echo may see escapes.
 LINUX_DISKS = r"""
 t=/proc/self/mountinfo; [ -r $t ] || t=/proc/mounts
 M=$(sed -r 's,^[0-9]+ [0-9]+ ([0-9]+:[0-9]+) ([^ ]+) ([^ ]+) .* - ([^ ]+) ([^ ]*) ([^ ]+).*$,\5 \3 \4 \6 \1\2,
@@ -7281,7 +7281,7 @@ IFS='
 '
 for l in $M; do
   p=${l#* }; p=${p%% *} n=${l##* }; n=${n%%/*}; [ "$n" != 0 ] || n=$p
-  case "$l|$k" in (-\ *|*"| $n "*"| $n "*) continue;; esac
+  case "$l|$k" in (-\ *|*"| $n "*"| $n "*"| $n "*) continue;; esac
   k="$k$n | "
   case $p in
   (*\\*) p=$(printf "$(printf %s "$p" | sed 's/%/%%/g')."); set -- "$@" "${p%.}";;
@@ -7330,8 +7330,9 @@ class Mount(NamedTuple):
 
     def names_rather_than(self, other: Mount) -> bool:
         """Whether it gives the same disk its name: as GNU's df says, by the shorter place, but not of a smaller part,
-        which is there for another use; subvolumes are no parts."""
-        is_part = len(self.root) > len(other.root) and self.kind != "btrfs"
+        which is there for another use; other subvolumes are no parts."""
+        is_part = len(self.root) > len(other.root) and (
+            self.kind != "btrfs" or any(flag.startswith("subvolid=") for flag in self.flags & other.flags))
         return len(self.point) < len(other.point) and not is_part and (other.hidden or not self.hidden)
 
     @property
@@ -7363,11 +7364,12 @@ def _mounts(text: str) -> list[Mount]:
             found.append(Mount(point, kind or flags[0], frozenset(flags), left.partition(" on ")[0]))
         elif len(words) > 3:
             point, kind, *rest = words[2:] if words[2].startswith("/") else words[1:]   # AIX names a server first
-            flags = ",".join(rest).split(",")
+            number, slash, root = (rest[1] if rest[1:] and re.match("[0-9]+:", rest[1]) else "").partition("/")
+            flags = ",".join(rest[:1] if number else rest).split(",")
             point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), point)
             point = re.sub(r"[\0-\37\177]", "?", point).rstrip("/") or "/"
-            number, slash, root = (rest[1] if rest[1:] and re.match("[0-9]+:", rest[1]) else "").partition("/")
-            if point == "-" or point.startswith("/"):   # no heading, and no shell that has no such command
+            # No heading, and nothing that a shell says in the place of a table.
+            if (point == "-" or point.startswith("/")) and not words[0].endswith(":"):
                 found.append(Mount(point, kind, frozenset(flags), words[0], number, slash + root))
     return found
 
@@ -7412,6 +7414,7 @@ class Disks:
         fstab = _mounts(re.sub(r"(?m)^\s*#.*$", "", self._part("fstab")))
         meant = {mount.point for mount in fstab if not mount.flags & {"ro", "noauto"}}
         meant.update(self._part("writable").splitlines())
+        meant -= {mount.point for mount in fstab if "ro" in mount.flags}
         self.broken = {mount.disk for mount in self.places.values() if mount.flags & {"emergency_ro", "shutdown"}
                        or (mount.flags & READ_ONLY and mount.point in meant)}
         self.written = self.broken.union(mount.disk for mount in self.places.values() if not mount.hidden)

@@ -109,6 +109,9 @@ MOUNTED: dict[str, tuple[str, Any, str, str]] = {
     "one that is covered, and seen elsewhere": (
         "disk data 40; mkdir x; mount --bind data x; mount -t tmpfs tmpfs data", 98, "unhealthy",
         "disk_percent /srv/x at 100.0, fail above 98"),
+    "one that is covered at itself, and seen elsewhere": (
+        "disk data 40; mount --bind data data; mkdir x; mount --bind data x; mount -t tmpfs tmpfs data", 98,
+        "unhealthy", "disk_percent /srv/x at 100.0, fail above 98"),
     "one of a server's name": ("disk data 40; hung bucket alice@nas:/share", 98, "unhealthy", FULL),
     "a dead FUSE": ("disk data 1; hung dead; exec 9>&-", 98, "healthy", ""),
     "a FUSE whose name is a row of df": ("hung dead 'x 100 99 0 99% /etc'; exec 9>&-", 98, "healthy", ""),

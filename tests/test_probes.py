@@ -305,6 +305,19 @@ TABLES: dict[str, tuple[str, str, list[str], dict[str, float]]] = {
     "what is no disk and called by a path, in CentOS 6 and a chroot": (
         ROOT + "/proc/bus/usb /proc/bus/usb usbfs rw,relatime 0 0\n/sys /srv/sys sysfs rw 0:21/\n", "",
         ["/dev/sda1 100 10 90 10% /", "sysfs 0 0 0 - /srv/sys"], {"/": 10.0}),
+    "one whose name looks like a flag": (
+        ROOT + "/dev/loop0 /x ext4 rw 7:0/a,ro,b\n", "",
+        ["/dev/sda1 100 10 90 10% /", "/dev/loop0 100 99 1 99% /x"], {"/": 10.0, "/x": 99.0}),
+    "directories of a subvolume, of Fedora Silverblue": (
+        "/dev/vda3 /sysroot btrfs rw,subvolid=256,subvol=/root 0:31/root\n"
+        "/dev/vda3 / btrfs rw,subvolid=256,subvol=/root 0:31/root/ostree/deploy/fedora/deploy/1.0\n"
+        "/dev/vda3 /var btrfs rw,subvolid=258,subvol=/var 0:31/var\n", "",
+        ["/dev/vda3 100 10 90 10% /sysroot", "/dev/vda3 100 10 90 10% /var"], {"/var": 10.0}),
+    "one that fstab says is read-only": (
+        ROOT + "/dev/loop0 /x ext4 ro 7:0/\n", "/dev/loop0 /x ext4 ro 0 2\n",
+        ["/dev/sda1 100 10 90 10% /", "/dev/loop0 100 99 1 99% /x"], {"/": 10.0}),
+    "no table of mounts that may be read": (
+        "bash: /sbin/mount: Permission denied\n", "", ["/dev/hd0 100 99 1 99% /"], {"/": 99.0}),
     "no table of mounts": (
         "sh: mount: not found\n", "", ["/dev/hd0 100 99 1 99% /", "tmpfs 100 100 0 100% /run"], {"/": 99.0}),
     "two disks of one name": (
