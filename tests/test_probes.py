@@ -309,8 +309,8 @@ TABLES: dict[str, tuple[str, str, list[str], dict[str, float]]] = {
         ROOT + "/dev/loop0 /x ext4 rw 7:0/a,ro,b\n", "",
         ["/dev/sda1 100 10 90 10% /", "/dev/loop0 100 99 1 99% /x"], {"/": 10.0, "/x": 99.0}),
     "directories of a subvolume, of Fedora Silverblue": (
-        "/dev/vda3 /sysroot btrfs rw,subvolid=256,subvol=/root 0:31/root\n"
-        "/dev/vda3 / btrfs rw,subvolid=256,subvol=/root 0:31/root/ostree/deploy/fedora/deploy/1.0\n"
+        "/dev/vda3 /sysroot btrfs rw,subvolid=256,subvol=/fedora 0:31/fedora\n"
+        "/dev/vda3 / btrfs rw,subvolid=256,subvol=/fedora 0:31/fedora/ostree/deploy/fedora/deploy/1.0\n"
         "/dev/vda3 /var btrfs rw,subvolid=258,subvol=/var 0:31/var\n", "",
         ["/dev/vda3 100 10 90 10% /sysroot", "/dev/vda3 100 10 90 10% /var"], {"/var": 10.0}),
     "one that fstab says is read-only": (
