@@ -743,10 +743,10 @@ class Document:
         self.faults: list[str] = []     # what is wrong with keys and values that could be read all the same
         self._refused: list[str] = []   # what is wrong with the rest
         self.value: Any = None
-        text = source.decode("utf-8-sig", "surrogateescape")
-        self._lines = [0, *(found.end() for found in LINE_BREAK.finditer(text))]
         if len(source) > INVENTORY_BYTES:
             raise InventoryError(f"{name}: the file is larger than {INVENTORY_BYTES} bytes")
+        text = source.decode("utf-8-sig", "surrogateescape")
+        self._lines = [0, *(found.end() for found in LINE_BREAK.finditer(text))]
         if byte := SURROGATE.search(text):
             raise InventoryError(self._line(byte.start(), "this byte is not UTF-8; save the file as UTF-8"))
         try:
