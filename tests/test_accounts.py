@@ -166,6 +166,7 @@ def test_requests_are_noted_once_a_minute(local: Local) -> None:
         assert [row.seen_at - begun for row in sessions(local)] == [seen], after
 
 
+@pytest.mark.long
 def test_while_nothing_can_be_written_one_request_a_minute_waits_for_that(local: Local) -> None:
     """Of many at once it is one, and those after it do not wait either."""
     local.open_session()

@@ -120,6 +120,7 @@ def test_resources_as_bastions(servers: tuple[Sshd, Sshd, Sshd], tmp_path: Path,
     assert came_through(second, begun[1]) is (way != "a resource")
 
 
+@pytest.mark.long
 @ACCOUNTS
 def test_a_poll_that_is_late_leaves_nothing_behind_bastions(servers: tuple[Sshd, Sshd, Sshd], tmp_path: Path) -> None:
     first, second, last = servers
@@ -782,6 +783,7 @@ def test_ssh_config_as_people_write_it(tmp_path: Path, case: str) -> None:
         assert command == ("proxycommand" in theirs)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not ROOT, reason="no other account can be had")
 def test_ssh_config_of_an_account_without_a_name(tmp_path: Path) -> None:
     """As in a container that runs under a number; with root's rights, for the interpreter may be closed to others."""

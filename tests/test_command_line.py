@@ -186,6 +186,7 @@ def test_an_inventory_that_has_gone_is_not_replaced(left: str, tmp_path: Path) -
     assert files(tmp_path) == before
 
 
+@pytest.mark.long
 def test_an_inventory_that_has_gone_is_not_replaced_wherever_database_and_keys_are(tmp_path: Path) -> None:
     """A start leaves a note beside it, of this inventory alone."""
     folder, elsewhere = tmp_path / "opt", tmp_path / "var"
@@ -563,6 +564,7 @@ def test_probes_run_at_the_same_time(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(table) >= 41 and max(float(table[f"n{n}"][2]) for n in range(40)) < 20
 
 
+@pytest.mark.long
 def test_a_probe_counts_with_the_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Who looks again and again what is wrong with a password, before the start and beside it, locks no account."""
     def inventory(password: str) -> list[str]:
@@ -612,6 +614,7 @@ def test_a_probe_counts_whatever_the_resource_is_called(tmp_path: Path) -> None:
         assert (host.folder / "log").read_text("utf-8").count("Failed") == 3
 
 
+@pytest.mark.long
 def test_a_probe_beside_who_writes_for_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No login waits for the database, and what cannot be written down is said once."""
     prepared_database(tmp_path)
@@ -760,6 +763,7 @@ def test_seal_twice_changes_nothing(
     ]
 
 
+@pytest.mark.long
 @POSIX_ONLY
 def test_commands_that_need_no_secret_need_no_variables_of_the_service(tmp_path: Path, closed_port: int) -> None:
     """They stand in the unit's environment alone, and not in that of the shell of who looks, or closes the gate."""

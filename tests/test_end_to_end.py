@@ -67,6 +67,7 @@ def test_a_full_disk_closes_the_gate_until_it_is_empty(sshd: Sshd | ParamikoSshd
             assert "correct horse" not in service.output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("delay", "drain", "left"), [(2.5, 7.5, 0), (60.0, 1.5, 1)])
 def test_a_poll_has_the_drain_to_delete_its_shell_at_a_stop(
     tmp_path: Path, delay: float, drain: float, left: int

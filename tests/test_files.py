@@ -439,6 +439,7 @@ def test_a_backup_and_the_way_back_without_room(
     assert re.fullmatch(f"{small_disk}/.*: {told}, or set TMPDIR\n", capsys.readouterr().err)
 
 
+@pytest.mark.long
 def test_a_lease_file_that_no_room_is_for(small_disk: Path, tmp_path: Path) -> None:
     """As in a /run that is full: a service manager tries again, for nothing is wrong with the inventory."""
     prepared_keys(tmp_path)
@@ -476,6 +477,7 @@ def app(environ, start_response):
 """
 
 
+@pytest.mark.long
 def test_an_answer_without_room_is_cut_off(small_disk: Path, tmp_path: Path) -> None:
     """What comes from the middle of a file that a user uploaded is not taken for the answer."""
     (tmp_path / "shop.py").write_text(UPLOADED, encoding="utf-8")

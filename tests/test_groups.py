@@ -927,6 +927,8 @@ def test_two_of_three_hosts_carry_the_site(tmp_path: Path) -> None:
             assert {"replicas", "/reports", "/static"} <= {text.split(":")[0] for text in events("group")}
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_groups_follow_a_reload(tmp_path: Path) -> None:
     """How many are needed, and of whom, at once; a new route with the next start, and that is said."""
     calm = "platform: simulated, mean_healthy: 1000000, interval: 1"

@@ -870,6 +870,7 @@ def test_the_loop_does_not_spin_without_descriptors(caplog: pytest.LogCaptureFix
     assert caplog.text.count("cannot be accepted: Too many open files") == 1
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a limit can be set from outside on Linux only")
 def test_no_descriptor_left(tmp_path: Path) -> None:
     """As many sockets as there are descriptors, and more: the process lives and serves again."""

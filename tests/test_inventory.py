@@ -956,6 +956,8 @@ def test_any_bytes_give_only_our_error(content: bytes, folder: Path) -> None:
     only_our_error(folder, content)
 
 
+@pytest.mark.long
+@pytest.mark.windows
 @FAST
 @given(
     begin=st.integers(0, len(FULL)),

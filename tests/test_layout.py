@@ -77,6 +77,7 @@ def test_name_finder(source: str, expected: set[str]) -> None:
     assert {name for name, _ in global_names(ast.parse(source)) if name == "later"} == expected
 
 
+@pytest.mark.long
 def test_definitions_refer_only_to_names_above() -> None:
     defined = definitions(tree())
     early = [

@@ -430,6 +430,8 @@ NAMES = ["", "/a", "/a/b", "/a/b/c", "/größe", "/static"]
 PIECES = "/ / a b c static gr\xc3\xb6\xc3\x9fe . .. ; ;x=1 %2e \\ x // /a /a/b".split()
 
 
+@pytest.mark.long
+@pytest.mark.windows
 @given(st.lists(st.lists(st.sampled_from(PIECES), max_size=8).map("".join), min_size=20, max_size=20),
        st.sets(st.sampled_from(NAMES)), st.sets(st.sampled_from(NAMES[1:])))  # fmt: skip
 def test_any_path_is_sorted_alike(tmp_path_factory: Any, paths: list[str], opens: set[str], parts: set[str]) -> None:
@@ -601,6 +603,8 @@ def test_a_copy_in_its_place_is_replaced(tmp_path: Path) -> None:
         wait_for(lambda: leases.wait("/") == 0)
 
 
+@pytest.mark.long
+@pytest.mark.windows
 @pytest.mark.parametrize("name", ["Zürich", "\U00020bb7野家", "\U0001f680", "q'u'o te"])
 def test_any_name_of_the_file(name: str, tmp_path: Path) -> None:
     path = tmp_path / name

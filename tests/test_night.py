@@ -252,6 +252,7 @@ def test_incidents_in_a_browser(browser: Browser, night: Local) -> None:
     assert not faults
 
 
+@pytest.mark.long
 def test_a_fault_is_an_answer(browser: Browser, tmp_path: Path) -> None:
     """`No answer` is said only when there was none; whatever else it is, the page says that it is old."""
     with local_console(tmp_path, ROWS, MORE, PASSWORD, time.time) as local, served(local):

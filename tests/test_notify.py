@@ -704,6 +704,7 @@ def test_a_web_hook_that_hangs(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> N
     assert child._process.poll() is not None
 
 
+@pytest.mark.long
 def test_a_web_hook_that_takes_its_time(hook: Hook) -> None:
     """It was told, and would be again and again for an hour."""
     hook.way = "slow"
@@ -951,6 +952,7 @@ def test_check_without_apprise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not [*check_receivers(load_inventory(write_inventory(tmp_path / "other")), prepared_vault(tmp_path))]
 
 
+@pytest.mark.long
 def test_check_says_that_apprise_is_missing(tmp_path: Path) -> None:
     """The command itself, where it is not installed."""
     prepared_keys(tmp_path)
@@ -1023,6 +1025,7 @@ def test_rows_follow_the_file_and_urls_are_sealed(tmp_path: Path, store: Store) 
     assert receivers(store).keys() == {"other"} and receivers(store)["other"].cursor == 1
 
 
+@pytest.mark.long
 def test_seal_rotate_and_replace(tmp_path: Path) -> None:
     """URLs in the file and in the rows are treated as passwords are."""
     prepared_database(tmp_path)
@@ -1370,6 +1373,7 @@ def two_machines(folder: Path, store: Store, place: str, **speak: bool) -> Itera
         yield lives, Notifier(store, prepared_vault(folder), dict, "", cast("healthchecker.Monitor", lives))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("speaks", ["the same", "another"])
 @pytest.mark.parametrize("hangs", [False, True], ids=["has been delivered", "hangs"])
 def test_what_was_told_before_a_cut_hears_its_end(

@@ -252,6 +252,7 @@ def test_api(local: Local) -> None:
     assert len(changes(local)) == 2, "there was nothing to end"
 
 
+@pytest.mark.long
 def test_default_and_bounds(local: Local) -> None:
     def seconds() -> Any:
         with local.store.reading() as session:
@@ -297,6 +298,7 @@ def test_it_ends_by_itself(local: Local) -> None:
         assert not remembered(session, "override").text
 
 
+@pytest.mark.long
 def test_another_one_in_its_place(local: Local) -> None:
     """The end of the first is not that of the second."""
     local.api("POST", "gate", {"action": "open", "for": "1s"})
@@ -394,6 +396,7 @@ def test_observe_is_shown(tmp_path: Path) -> None:
         assert 'healthchecker_route_would_refuse_total{route="/r"} 1.0' in text
 
 
+@pytest.mark.long
 def test_observing_service(tmp_path: Path) -> None:
     """Nothing is refused but on the route that enforces; the mode of a route follows a reload, that of all a start."""
     routes = "routes: {{/r: {{needs: [a], mode: {}}}, /s: []}}\n"
@@ -446,6 +449,7 @@ def shown(inventory: Path, *arguments: str) -> dict[str, str]:
     return {line.partition(" ")[0]: line.partition(" ")[2].strip() for line in lines}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="no signal stops a process there")
 def test_a_service_that_does_not_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -488,6 +492,7 @@ FAULTS = {     # what somebody is at in the inventory, with a service that runs 
 }
 
 
+@pytest.mark.long
 @pytest.mark.of_files
 def test_the_gate_is_closed_by_command_while_the_inventory_is_edited(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -550,6 +555,7 @@ def test_commands(tmp_path: Path) -> None:
         assert words in gate(inventory, *arguments, code=2)
 
 
+@pytest.mark.long
 def test_it_is_kept_over_a_restart_and_expires(tmp_path: Path) -> None:
     """Open from the first request on, and closed at its end, in the next service, too; said before the first start."""
     inventory = write_inventory(tmp_path, BAD)

@@ -371,6 +371,7 @@ def test_what_was_typed_for_a_user_stays(forms: Local) -> None:
     assert "not kept: type it again" in own
 
 
+@pytest.mark.long
 @pytest.mark.of_files
 def test_a_database_that_is_held_loses_nothing_typed(forms: Local, tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "healthchecker.db", timeout=60, isolation_level=None)) as other:

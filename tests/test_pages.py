@@ -838,6 +838,7 @@ def test_a_refresh_disturbs_nothing(page: Page) -> None:
     assert page.get_by_label("Reason").input_value() == "half a sentence"
 
 
+@pytest.mark.long
 def test_a_row_that_moves_keeps_the_focus(page: Page) -> None:
     page.goto("/-/")
     first = page.locator(".overview tbody tr").first
@@ -850,6 +851,7 @@ def test_a_row_that_moves_keeps_the_focus(page: Page) -> None:
         assert page.evaluate("document.activeElement.textContent") == "away"
 
 
+@pytest.mark.long
 def test_who_only_looks_on_is_idle(page: Page) -> None:
     """The session goes on by what a person does, and not by the page itself."""
     page.goto("/-/")
@@ -878,6 +880,7 @@ def test_who_searches_is_led_to_the_login_too(page: Page) -> None:
     log_in_here(page)
 
 
+@pytest.mark.long
 def test_the_end_of_one_maintenance_moves_the_focus_to_no_other(page: Page) -> None:
     """Or Enter would end that."""
     page.goto("/-/")
@@ -909,6 +912,7 @@ def test_what_begins_meanwhile_takes_nothing_that_is_typed(page: Page) -> None:
     assert typed == ("new disks", "reason")
 
 
+@pytest.mark.long
 def test_what_is_old_says_so(page: Page, watched: Service, browser: Browser) -> None:
     """While the service does not answer, the page says since when; when it does again, nothing is left of that."""
     context, page, _ = visit(browser, watched)  # of its own: the failed requests are in its console
@@ -922,6 +926,7 @@ def test_what_is_old_says_so(page: Page, watched: Service, browser: Browser) -> 
     context.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("status", "said"), [(0, "it may not have been done"), (409, "not now")])
 def test_what_is_old_says_so_behind_a_notice(status: int, said: str, watched: Service, browser: Browser) -> None:
     """In title and icon, where somebody has just clicked when the service goes; and until it is there again."""

@@ -247,6 +247,7 @@ def gaps(moments: list[float]) -> list[float]:
 
 
 # --- when polls happen ---
+@pytest.mark.long
 def test_interval_with_jitter(house: House, machines: Machines) -> None:
     names = [f"m{number}" for number in range(12)]
     house.write(*(f"name: {name}, interval: 1" for name in names))
@@ -257,6 +258,7 @@ def test_interval_with_jitter(house: House, machines: Machines) -> None:
     assert max(found) - min(found) > 0.05, "no jitter"
 
 
+@pytest.mark.long
 def test_a_long_poll_does_not_shorten_the_interval(house: House, machines: Machines) -> None:
     house.write("name: slow, interval: 1.5, timeout: 5")
     machines.behaviours["slow"] = machines.takes(1.2)
@@ -297,6 +299,7 @@ def test_first_polls_of_what_is_not_known() -> None:
     assert healthchecker.first_polls([50, 0, 20, 0], [one] * 4) == [0.06, 0, 0.04, 0.02]
 
 
+@pytest.mark.long
 def test_the_shortest_lease_is_polled_first(house: House, machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"m{number}" for number in range(6)]
     house.write(*(f"name: {name}" for name in names))
@@ -311,6 +314,7 @@ def test_the_shortest_lease_is_polled_first(house: House, machines: Machines, mo
     assert [poll[0] for poll in machines.polls] == names[::-1]
 
 
+@pytest.mark.long
 def test_retry_interval_while_undecided(house: House, machines: Machines) -> None:
     house.write("name: db1, interval: 60, retry_interval: 1, rise: 2, fall: 3")
     with house.watching():
@@ -389,6 +393,7 @@ class Deadly:
         raise SystemExit
 
 
+@pytest.mark.long
 def test_recorder_and_monitor_go_on(house: House, machines: Machines, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever ends a step of theirs, and it is told."""
     deadly = threading.Event()
@@ -448,6 +453,7 @@ def test_the_gate_closes_when_nobody_watches(
         wait_for(house.aggregator.is_healthy)
 
 
+@pytest.mark.long
 def test_hanging_first_poll_after_a_restart(house: House, machines: Machines) -> None:
     """What is left of the stored lease runs out, and that is recorded, too."""
     house.write("name: db1, interval: 2")
@@ -501,6 +507,7 @@ def test_who_takes_the_name_of_a_removed_one_is_still_down(house: House, machine
     assert turns(house) == ["closed"]
 
 
+@pytest.mark.long
 def test_no_thread_for_one_poller(
     house: House, machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1027,6 +1034,7 @@ def test_many_at_once_with_a_wrong_password() -> None:
     assert attempts(LoginGuard(), 30, "no", 0.01) == (3, 1)
 
 
+@pytest.mark.long
 def test_many_at_once_with_a_wrong_password_that_is_refused_slowly() -> None:
     """sshd takes its time to refuse (two seconds and more with PAM), so the others must not lose patience together."""
     assert attempts(LoginGuard(), 30, "no", 1.2) == (3, 1)
@@ -1131,6 +1139,7 @@ def kept_logins(house: House) -> list[dict[str, Any]]:
     return [json.loads(text) for text in own.values()]
 
 
+@pytest.mark.long
 def test_restarts_during_a_login_count(house: House, machines: Machines) -> None:
     """Whoever was killed before the host said no sends the next wrong password at the next start, and so on."""
     house.write("name: a, interval: 1", "name: b, interval: 1")
@@ -1214,6 +1223,7 @@ def test_refusals_and_boots_with_a_clock_that_is_wrong(house: House, machines: M
             assert len(machines.logins) == count and house.monitor.login_wait("a") > 200
 
 
+@pytest.mark.long
 def test_a_late_refusal_is_written_down(house: House, machines: Machines) -> None:
     house.write("name: a, interval: 1")
 
@@ -1557,6 +1567,7 @@ def turns(house: House) -> list[str]:
         return [*session.scalars(sqlalchemy.select(Event.state).where(Event.kind == "gate").order_by(Event.id))]
 
 
+@pytest.mark.long
 def test_the_standing_of_siblings_holds_until_their_lease_ends(house: House, machines: Machines) -> None:
     house.write(*(f"name: {name}, interval: 1, fall: 1" for name in NAMES))
     machines.behaviours = {name: machines.login(name) for name in NAMES}
@@ -1884,6 +1895,7 @@ def test_maintenance(house: House, machines: Machines) -> None:
         wait_for(lambda: not house.aggregator.is_healthy())
 
 
+@pytest.mark.long
 def test_what_is_bad_in_maintenance_is_asked_often(house: House, machines: Machines) -> None:
     """Or maintenance would end on a result of before the repair, and close the gate for a healthy host."""
     house.write("name: db1, interval: 3600")
@@ -1904,6 +1916,7 @@ def test_what_is_bad_in_maintenance_is_asked_often(house: House, machines: Machi
         assert house.aggregator.is_healthy() and len(machines.moments("db1")) == polls, "it is well: not so often"
 
 
+@pytest.mark.long
 def test_maintenance_ends_between_two_polls(house: House, machines: Machines) -> None:
     """The state that it has counts at once, whatever the interval, and its lease is that of its last poll."""
     with sick_one_aside(house, machines, 3600):
@@ -1918,6 +1931,7 @@ def test_maintenance_ends_between_two_polls(house: House, machines: Machines) ->
         assert len(machines.moments("db2")) == 1
 
 
+@pytest.mark.long
 def test_maintenance_of_a_group_begins_and_ends_for_all_at_once(house: House, machines: Machines) -> None:
     """Of alternatives one is bad: the gate does not close for the moment between the one and the other."""
     house.write("name: db1", "name: db2")
@@ -2076,6 +2090,7 @@ def clock_taken_down(house: House) -> int:
         return int(session.scalar(sqlalchemy.text("SELECT value FROM setting WHERE name = 'clock'")))
 
 
+@pytest.mark.long
 def test_a_clock_that_is_set_ends_nothing(house: House, machines: Machines) -> None:
     ahead = [0.0]
     with sick_one_aside(house, machines, 600, lambda: time.time() + ahead[-1]):
@@ -2185,6 +2200,7 @@ def test_a_small_step_is_known_at_the_next_start(house: House, machines: Machine
         assert house.aggregator.is_healthy()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not healthchecker.boot_number(), reason="the system numbers no boots")
 @pytest.mark.parametrize("step", [0.0, -50.0, 50.0])
 def test_what_is_stored_is_as_old_after_the_clock_was_set(house: House, machines: Machines, step: float) -> None:
@@ -2235,6 +2251,7 @@ def test_maintenance_and_a_start_with_a_clock_that_is_behind(house: House, machi
         assert until_at < time.time() + 600 and maintenance_events(house) == []
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not healthchecker.boot_number(), reason="the system numbers no boots")
 @pytest.mark.parametrize("seconds", [3600.0, -3600.0, FAR_AWAY, -FAR_AWAY])
 def test_a_clock_that_is_set_between_two_starts(house: House, machines: Machines, seconds: float) -> None:
@@ -2253,6 +2270,7 @@ def test_a_clock_that_is_set_between_two_starts(house: House, machines: Machines
         assert not house.aggregator.is_healthy()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("days", [-120, 120])
 def test_a_boot_with_a_clock_that_is_wrong(days: int, house: House, machines: Machines) -> None:
     """Behind what was written last it is told, as a clock that was set, and once; ahead is what being off looks like.
@@ -2821,6 +2839,7 @@ def test_a_change_that_waits_is_told_at_the_end(house: House, machines: Machines
     assert events(house)[2:] == [("child", "healthy -> unhealthy (unreachable: connection refused)")]
 
 
+@pytest.mark.long
 def test_nobody_waits_for_the_word_of_a_parent_that_reports_by_itself(house: House, machines: Machines) -> None:
     house.write("name: parent, platform: push, password: 0123456789abcdef", "name: child, depends_on: [parent]")
     with house.watching():
@@ -2884,6 +2903,7 @@ def test_a_restart_while_a_child_that_failed_first_is_behind_its_parent(house: H
     assert events(house)[count:] == [("parent", "unhealthy -> healthy"), ("child", "unhealthy -> healthy")]
 
 
+@pytest.mark.long
 def test_a_parent_that_goes_stale(house: House, machines: Machines) -> None:
     """No result of it in time is as bad as a bad one."""
     house.write("name: parent, interval: 1, timeout: 1, critical: false", "name: child, depends_on: [parent]")

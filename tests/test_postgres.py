@@ -388,6 +388,7 @@ def test_a_writer_waits_for_another_one_but_not_for_ever(server: PostgresServer,
             assert revision(session) == 2
 
 
+@pytest.mark.long
 def test_a_writer_that_is_stopped_holds_the_others_up_for_seconds(server: PostgresServer) -> None:
     """As a machine that sleeps within a write: it finds out when it wakes, and nobody waits for that."""
     def is_written() -> bool:
@@ -566,6 +567,7 @@ def test_connections_that_are_refused_leave_no_threads() -> None:
     wait_for(lambda: not connecting(), healthchecker.CLAIM_LIFE / 2)
 
 
+@pytest.mark.long
 def test_a_connection_that_comes_too_late_waits_for_somebody(server: PostgresServer, postgres: Postgres,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """The next one who asks has it; one that nobody wants is closed, and its thread ends."""
@@ -607,6 +609,7 @@ def test_silent_hosts_hold_nobody_up(postgres: Postgres, monkeypatch: pytest.Mon
             assert is_reached()
 
 
+@pytest.mark.long
 def test_what_only_reads_is_not_asked_to_write_for_ever() -> None:
     """Of two servers the second one answered while the first, which alone can write, was away."""
     with open_postgres() as primary:
@@ -642,6 +645,7 @@ def begun(path: Path) -> Iterator[Service]:
         service.kill()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("outage", ["stopped", pytest.param("silent", marks=pytest.mark.long)])
 def test_a_start_waits_for_the_database(outage: str, folder: Path, own_postgres: Postgres) -> None:
     """Behind a closed gate that answers: both may begin together, and what ends with 4 is not started again by systemd.
@@ -669,6 +673,7 @@ def test_a_start_waits_for_the_database(outage: str, folder: Path, own_postgres:
         assert service.stop() == 0
 
 
+@pytest.mark.long
 def test_a_start_waits_for_a_busy_database(folder: Path, postgres: Postgres) -> None:
     """Where another one has the lock of who writes for longer than a writer waits."""
     prepared_database(folder)
@@ -842,6 +847,7 @@ def test_a_service_of_the_future_is_none(server: PostgresServer) -> None:
         assert server.is_running()
 
 
+@pytest.mark.long
 def test_a_service_whose_place_was_taken_hears_of_it(server: PostgresServer) -> None:
     """It was cut off for too long; one whose row is gone takes its place again where that is free."""
     lost = threading.Event()
@@ -853,6 +859,7 @@ def test_a_service_whose_place_was_taken_hears_of_it(server: PostgresServer) -> 
         assert lost.wait(60)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["schema", "key"])
 def test_a_service_of_before_a_change_does_not_come_back(what: str, server: PostgresServer) -> None:
     """It was cut off while others brought the database to another schema, or replaced the keys: its place is free, and
@@ -915,6 +922,7 @@ def test_an_account_without_the_right_to_make_tables(postgres: Postgres) -> None
         raise_revision(store)
 
 
+@pytest.mark.long
 def test_another_password_needs_a_restart(tmp_path: Path, postgres: Postgres) -> None:
     """What is connected stays so, and nothing else would: whoever has the inventory taken over is told."""
     prepared_keys(tmp_path)
@@ -1086,6 +1094,7 @@ def test_what_is_copied_goes_on(folder: Path) -> None:
         service.wait_status("/", 200)
 
 
+@pytest.mark.long
 def test_copies_that_are_refused(folder: Path) -> None:
     """Over what is there, of nothing, from or to where a service runs, and of what cannot be named."""
     path, url = write_inventory(folder), str(database_in(folder))
@@ -1116,6 +1125,7 @@ def test_copies_that_are_refused(folder: Path) -> None:
     assert run(path, "database", "copy", "sqlite:///full.db", url).returncode == 2
 
 
+@pytest.mark.long
 def test_a_copy_that_fails_leaves_nothing(folder: Path) -> None:
     """And it can be made again."""
     filled_folder = folder / "old"

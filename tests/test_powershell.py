@@ -722,6 +722,8 @@ def test_a_slow_script_is_stopped(way: tuple[str, str]) -> None:
     assert server.shells == {}
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_a_host_that_hangs_when_a_shell_is_deleted_delays_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a poll that is late as it is: `poll` looks at the clock."""
     monkeypatch.setattr(healthchecker, "SHELL_END", 3.0 * LATE)
@@ -1129,6 +1131,8 @@ def test_an_account_without_the_right_to_a_shell_stops_no_other_host(kind: Misbe
     assert guard.wait("d") == guard.refusals == 0
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_a_host_without_an_answer_is_no_login() -> None:
     """It neither holds up the resources with the same credential nor uses up their one attempt in five minutes."""
     guard = LoginGuard()

@@ -1088,6 +1088,8 @@ def test_a_sealed_secret_is_bound_to_its_origin(tmp_path: Path) -> None:
 
 
 # --- the console, the command line ---
+@pytest.mark.long
+@pytest.mark.windows
 def test_in_the_console(tmp_path: Path, folder: Path) -> None:
     """Added, tried, changed and shown as any other resource; its secret is never shown."""
     with Server(answers(GOOD)) as server, local_console(tmp_path) as local:

@@ -271,6 +271,8 @@ def job(local: Local) -> Local:
     return local
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_another_interval_holds_at_once(job: Local) -> None:
     """From the last word on, longer or shorter."""
     said_mono = healthchecker.lease_clock()
@@ -314,6 +316,8 @@ def test_what_has_run_out_is_not_taken_up_for_a_longer_interval(interval: int, i
 SHORT = "  - {name: backup, platform: push, password_env: PUSHED, interval: 1}"
 
 
+@pytest.mark.long
+@pytest.mark.windows
 @pytest.mark.skipif(not shutil.which("curl"), reason="no curl (apt-get install curl)")
 def test_silence_closes_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sent as the README says."""

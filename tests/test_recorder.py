@@ -152,6 +152,7 @@ def two(postgres: Postgres) -> Iterator[Two]:
 
 
 # --- time
+@pytest.mark.long
 def test_an_answer_that_is_late_makes_nothing_newer(postgres: Postgres, pgbouncer: Program) -> None:
     """What another machine found counts from then on, however long the database's word of that was on its way."""
     name, [host] = postgres.prepared(), owned_by("b", 1)
@@ -221,6 +222,7 @@ def push(machine: Machine, name: str) -> None:
     machine.pollers[name].target, news.doubt._asked = replace(target, settings=settings), False
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("platform", [Platform.PUSH, Platform.LINUX])
 def test_what_was_said_in_a_life_that_is_over(platform: Platform, two: Two) -> None:
     """By a resource itself, which will not say it again; who is asked is asked again."""
@@ -236,6 +238,7 @@ def test_what_was_said_in_a_life_that_is_over(platform: Platform, two: Two) -> N
     assert b.pollers[name].standing.healthy is (platform is Platform.PUSH)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("first", ["stale", "the push"])
 def test_what_is_late_drops_nothing_that_was_said_in_time(first: str, two: Two) -> None:
     """To another machine, a moment before: whichever is written first, all know what was said."""
@@ -258,6 +261,7 @@ def test_what_is_late_drops_nothing_that_was_said_in_time(first: str, two: Two) 
     assert a.execute("SELECT state, cause FROM status") == [("healthy", "")]
 
 
+@pytest.mark.long
 def test_what_was_found_before_the_clock_of_the_database_was_set_back(two: Two) -> None:
     """Nobody knows how old it is: taken for new it would count for a dead host, and open the gate."""
     [name] = owned_by("b", 1)
@@ -287,6 +291,7 @@ def test_what_was_refuted_elsewhere_is_not_known_again_after_a_start(two: Two) -
         assert written_logins(session, "b") == ({}, {})
 
 
+@pytest.mark.long
 def test_one_machine_at_a_time_tries_what_is_not_proven(two: Two) -> None:
     """Each with its own three refusals they would lock the account together; once it is accepted they go on at once."""
     names = owned_by("a", 1) + owned_by("b", 1)
@@ -310,6 +315,7 @@ def test_one_machine_at_a_time_tries_what_is_not_proven(two: Two) -> None:
         assert outcomes == ["tried"] * 4, "directories lock at the fifth"
 
 
+@pytest.mark.long
 def test_check_now_elsewhere_opens_the_gate_of_the_owner(two: Two) -> None:
     """It polls as soon as it is told that another machine was accepted."""
     [name] = owned_by("a", 1)
@@ -331,6 +337,7 @@ def events(machine: Machine, *kinds: str) -> list[tuple[str, str]]:
             if kind in kinds]  # fmt: skip
 
 
+@pytest.mark.long
 def test_what_closes_while_the_speaker_is_dead(two: Two) -> None:
     """And nobody has heard of that yet. What it has told is told once."""
     silent, speaker = sorted("ab", key=lambda name: owner_of("", frozenset("ab")) == name)
@@ -354,6 +361,7 @@ def test_what_closes_while_the_speaker_is_dead(two: Two) -> None:
     assert [state for _, state in events(second, "gate")][len(told):] == ["closed", "open"]
 
 
+@pytest.mark.long
 def test_what_was_said_to_another_machine_than_its_owner_is_told(two: Two) -> None:
     """By its owner, who will not find it again; once, also where both have heard it."""
     [name] = owned_by("a", 1)
@@ -370,6 +378,7 @@ def test_what_was_said_to_another_machine_than_its_owner_is_told(two: Two) -> No
     assert [state for _, state in events(a, "state")] == ["healthy", "unhealthy"] * 3
 
 
+@pytest.mark.long
 def test_what_its_owner_tells_another_machine_does_not(two: Two) -> None:
     """That one was cut off, and polled all by itself."""
     [name] = owned_by("b", 1)
@@ -387,6 +396,7 @@ def test_what_its_owner_tells_another_machine_does_not(two: Two) -> None:
     assert [state for _, state in events(a, "state")] == ["healthy", "unhealthy"]
 
 
+@pytest.mark.long
 def test_what_another_found_later_is_shown(two: Two) -> None:
     """And not for good what a machine that is not the owner found when it was asked."""
     [name] = owned_by("b", 1)
@@ -399,6 +409,7 @@ def test_what_another_found_later_is_shown(two: Two) -> None:
     assert not a.pollers[name].news.last and a.pollers[name].standing.state == "unhealthy"
 
 
+@pytest.mark.long
 def test_who_joins_tells_how_it_stands_once(two: Two) -> None:
     """That all is open is no news; that it is closed would be, where it was told to be open."""
     [name] = owned_by("b", 1)

@@ -1211,6 +1211,7 @@ def flood(address: tuple[str, int], ending: threading.Event) -> None:
                     one.recv(1)
 
 
+@pytest.mark.long
 def test_console_answers_others_beside_a_flood_of_requests() -> None:
     """However many it answers at the time, and more than one on each connection: a new one waits for a place, and is
     not ended before its request has come."""

@@ -107,6 +107,7 @@ def with_threads(folder: Path, number: int, name: str = "") -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
+@pytest.mark.long
 def test_more_hosts_than_threads(tmp_path: Path) -> None:
     """Pollers take what the others leave, and what has none says what to raise; a restart would change nothing."""
     path = write_inventory(tmp_path, MANY, "  workers: 1")
@@ -117,6 +118,7 @@ def test_more_hosts_than_threads(tmp_path: Path) -> None:
         assert service.get("/-/readyz").status == 503
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "name"), [(3, ""), (0, MAIN), (1, MAIN), (0, WORKER), (1, WORKER), (3, WORKER)])
 def test_no_threads_at_all(number: int, name: str, tmp_path: Path, application: str) -> None:
     """One line, and an exit code after which a service manager tries again; no worker keeps it from its end."""
@@ -131,6 +133,7 @@ def test_no_threads_at_all(number: int, name: str, tmp_path: Path, application: 
         service.kill()
 
 
+@pytest.mark.long
 def test_no_threads_for_a_replacement(tmp_path: Path) -> None:
     """It is tried again until there are some."""
     with Program(write_inventory(tmp_path, HERE), env=with_threads(tmp_path, 60, WORKER)) as service:
@@ -170,6 +173,7 @@ def begun_with(folder: Path, code: str, service: str = "") -> Program:
     return begun
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("file", "said"), [
     ("keys/private.pem", "private.pem cannot be read: "), ("lease", "service.lease_file lease: cannot be used: ")])
 def test_what_another_start_may_find(file: str, said: str, tmp_path: Path) -> None:
@@ -186,6 +190,7 @@ def test_what_another_start_may_find(file: str, said: str, tmp_path: Path) -> No
         service.kill()
 
 
+@pytest.mark.long
 def test_no_descriptor_for_the_database(tmp_path: Path) -> None:
     """As long as there is none the gate is closed."""
     flag = tmp_path / "flag"
@@ -201,6 +206,7 @@ def test_no_descriptor_for_the_database(tmp_path: Path) -> None:
         service.kill()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets one process change the limits of another")
 def test_no_quota_for_the_database(tmp_path: Path) -> None:
     """What can be opened for writing is no other database's place."""
@@ -278,6 +284,7 @@ def test_hangups_while_the_log_has_no_room(tmp_path: Path) -> None:
     assert (tmp_path / "service.log").read_text(encoding="utf-8").endswith(" INFO ended\n")
 
 
+@pytest.mark.long
 def test_a_stderr_that_nobody_reads(tmp_path: Path) -> None:
     """A log driver that waits, a terminal that was stopped by Ctrl-S: the gate goes on, and so does the end."""
     log, (reader, writer) = tmp_path / "service.log", os.pipe()
@@ -410,6 +417,7 @@ def test_a_request_in_flight_is_answered(tmp_path: Path, application: str, numbe
     assert request.headers["connection"] == "close", "a client has to know that it must not ask again here"
 
 
+@pytest.mark.long
 def test_what_never_ends_is_cut_off(tmp_path: Path, application: str) -> None:
     """A request that hangs, one that is half sent, and an impatient user: no more than ten seconds altogether."""
     with Service(write_inventory(tmp_path, HERE, f"{application}\n  threads: 2")) as service:
@@ -455,6 +463,7 @@ def first_process(service: Program, *inside: str) -> Iterator[psutil.Process]:
         service.kill()
 
 
+@pytest.mark.long
 @no_container
 def test_no_zombies_in_a_container(tmp_path: Path) -> None:
     """Of what checks leave behind, at once or after a while; others would not find room for a process at last."""
@@ -510,6 +519,7 @@ def app(environ, start_response):
 """
 
 
+@pytest.mark.long
 @no_container
 def test_a_root_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large bodies and answers go to memory; where there is none that can be written, it is said what to do."""

@@ -252,6 +252,7 @@ def test_a_poll_over_what_is_open_is_no_login(server: Sshd, password: str) -> No
         assert logins(server) == 1
 
 
+@pytest.mark.long
 def test_a_new_login_into_silence_leaves_the_old_one_time(server: Sshd) -> None:
     """The first; the one that confirms it has all of the time, and counts."""
     watched = on(server, timeout=8)
@@ -388,6 +389,7 @@ def test_a_host_that_keeps_us_busy_between_polls(what: str) -> None:
             assert logins(server) == 2
 
 
+@pytest.mark.long
 def test_a_host_that_is_stopped_while_keys_are_exchanged_anew() -> None:
     """Nothing can be sent meanwhile: it is silent, too."""
     transports: list[Any] = []
@@ -411,6 +413,7 @@ def test_a_host_that_is_stopped_while_keys_are_exchanged_anew() -> None:
         assert logins(server) == 2
 
 
+@pytest.mark.long
 def test_the_last_word_of_a_host_is_no_sign_of_life_for_ever() -> None:
     """What was on its way when it died comes when the next poll has begun."""
     transports, go_on = list[Any](), threading.Event()
@@ -694,6 +697,7 @@ def test_a_slow_way_to_the_host(server: Sshd) -> None:
     assert logins(server) == 1
 
 
+@pytest.mark.long
 def test_a_host_that_hears_nothing_hangs_up(server: Sshd) -> None:
     """ClientAliveCountMax: what it has ended by the next poll is no second try."""
     with settings_digest(server, "ClientAliveInterval 1\nClientAliveCountMax 1"), Proxy(server) as proxy:
@@ -728,6 +732,7 @@ def test_a_host_that_takes_no_more_connections(server: Sshd) -> None:
         assert logins(server) == 2
 
 
+@pytest.mark.long
 def test_questions_of_the_host_between_polls(server: Sshd) -> None:
     """ClientAliveInterval: it is answered, and nothing unexpected."""
     with settings_digest(server, "ClientAliveInterval 1\nClientAliveCountMax 1"):
@@ -886,6 +891,7 @@ def test_a_host_that_fails_ends_no_login_of_its_bastion(tmp_path: Path) -> None:
         assert (logins(bastion), logins(one)) == (1, 2)
 
 
+@pytest.mark.long
 def test_a_bastion_too_slow_for_one_is_not_for_the_others(tmp_path: Path) -> None:
     """Who has more time tries it, too."""
     with Sshd() as bastion, Sshd() as one, behind(bastion, one, one, known=tmp_path / "k") as hosts:
@@ -932,6 +938,7 @@ def test_a_session_of_a_bastion_that_ends_is_not_waited_for(tmp_path: Path) -> N
                 thread.join()
 
 
+@pytest.mark.long
 def test_a_bastion_that_is_stopped(tmp_path: Path) -> None:
     """Its session: whoever opens a channel finds out, and logs in anew for all."""
     with Sshd() as bastion, Sshd() as one, behind(bastion, one, known=tmp_path / "k") as hosts:
@@ -1021,6 +1028,7 @@ def test_a_key_that_a_bastion_takes_away(tmp_path: Path, later: list[float], beh
         assert "refused" in answers[-1].reason and all(map(healthy, answers[:-1]))
 
 
+@pytest.mark.long
 def test_a_bastions_new_login_is_one_for_all_behind_it(tmp_path: Path, later: list[float]) -> None:
     """And each of them has one over it, after which it rests."""
     with Sshd() as bastion, Sshd() as one, behind(
@@ -1070,6 +1078,7 @@ def test_what_a_bastion_refuses_is_the_bastions(tmp_path: Path) -> None:
 # --- in the console -------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_each_change_of_a_resource_logs_in_anew(server: Sshd, tmp_path: Path) -> None:
     """And nothing of one that was removed stays open."""
     if not server.password:

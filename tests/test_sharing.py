@@ -753,6 +753,7 @@ def replace_in(path: Path, old: str, new: str) -> None:
     path.write_text(path.read_text("utf-8").replace(old, new), encoding="utf-8")
 
 
+@pytest.mark.long
 def test_a_container_that_is_recreated_takes_its_inventory_over(site: Site) -> None:
     """Under another name each time, with what it adds and changes; what it takes away has to be said twice, and until
     then `check` and `status` say that nobody watches it."""
@@ -789,6 +790,7 @@ def test_a_container_that_is_recreated_takes_its_inventory_over(site: Site) -> N
         wait_for(lambda: run(path, "status").returncode == 0, 60)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="no SIGHUP")
 def test_a_machine_that_is_renamed_while_it_serves(site: Site) -> None:
     """It goes on under its name; what asks under the new one does not say that its gate is closed."""
@@ -869,6 +871,7 @@ def test_secrets_of_a_machine_s_own(site: Site) -> None:
         assert site.execute(names) == [("/-/status/a",), ("/-/status/b",), ("/a",), ("/b",)]
 
 
+@pytest.mark.long
 def test_another_key_is_refused(site: Site) -> None:
     site.begin("a")
     path = site.write("b")

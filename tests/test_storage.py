@@ -349,6 +349,7 @@ def test_a_database_that_another_program_holds(
     assert len(asked) == 1
 
 
+@pytest.mark.long
 @pytest.mark.of_files
 @pytest.mark.parametrize("lock", ["IMMEDIATE", "EXCLUSIVE"])
 def test_a_start_waits_for_who_holds_the_database(bench: Bench, lock: str) -> None:
@@ -384,6 +385,7 @@ sqlite3.connect = sqlite3.dbapi2.connect = connect
 """
 
 
+@pytest.mark.long
 @pytest.mark.of_files
 def test_a_start_reads_the_database_through_once(bench: Bench) -> None:
     """The main process, and no worker."""
@@ -1522,6 +1524,8 @@ def test_a_lock_that_is_no_file_of_ours_is_left_closed(tmp_path: Path) -> None:
     assert str(lock) not in {file.path for file in psutil.Process().open_files()}, refused
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_locked_by_a_dead_process(bench: Bench) -> None:
     """The lock ends with its process, whatever the way."""
     code = (
@@ -1575,6 +1579,7 @@ if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program, 0, 0):
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"), reason="no seccomp")
 def test_a_folder_that_locks_no_files(tmp_path: Path) -> None:
     """Nobody else is using the database, which is what SQLite takes it for."""

@@ -1123,6 +1123,7 @@ def test_login_shells(sshd: Server, shell: str) -> None:
         assert healthy(poll(target(sshd, checks=checks, **good_login(sshd))))
 
 
+@pytest.mark.long
 @ACCOUNTS
 @pytest.mark.parametrize("loop", ["while :; do sleep 1; done", "trap '' HUP PIPE; while :; do sleep 1; done"])
 def test_a_poll_that_is_late_leaves_nothing_on_the_host(own: Sshd, loop: str) -> None:
@@ -1349,6 +1350,8 @@ def test_what_a_host_says_of_a_password_after_the_poll(right: bool) -> None:
         connection.close()
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_a_host_that_never_says_what_it_thinks_of_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be asked again, and nothing counts."""
     monkeypatch.setattr(healthchecker, "ANSWER_TIME", 0.5)

@@ -198,6 +198,7 @@ def test_nobody_is_told_of_a_machine_while_this_one_is_cut_off(
         assert [house.monitor.blames(name) for name in NAMES] == [""] * 3, "their next results decide"
 
 
+@pytest.mark.long
 @LINUX
 def test_a_machine_that_answers_again_closes_nothing(house: House, machines: Machines, gateway: Gateway) -> None:
     """Though fewer than half do not: what is held is held, and after that nobody is cut off any more."""
@@ -225,6 +226,7 @@ def test_a_hold_ends(house: House, machines: Machines, gateway: Gateway) -> None
         wait_for(lambda: ": cut_off: this machine is, for no" in house.aggregator.groups(site=True)[0].why)
 
 
+@pytest.mark.long
 @LINUX
 def test_without_a_hold_the_gate_closes(house: House, machines: Machines, gateway: Gateway) -> None:
     with cut_off(house, machines, gateway, 0):
@@ -232,6 +234,7 @@ def test_without_a_hold_the_gate_closes(house: House, machines: Machines, gatewa
         assert len(texts(house, "state")) == len(NAMES)
 
 
+@pytest.mark.long
 def test_while_an_uplink_answers_nothing_is_held(house: House, machines: Machines, gateway: Gateway) -> None:
     """And each machine tells of itself, once that is known."""
     with healthy(house, gateway, 3600):
@@ -269,6 +272,7 @@ def test_a_slip_in_the_name_of_an_uplink_is_told(
         "cut off: 3 of 3 machines do not answer, nor does an uplink: no way")
 
 
+@pytest.mark.long
 @LINUX
 def test_half_of_the_machines_is_not_enough(house: House, machines: Machines, gateway: Gateway) -> None:
     with healthy(house, gateway, 3600, "name: m3, retry_interval: 2"):
@@ -792,6 +796,7 @@ def test_a_service_that_is_cut_off(tmp_path: Path, gateway: Gateway, count: int)
         wait_for(lambda: "not cut off any more after" in str(client.api("GET", "events?kind=service").json))
 
 
+@pytest.mark.long
 @LINUX
 def test_a_kill_during_a_hold(tmp_path: Path, gateway: Gateway) -> None:
     """After the restart nothing is open by what was healthy before the cut, nor held anew: not for a moment."""

@@ -146,6 +146,7 @@ def checks(engine: Engine) -> list[dict[str, Any]]:
     return [check | {"command": check["command"].replace("{state}", state)} for check in CHECKS]
 
 
+@pytest.mark.long
 def test_the_numbers_are_those_of_a_script_before_and_after_a_change(
     engine: Engine, checks: list[dict[str, Any]]
 ) -> None:
@@ -250,6 +251,7 @@ def test_it_answers_with_the_nonce(endpoint: RunspacePool) -> None:
         assert errors == [] and [json.loads(line)["nonce"] for line in said] == [nonce, nonce]
 
 
+@pytest.mark.long
 def test_polls_share_its_session(engine: Engine, checks: list[dict[str, Any]]) -> None:
     """As long as no check leaves anything."""
     asked: dict[str, Any] = {"services": SERVICES, "checks": checks}
@@ -275,6 +277,7 @@ def test_no_check_speaks_for_the_services_of_the_next_poll(engine: Engine) -> No
         kept.connection.close()
 
 
+@pytest.mark.long
 def test_a_check_that_does_not_end_costs_no_other(engine: Engine) -> None:
     """Nor one that ends its shell. The endpoint has one that the inventory does not know; it is told where to go on."""
     checks = [{"name": name, "command": f"'{name}'", "timeout": 60} for name in ("a", "b", "c")]

@@ -383,6 +383,8 @@ def test_what_fails_twice_is_the_host_s() -> None:
         kept.server.misbehave = {}
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_a_check_that_is_silent_for_most_of_the_time_runs_once() -> None:
     """Only until it is taken has a script a third of the deadline."""
     with keeping(counting(), timeout=4) as kept:
@@ -392,6 +394,8 @@ def test_a_check_that_is_silent_for_most_of_the_time_runs_once() -> None:
         assert kept.server.polls == 2
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_silence_in_the_middle_lasts_until_the_deadline() -> None:
     """Once, for then the connection and the shell are others."""
     with keeping(counting(), timeout=4) as kept:

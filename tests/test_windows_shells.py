@@ -473,6 +473,7 @@ def delete_shells(polled: Kept) -> None:
             polled.server.shells.pop(shell.id).close()
 
 
+@pytest.mark.long
 def test_no_fault_of_the_way_to_a_shell_is_one_of_the_host(engine: Engine) -> None:
     """Those of tests/test_windows_kept.py that take no time, while others have all shells but one."""
     with WSManServer("http", "ntlm", open_shell=engine.opener()) as server:

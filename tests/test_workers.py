@@ -269,6 +269,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield service
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_workers_share_one_port(service: Service) -> None:
     with on_all(address(service), 16, workers(service.pid), pause=0.02) as clients:
         pass
@@ -531,6 +533,8 @@ def test_nobody_is_judged_by_a_standstill(folder: Path) -> None:
         assert not left_after(list(before.values()), BACK)
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_a_replacement_that_is_never_ready(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It hangs in its import, such as of a database behind a firewall that drops: it is killed, and tried again."""
     with started(folder, 1) as supervisor:
@@ -552,6 +556,8 @@ def test_a_replacement_that_is_never_ready(folder: Path, caplog: pytest.LogCaptu
         assert supervisor._patience == 2 * READY_TIME, "the next one may take longer"
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_no_worker_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The gate is open, and nobody answers at its door."""
     with Service(inventory(folder, workers=1)) as service:
@@ -1206,6 +1212,8 @@ def test_an_interrupt_of_all_at_the_start(folder: Path) -> None:
     assert "Traceback" not in output and "Interrupt" not in output, output
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_the_end_of_a_start_that_takes_long(folder: Path) -> None:
     """It tells how far it is, and does not wait for what the application does when it is imported."""
     (folder / "shop.py").write_text("import time\ntime.sleep(60)", encoding="utf-8")
@@ -1313,6 +1321,8 @@ def test_the_end_loses_no_request(folder: Path, end: Callable[[Service], None], 
         assert not left_after(family, ORPHANED)
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_what_the_end_does_not_wait_for(folder: Path) -> None:
     """Requests that take longer than `drain` are cut, and told of."""
     settings = "  app: shop:app\n  drain: 3"
@@ -1578,6 +1588,7 @@ def test_a_socket_that_nobody_would_answer(tmp_path: Path) -> None:
     assert process.returncode == 2 and said.decode() == f"{expected}; correct its ListenStream\n"
 
 
+@pytest.mark.long
 @POSIX
 def test_two_doors_on_one_port(tmp_path: Path) -> None:
     """Of two addresses: each socket belongs to its own door, or clients would reach the console."""
