@@ -3720,10 +3720,12 @@ class Claim(threading.Thread):
 
     def run(self) -> None:
         PATIENCE.set(IMPATIENCE)
-        while not self._ending.wait(CLAIM_INTERVAL):
+        lives = True
+        while lives and not self._ending.wait(CLAIM_INTERVAL):
             with self._trouble.caught():
-                if not self._go_on():
-                    return self._lost()
+                if not (lives := self._go_on()):
+                    self._lost()
+        self._end()
 
     def _go_on(self) -> bool:
         """Says that it lives; False where another one has its place, or what holds is another schema or key."""
@@ -3747,12 +3749,15 @@ class Claim(threading.Thread):
     def close(self) -> None:
         """Lets another service begin at once."""
         self._ending.set()
-        if self.is_alive():
-            self.join(CLAIM_INTERVAL)
-        if not self.is_alive():     # or it waits for a database that is silent, which finds out after CLAIM_LIFE
-            with contextlib.suppress(Exception):
-                self._connection.execute(END_LIFE, [self._instance])
-            self._connection.close()
+        if self.ident is None:
+            self._end()
+        else:
+            self.join(CLAIM_INTERVAL)       # or it waits for a database that is silent, and ends later
+
+    def _end(self) -> None:
+        with contextlib.suppress(Exception):
+            self._connection.execute(END_LIFE, [self._instance])
+        self._connection.close()
 
 
 def plain_reason(error: BaseException) -> str:

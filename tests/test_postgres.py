@@ -859,6 +859,21 @@ def test_a_service_whose_place_was_taken_hears_of_it(server: PostgresServer) -> 
         assert lost.wait(60)
 
 
+def test_an_end_while_the_database_is_slow_leaves_no_place(server: PostgresServer,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """As soon as the database answers, and no connection is left."""
+    monkeypatch.setattr(healthchecker, "CLAIM_INTERVAL", 0.1)
+    with opened(server), contextlib.closing(server.connect()) as locker:
+        with server.lock() as claim:
+            locker.execute("BEGIN; LOCK TABLE machine")
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'machine'::regclass"
+            wait_for(lambda: locker.execute(waiting).fetchone() == (1,))
+        locker.execute("ROLLBACK")
+        claim.join(60)
+        assert locker.execute("SELECT count(*) FROM machine").fetchone() == (0,)
+        assert claim._connection.closed
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("what", ["schema", "key"])
 def test_a_service_of_before_a_change_does_not_come_back(what: str, server: PostgresServer) -> None:
