@@ -13471,6 +13471,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
     headers: dict[str, str]
     header_plus: bytes      # of the headers what has come so far
     handler: Way | None = None      # what answers it
+    unread = False          # its body: it asks the gate itself, and nginx tells one that it does not send
 
     def __init__(self, adj: Adjustments) -> None:
         super().__init__(adj)
@@ -13510,7 +13511,10 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
             return len(data)
         self.header_plus, self.headers_finished = b"", True
         self.parse_header(head[:end])
-        self.completed = self.body_rcv is None
+        self.unread = self.body_rcv is not None and self.path.startswith(PREFIX)
+        self.completed = self.body_rcv is None or self.unread
+        if self.unread:
+            return len(data)
         if not self.completed:
             self.begun = time.monotonic()
             self.expect_continue = self.headers.get("EXPECT", "").lower() == "100-continue" and self.version == "1.1"
@@ -13665,6 +13669,8 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
 
     def service(self) -> None:
         outcome = "cut"
+        if self.request.unread:
+            self.channel.lingers, self.request.headers["CONNECTION"] = True, "close"
         try:
             super().service()
             outcome = self.environ.get(OUTCOME)

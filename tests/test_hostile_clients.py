@@ -27,7 +27,7 @@ from test_workers import workers
 from waitress.adjustments import Adjustments
 from waitress.receiver import FixedStreamReceiver
 
-from healthchecker import LINGER_BYTES, ROW, ROWS, GateParser, GateServer, Lease, ServiceSettings
+from healthchecker import LINGER_BYTES, LINGER_TIME, ROW, ROWS, GateParser, GateServer, Lease, ServiceSettings
 
 GET = b"GET / HTTP/1.1\r\nHost: example.com\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: example.com\r\n"
@@ -479,6 +479,22 @@ def test_no_header_takes_long_to_read(request_: bytes) -> None:
 
 
 # === The end of a refused connection =========================================
+@POOL
+@pytest.mark.parametrize("head", [b"Content-Length: 3\r\n", b"Content-Length: 300\r\nExpect: 100-continue\r\n",
+                                  b"Transfer-Encoding: chunked\r\n"], ids=["length", "expected", "chunks"])  # fmt: skip
+@pytest.mark.parametrize("rest", [b"", b"3\r\nabc\r\n0\r\n\r\n" + INNER], ids=["nothing", "more"])
+def test_who_asks_the_gate_sends_no_body(threads: int, head: bytes, rest: bytes) -> None:
+    """An nginx that asks with `auth_request` tells the length of its client's body, unless that is taken out, and never
+    sends it. It is answered at once, and of what comes behind nothing is a request."""
+    with serving(threads) as server, socket.create_connection(server.address, timeout=60) as sock:
+        clock = Clock(server)
+        sock.sendall(b"GET /-/gate HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n" + rest)
+        (answer,) = replies(reads(sock))
+        assert answer.status == 204 and "connection: close" in answer.head.lower()
+        clock.shows(LINGER_TIME + 1)
+        assert wait_for(lambda: not server.server.active_channels)
+
+
 @POOL
 @pytest.mark.parametrize("coding", ["length", "chunks"])
 def test_a_client_that_sends_before_it_reads_gets_its_refusal(threads: int, coding: str) -> None:

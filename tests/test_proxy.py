@@ -215,10 +215,10 @@ def replaced(text: str, values: Mapping[str, str]) -> str:
 
 
 def fetch(port: int, path: str = "/", headers: Mapping[str, str] | None = None,
-          method: str = "GET") -> tuple[int, bytes]:
+          method: str = "GET", body: bytes | None = None) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     with contextlib.closing(connection):
-        connection.request(method, path, headers=dict(headers or {}))
+        connection.request(method, path, body, headers=dict(headers or {}))
         answer = connection.getresponse()
         return answer.status, answer.read()
 
@@ -308,6 +308,9 @@ def test_nginx_asks_the_gate(tmp_path: Path) -> None:
         for _ in range(20):
             assert fetch(port, "/any?path") == (200, b"shop")
             channels |= set(gate.server.active_channels.values())
+        assert fetch(port, method="POST", body=b"form") == (200, b"shop")
+        assert fetch(port, method="PUT", body=b"x" * (1 << 20)) == (200, b"shop")
+        channels |= set(gate.server.active_channels.values())
         assert len(channels) == 1, "a 204 has to keep the connection"
         assert [fetch(port, path)[0] for path in ("/403", "/500")] == [403, 500], "its own answers stay"
         for odd in ({"X": "x" * 20_000}, {"X" * 130: "x"}, {"X": "\x01"}):
@@ -377,7 +380,7 @@ def test_caddy_asks_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A closed gate's 503 is the answer; a gate that is not there lets nobody pass."""
     for name in ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
         monkeypatch.setenv(name, str(tmp_path))
-    (asks,) = re.findall(r"`(forward_auth [^`]*\{)`\n`([^`]*)` `(\})`", README)
+    (asks,) = re.findall(r"`(forward_auth [^`]*\{)`\n`([^`]*)` `([^`]*)` `(\})`", README)
     port = free_port()
     with serving((), hello) as gate, Serving(named(b"shop"), 0) as shop:
         asked = replaced("\n".join(asks), {"127.0.0.1:8080": f"127.0.0.1:{gate.address[1]}"})
@@ -386,6 +389,11 @@ def test_caddy_asks_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             f"reverse_proxy 127.0.0.1:{shop.address[1]}\n}}\n", encoding="utf-8")  # fmt: skip
         with running([str(CADDY), "run", "--config", "Caddyfile", "--adapter", "caddyfile"], port, tmp_path):
             assert fetch(port, "/any?path") == (200, b"shop")
+            assert fetch(port, method="POST", body=b"form") == (200, b"shop")
+            outcomes: list[str] = []
+            monkeypatch.setattr(gate.server.tally, "request", lambda outcome, _: outcomes.append(outcome))
+            assert fetch(port, headers={"Cookie": "x" * 17_000})[0] == 431, "the shop says so"
+            assert "bad" not in outcomes, "what a client sends does not close the gate"
             assert [fetch(port, path)[0] for path in ("/403", "/500")] == [403, 500], "its own answers stay"
             gate.lease.until.value = 0.0
             assert fetch(port) == (503, b"closed\n")
@@ -407,6 +415,7 @@ def assert_asks(port: int, gate: Serving, absent: int) -> None:
         gate.lease.until.value = until
         for method in ("GET", "POST", "DELETE", "OPTIONS"):
             assert fetch(port, "/-/livez", method=method)[0] == status, method
+        assert fetch(port, "/-/livez", method="POST", body=b"form")[0] == status
     gate.server.stop()
     gate.thread.join(60)
     assert fetch(port)[0] == absent, "nobody is there to ask"
