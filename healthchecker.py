@@ -13579,7 +13579,8 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
 
     def _read_framing(self) -> None:
         """How the body ends; two ways of telling it, or one told twice, are refused."""
-        limit, headers = self.adj.max_request_body_size, self.headers
+        headers = self.headers
+        limit = sys.maxsize if self.path.startswith(PREFIX) else self.adj.max_request_body_size     # see unread
         coding, length = headers.pop("TRANSFER_ENCODING", None), headers.get("CONTENT_LENGTH")
         if coding is not None:
             if coding.lower() != "chunked" or length is not None or self.version == "1.0":

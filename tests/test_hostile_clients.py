@@ -480,8 +480,9 @@ def test_no_header_takes_long_to_read(request_: bytes) -> None:
 
 # === The end of a refused connection =========================================
 @POOL
-@pytest.mark.parametrize("head", [b"Content-Length: 3\r\n", b"Content-Length: 300\r\nExpect: 100-continue\r\n",
-                                  b"Transfer-Encoding: chunked\r\n"], ids=["length", "expected", "chunks"])  # fmt: skip
+@pytest.mark.parametrize("head", [b"Content-Length: 3\r\n", b"Content-Length: 3\r\nExpect: 100-continue\r\n",
+                                  b"Content-Length: 5000000000\r\n", b"Transfer-Encoding: chunked\r\n"],
+                         ids=["length", "expected", "beyond the limit", "chunks"])  # fmt: skip
 @pytest.mark.parametrize("rest", [b"", b"3\r\nabc\r\n0\r\n\r\n" + INNER], ids=["nothing", "more"])
 def test_who_asks_the_gate_sends_no_body(threads: int, head: bytes, rest: bytes) -> None:
     """An nginx that asks with `auth_request` tells the length of its client's body, unless that is taken out, and never
