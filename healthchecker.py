@@ -7751,17 +7751,35 @@ def _service(status: int, text: str) -> Outcome:
     return Outcome(False, text) if status == 0 and NOT_RUNNING.search(text) else by_status(status, text)
 
 
-def _systemd(status: int, text: str) -> Outcome:
-    fields = {key: value for key, _, value in (line.partition("=") for line in text.splitlines())}
-    active = fields.get("ActiveState", "")
-    if not active:  # another init, or a systemd that does not answer
-        return _service(status, text)
-    if "\n\n" in text:      # of a pattern, such as postgresql@*: all its units have to be well
-        units = [(unit.partition("\n")[0].removeprefix("Id="), _systemd(status, unit)) for unit in text.split("\n\n")]
-        return next((Outcome(False, f"{name} is {told.text}") for name, told in units if not told.good), units[0][1])
-    if fields.get("LoadState") == "not-found":
+def _unit(fields: Mapping[str, str]) -> Outcome:
+    """Of one unit of systemd. `exited` is what a oneshot shall be. Of another type (each script of SysV) its processes
+    have ended; where it was so from the start, they may run where su(1) put them. An older endpoint tells no type."""
+    load, active, sub, kind = (fields.get(name, "") for name in ("LoadState", "ActiveState", "SubState", "Type"))
+    if (load, active) == ("not-found", "inactive"):
         return Outcome(False, "no such unit")
-    return Outcome(active in ("active", "reloading", "refreshing"), f"{active} ({fields.get('SubState', '')})")
+    good, text = active in ("active", "reloading", "refreshing"), f"{active} ({sub})"
+    doubtful = load not in ("", "loaded")
+    if doubtful:
+        text += f", its unit file is {load.replace('-', ' ')}"
+    if good and sub == "exited" and kind not in ("", "oneshot"):
+        good = fields.get("StateChangeTimestampMonotonic") == fields.get("ActiveEnterTimestampMonotonic")
+        doubtful, why = True, "no process that systemd knows of" if good else "its processes have ended"
+        text = f"{text}: {why}"
+    return Outcome(good, text, good and doubtful)
+
+
+def _systemd(status: int, text: str) -> Outcome:
+    """Of all units of a pattern, and of one like Debian's postgresql, which only stands for postgresql@15-main: all
+    have to be well but those that nothing starts at boot, and a oneshot that waits for its turn."""
+    units = [{key: value for key, _, value in (line.partition("=") for line in unit.splitlines())}
+             for unit in text.split("\n\n")]
+    if status or not units[0].get("ActiveState"):   # another init, or a systemd that does not answer
+        return _service(status, text)
+    counted = [unit for unit in units if unit.get("ActiveState") != "inactive" or (
+        unit.get("UnitFileState", "").startswith("enabled") and unit.get("Type") != "oneshot")]
+    told = [(unit.get("Id", ""), _unit(unit)) for unit in counted or units]
+    name, worst = min(told, key=lambda each: (each[1].good, not each[1].degraded))
+    return replace(worst, text=f"{name} is {worst.text}") if units[1:] and (worst.degraded or not worst.good) else worst
 
 
 def _launchd(status: int, text: str) -> Outcome:
@@ -7793,6 +7811,16 @@ grep -sE '^(Mem|Buffers|Cached|Shmem:|[0-9]+$|(total_)?(in)?active_file |slab_re
   /proc/meminfo $c/memory.max $c/memory.current $c/memory.stat $c/memory/memory.limit_in_bytes \
   $c/memory/memory.usage_in_bytes $c/memory/memory.stat /proc/spl/kstat/zfs/arcstats /proc/mounts
 [ $? -lt 126 ]"""
+# systemd's units, also those that are loaded and do not run; of one that is `exited` its instances, too.
+LINUX_SERVICE = """[ -d /run/systemd/system ] || { service {} status; exit; }
+n={}
+show() {
+  systemctl show -a -p Id -p Type -p LoadState -p ActiveState -p SubState -p UnitFileState \\
+    -p StateChangeTimestampMonotonic -p ActiveEnterTimestampMonotonic -- "$1"
+}
+u=$(show "$n") || [ "$u" ] || exit
+printf '%s\\n' "${u:-no unit matches}"
+case $u in ('') exit 1;; (*SubState=exited*) echo; show "${n%.service}@*";; esac"""
 PROBES: dict[Platform, CommandSet] = {
     Platform.LINUX: CommandSet("Linux", (
         *_ANY,
@@ -7805,8 +7833,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("swap_percent", "grep ^Swap /proc/meminfo", _linux_swap),
         Probe("load_per_cpu", f"true </proc/loadavg && {_LINUX_CPUS} && cat /proc/loadavg", _load_per_cpu),
         Probe("disk_percent", LINUX_DISKS, disk_percent),
-    ), "if [ -d /run/systemd/system ]; then systemctl show -p Id -p LoadState -p ActiveState -p SubState -- {} |"
-       " grep ^; else service {} status; fi", _systemd),
+    ), LINUX_SERVICE, _systemd),
     Platform.MACOS: CommandSet("Darwin", (
         *_ANY, *_BSD,
         Probe("os", 'echo "$(sw_vers -productName) $(sw_vers -productVersion)"', _line),

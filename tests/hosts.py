@@ -145,7 +145,7 @@ key=$sorted
     "systemctl": r"""
 key=
 for word; do
-    case $word in -*|*State|Result|Type|*PID|*Status|show) ;; *) key="show $word" ;; esac
+    case $word in -*|*State|Result|Type|*PID|*Status|*Monotonic|show) ;; *) key="show $word" ;; esac
 done
 """,
 }
@@ -177,6 +177,8 @@ def stub(name: str, answers: dict[str, Answer], folder: Path) -> str:
         known, _, complaint = answers.get("df --options", Answer(GNU_DF)).text.strip().partition("\n")
         before = before % (known, shlex.quote(complaint))
         keys = df_answers(answers) | {"--help": answers.get("df --help", Answer("Usage: df [-PTahiklm] [--local]\n"))}
+    if name == "systemctl":     # what a pattern matches nothing of says nothing
+        keys = {f"{key}@*": Answer("") for key in keys} | keys
     for number, (key, answer) in enumerate(keys.items()):
         stored, complaints = folder / f"{name}.{number}", folder / f"{name}.{number}.stderr"
         lines = answer.text.splitlines(keepends=True)

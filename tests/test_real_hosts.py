@@ -579,20 +579,87 @@ def test_what_a_service_says_counts_where_the_status_does_not(title: str, said: 
     assert sample.services["x"].good is good, title
 
 
-# `systemctl show -p Id -p LoadState -p ActiveState -p SubState -- 'w@*'` of systemd 252 prints a block for each unit
-# that is loaded, with Id first however they are asked for, and none is no failure.
+# `systemctl show -a -p Id -p Type … -- 'w@*'` of systemd 252 prints a block for each unit that is loaded, stopped ones
+# with -a, Type first however they are asked for, and none is no failure. Recorded of Debian's own units (postgresql
+# with a cluster that failed, was stopped, or runs), of one that systemd-sysv-generator 252 made, whose daemon died
+# after 3 s or never was in its control group, of instances of which some are enabled, and of one whose file is gone.
+BLOCK = """Type={}
+Id={}.service
+LoadState={}
+ActiveState={}
+SubState={}
+UnitFileState={}
+StateChangeTimestampMonotonic={}
+ActiveEnterTimestampMonotonic=15814328755
+"""
+RUNS, STOPPED = "loaded active running enabled", "loaded inactive dead enabled"
+USUAL = [*RUNS.split(), "simple", "15814328755"]
+UNITS: dict[str, tuple[str, dict[str, str], bool | None, str]] = {     # good, None: degraded
+    "all run": ("w@*", {"w@1": RUNS, "w@2": RUNS}, True, "active (running)"),
+    "one failed": ("w@*", {"w@1": RUNS, "w@2": "loaded failed failed static", "w@3": RUNS}, False,
+                   "w@2.service is failed (failed)"),
+    "one that starts at boot is stopped": ("w@*", {"w@1": STOPPED, "w@2": RUNS}, False,
+                                           "w@1.service is inactive (dead)"),
+    "one that a timer starts waits": ("w@*", {"w@1": STOPPED + " oneshot", "w@2": RUNS}, True, "active (running)"),
+    "one that a socket starts waits": ("w@*", {"w@1": "loaded inactive dead static", "w@2": RUNS}, True,
+                                       "active (running)"),
+    "one is only named by another unit": ("w@*", {"w@1": "not-found inactive dead ", "w@2": RUNS}, True,
+                                          "active (running)"),
+    "one would not come back": ("w@*", {"w@1": RUNS, "w@2": "not-found active running "}, None,
+                                "w@2.service is active (running), its unit file is not found"),
+    "none runs": ("w@*", {"w@1": "loaded inactive dead static"}, False, "inactive (dead)"),
+    "none is there": ("v@*", {}, False, "no unit matches"),
+    "a failed cluster": ("postgresql", {"postgresql": "loaded active exited disabled oneshot",
+                                        "postgresql@15-main": "loaded failed failed enabled forking"}, False,
+                         "postgresql@15-main.service is failed (failed)"),
+    "a stopped cluster": ("postgresql.service", {"postgresql": "loaded active exited disabled oneshot",
+                                                 "postgresql@15-main": STOPPED + " forking"}, False,
+                          "postgresql@15-main.service is inactive (dead)"),
+    "a cluster that runs": ("postgresql", {"postgresql": "loaded active exited disabled oneshot",
+                                           "postgresql@15-main": RUNS + " forking"}, True, "active (exited)"),
+    "a oneshot": ("network-once", {"network-once": "loaded active exited enabled oneshot"}, True, "active (exited)"),
+    "instances of what runs are others' business": ("ssh", {"ssh": RUNS, "ssh@7": "loaded failed failed static"}, True,
+                                                    "active (running)"),
+    "a daemon of SysV that died": ("lsb", {"lsb": "loaded active exited generated forking 15817324716"}, False,
+                                   "active (exited): its processes have ended"),
+    "a script of SysV without a process": ("sud", {"sud": "loaded active exited generated forking"}, None,
+                                           "active (exited): no process that systemd knows of"),
+    "its file is gone": ("gone", {"gone": "not-found active running "}, None,
+                         "active (running), its unit file is not found"),
+    "masked": ("masked", {"masked": "masked inactive dead masked"}, False,
+               "inactive (dead), its unit file is masked"),
+    "not there": ("nothere", {"nothere": "not-found inactive dead "}, False, "no such unit"),
+}
+
+
+@pytest.mark.parametrize(("title", "case"), rows(UNITS, {}))
+def test_units_of_systemd(title: str, case: tuple[str, dict[str, str], bool | None, str]) -> None:
+    name, units, good, text = case
+    host, said = hosts.host("rhel/9"), dict[str, str]()
+    for unit, words in units.items():
+        load, active, sub, state, kind, changed = words.split(" ") + USUAL[len(words.split(" ")):]
+        said[unit] = BLOCK.format(kind, unit, load, active, sub, state, changed)
+    plain = name.removesuffix(".service")
+    answers = {f"systemctl show {name}": "\n".join(
+        block for unit, block in said.items() if unit == plain or "*" in name)}
+    answers[f"systemctl show {plain}@*"] = "\n".join(
+        block for unit, block in said.items() if unit.startswith(f"{plain}@"))
+    played = host._replace(answers=host.answers | {asked: hosts.Answer(block) for asked, block in answers.items()})
+    sample = parse_output(hosts.play(played, build_script(wanting(Platform.UNIX, [name]), NONCE)), NONCE, None)
+    outcome = sample.services[name]
+    assert (outcome.good, outcome.degraded, outcome.text) == (good is not False, good is None, text), title
+
+
 @pytest.mark.parametrize(("states", "good", "text"), [
     (["active running", "active running"], True, "active (running)"),
     (["active running", "failed failed", "active running"], False, "w@1.service is failed (failed)"),
-    ([], False, "exit status 1"),
+    (["active exited"], True, "active (exited)"),
 ])  # fmt: skip
-def test_a_pattern_is_good_where_all_its_units_are(states: list[str], good: bool, text: str) -> None:
-    host = hosts.host("rhel/9")
+def test_units_as_an_endpoint_of_an_earlier_version_asks_for_them(states: list[str], good: bool, text: str) -> None:
     said = "\n".join("Id=w@{}.service\nLoadState=loaded\nActiveState={}\nSubState={}\n".format(number, *state.split())
                      for number, state in enumerate(states))
-    played = host._replace(answers={**host.answers, "systemctl show w@*": hosts.Answer(said)})
-    sample = parse_output(hosts.play(played, build_script(wanting(Platform.UNIX, ["w@*"]), NONCE)), NONCE, None)
-    assert (sample.services["w@*"].good, sample.services["w@*"].text) == (good, text)
+    outcome = PROBES[Platform.LINUX].state(0, said.strip())
+    assert (outcome.good, outcome.degraded, outcome.text) == (good, False, text)
 
 
 @pytest.mark.parametrize("service", ["sshd", "nginx"])
