@@ -1068,7 +1068,7 @@ class LoadLimit(Limit):
 class AmountLimit(Limit):
     """A limit of a number of a check's performance data, in the plug-in's own unit."""
 
-    shown = "g"
+    shown = ".15g"      # all digits: it may be bytes
     warn: Amount | None = None
     fail: Amount | None = None
 
@@ -7202,22 +7202,32 @@ class LocalPowerShell(Connection):
 KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 LABELS_MAX = 64                 # labels of a check that are kept, of 100 characters each at most
-# A word of performance data, 'label'=value[UOM];warn;crit;min;max, else anything up to the next word. Each part has a
-# longest length, or a long line would take a second.
+# A word of performance data, 'label'=value[UOM];warn;crit;min;max, or with something else as its value, else anything
+# up to the next word. Each part has a longest length, or a long line would take a second.
 PERFORMANCE = re.compile(
-    r"(?:'((?:[^'\n]|''){1,100})'|([^\s=']{1,100}))=(-?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})"
-    r"(?:[eE][+-]?[0-9]{1,3})?)[^\W\d_]{0,9}%?(?:;\S*)?(?!\S)|'(?:[^'\n]|'')*(?:'\S*|(?=\n)|\Z)|\S+")
+    r"(?:'((?:[^'\n]|''){1,100})'|([^\s=']{1,100}))=(?:(-?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})"
+    r"(?:[eE][+-]?[0-9]{1,3})?)[°%]?[^\W\d_]{0,9}%?(?:/[^\W\d_]{1,9})?(?:;\S*)?(?!\S)|(\S*))"
+    r"|'(?:[^'\n]|'')*(?:'\S*|(?=\n)|\Z)|\S+")
 
 
 @dataclass(frozen=True)
 class Outcome:
     """A service or check: good or not, its state or output (KEPT_BYTES at most), whether it is good with a warning,
-    and the numbers of its performance data by label: a name space of its own, so that none passes for another."""
+    and the numbers of its performance data by label: a name space of its own, so that none passes for another. What
+    has a label and no number is in `problems`, with "" for all that is in neither."""
 
     good: bool
     text: str
     degraded: bool = False
     metrics: Mapping[str, float] = dataclass_field(default_factory=dict)
+    problems: Mapping[str, str] = dataclass_field(default_factory=dict)
+
+    def kept_for(self, limits: Collection[str]) -> Outcome:
+        """With LABELS_MAX of the numbers, above all those that have limits, and with the problems of these alone."""
+        first = {*itertools.islice(dict.fromkeys([*self.metrics.keys() & limits, *self.metrics]), LABELS_MAX)}
+        metrics = {label: value for label, value in self.metrics.items() if label in first}
+        whys = {label: self.problems.get(label, self.problems.get("")) for label in limits if label not in metrics}
+        return replace(self, metrics=metrics, problems={label: why for label, why in whys.items() if why})
 
 
 Judge = Callable[[int, str], Outcome]  # of an exit status and output
@@ -7243,11 +7253,15 @@ def by_nagios(status: int, text: str) -> Outcome:
     shown, _, data = first.partition("|")
     more, _, rest = after.partition("|")
     found: dict[str, float] = {}
-    for quoted, plain, value in PERFORMANCE.findall(f"{data}\n{rest}") if 0 <= status <= 3 else ():
-        if value and abs(float(value)) < 1e18 and len(found) < LABELS_MAX:
-            found.setdefault(quoted.replace("''", "'") or plain, float(value))
+    problems = {"": f"not in the first {KEPT_BYTES:,} bytes of its output"} if text.endswith("…") else {}
+    for quoted, plain, value, other in PERFORMANCE.findall(f"{data}\n{rest}") if 0 <= status <= 3 else ():
+        label = quoted.replace("''", "'") or plain
+        if value and abs(float(value)) < 1e18:
+            found.setdefault(label, float(value))
+        elif label:
+            problems.setdefault(label, f"no number: {(value or other)[:40]}")
     told = by_status(status, f"{shown.strip()}\n{more}".strip())
-    return Outcome(status in (0, 1, 3), told.text, status in (1, 3), found)
+    return Outcome(status in (0, 1, 3), told.text, status in (1, 3), found, problems)
 
 
 JUDGES: Mapping[str, Judge] = {"plain": by_status, "nagios": by_nagios}    # of checks, by their `exit`
@@ -9047,7 +9061,7 @@ def complete(sample: Sample, settings: ResourceSettings) -> Sample:
     silent = Outcome(False, "no answer")
     services = {name: sample.services.get(name, silent) for name in settings.services
                 if f"service {name}" not in sample.problems}
-    checks = {check.name: sample.checks.get(check.name, silent) for check in settings.checks
+    checks = {check.name: sample.checks.get(check.name, silent).kept_for(check.limits) for check in settings.checks
               if f"check {check.name}" not in sample.problems}
     problems = {name: why for name, why in sample.problems.items()
                 if name in settings.limits.by_metric() or not (
@@ -9140,9 +9154,10 @@ def limited(sample: Sample, settings: ResourceSettings) -> Iterator[tuple[str, f
         if metric in sample.problems:
             yield metric, sample.problems[metric], common
     for check in settings.checks:
-        found = sample.checks[check.name].metrics if check.name in sample.checks else {}
+        found = sample.checks.get(check.name, Outcome(False, ""))
         for label, limit in check.limits.items():
-            yield f"{check.name}/{label}", found.get(label, "no such performance data"), limit
+            why = found.problems.get(label, "no such performance data")
+            yield f"{check.name}/{label}", found.metrics.get(label, why), limit
 
 
 def judge_limits(sample: Sample, settings: ResourceSettings) -> tuple[list[str], list[str]]:
@@ -9152,9 +9167,9 @@ def judge_limits(sample: Sample, settings: ResourceSettings) -> tuple[list[str],
         if isinstance(value, str):
             warned.append(f"{name} cannot be read: {value}")
         elif limit and limit.fail is not None and value > limit.fail:
-            failed.append(f"{name} at {value:{limit.shown}}, fail above {limit.fail:g}")
+            failed.append(f"{name} at {value:{limit.shown}}, fail above {limit.fail:.15g}")
         elif limit and limit.warn is not None and value > limit.warn:
-            warned.append(f"{name} at {value:{limit.shown}}, warn above {limit.warn:g}")
+            warned.append(f"{name} at {value:{limit.shown}}, warn above {limit.warn:.15g}")
     return failed, warned
 
 

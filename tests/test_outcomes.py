@@ -36,6 +36,8 @@ PERFORMANCE = {
     "OK | " + "x" * 101 + "=1 y=2": {"y": 2},
     "OK | '" + "x" * 101 + "'=1 y=2": {"y": 2},
     "OK | a=" + "9" * 19: {},
+    "OK | temp=45°C;50 rate=1.5Mb/s a=5B/s;;;0 n=7/min h=41%RH m=2m²": {
+        "temp": 45, "rate": 1.5, "a": 5, "n": 7, "h": 41, "m": 2},
 }  # fmt: skip
 
 
@@ -68,10 +70,39 @@ def test_a_number_that_was_cut_is_none(tail: str) -> None:
         assert by_nagios(0, printed(text)).metrics == {"whole": 1.0}
 
 
+# Of a label that has a limit, why there is no number
+WHY = {
+    "OK | disk=50,5GB": "no number: 50,5GB",
+    "OK | disk=U;1;2": "no number: U;1;2",
+    "OK | 'disk'=5/7": "no number: 5/7",
+    "OK | disk=": "no number: ",
+    "OK | disk=1e99B": "no number: 1e99",
+    "OK | disk=" + "x" * 99: "no number: " + "x" * 40,
+    "OK | disks=5": None,
+    "OK | " + "x" * KEPT_BYTES + " disk=5": "not in the first 4,096 bytes of its output",
+    ("OK | " + "x" * KEPT_BYTES)[: KEPT_BYTES - 8] + " disk=123": "no number: 12…",
+}
+
+
+@pytest.mark.parametrize("text", WHY)
+def test_a_limited_number_that_is_none_says_why(text: str) -> None:
+    outcome = by_nagios(0, printed(text[:KEPT_BYTES])).kept_for(["disk"])
+    assert (outcome.metrics.get("disk"), outcome.problems.get("disk")) == (None, WHY[text])
+    assert by_nagios(0, printed(text[:KEPT_BYTES])).kept_for([]).problems == {}, "nobody asked for it"
+
+
+def test_what_has_a_limit_is_kept_before_all_else() -> None:
+    """As check_nwc_health prints them of a switch with 48 ports."""
+    labels = [f"Gi1/0/{port}_usage_{way}" for port in range(1, 49) for way in ("in", "out")]
+    text = f"OK | {' '.join(f'{label}=1%' for label in labels)}"
+    outcome = by_nagios(0, text).kept_for([labels[95], "other", labels[3]])
+    assert list(outcome.metrics) == [*labels[: LABELS_MAX - 1], labels[95]]
+
+
 @given(st.integers(0, 3), st.text(), st.text() | st.text("'|= \n;%-.,0123456789abeE+\xb5U", max_size=300))
 @example(0, "", "".join(f"l{n}=1 " for n in range(300)))
 def test_any_text_gives_numbers_within_bounds_or_none(status: int, text: str, data: str) -> None:
-    found = by_nagios(status, printed(f"{text}|{data}")).metrics
+    found = by_nagios(status, printed(f"{text}|{data}")).kept_for({}).metrics
     assert len(found) <= LABELS_MAX
     for label, value in found.items():
         assert math.isfinite(value) and abs(value) < 1e18

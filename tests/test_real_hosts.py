@@ -704,6 +704,26 @@ def test_limits_by_mount_point_have_bounds(mounts: dict[str, Any]) -> None:
         Limits.model_validate({"disk_percent": {"fail": "90", "mounts": mounts}})
 
 
+PORTS = " ".join(f"Gi1/0/{port}=1%" for port in range(1, 97))
+PLUGIN = {  # what a check with a limit of `mem` prints, and why it is not healthy
+    "mem=1;2;3": ("healthy", ""),
+    f"{PORTS} mem=1073741825B": ("unhealthy", "plug/mem at 1073741825, fail above 1073741824"),
+    "$(printf %5000d 0) mem=1073741825B": (
+        "degraded", "plug/mem cannot be read: not in the first 4,096 bytes of its output"),
+    "mem=50,5GB": ("degraded", "plug/mem cannot be read: no number: 50,5GB"),
+    "memory=1": ("degraded", "plug/mem cannot be read: no such performance data"),
+}
+
+
+@pytest.mark.parametrize(("text", "wanted"), rows(PLUGIN, {}))
+def test_a_limit_of_performance_data(text: str, wanted: tuple[str, str]) -> None:
+    """A real shell runs the check."""
+    check = {"name": "plug", "command": f'echo "OK | {text}"', "exit": "nagios", "limits": {"mem": "1073741824"}}
+    asked = resource(checks=[check], timeout="10")
+    verdict = evaluate(collect(asked, Played(hosts.host("ubuntu/24.04")), None), asked)
+    assert (verdict.state, verdict.reason) == wanted
+
+
 # --- Any output at all -------------------------------------------------------
 SOUND = [name for name in HOSTS if name != "macos/15-apple-silicon"]
 
