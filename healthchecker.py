@@ -7758,11 +7758,15 @@ def _freebsd_swap(text: str) -> float | None:
 # exit status is 0 all the same. Not the bare word "stopped", which may be in a name or of something else.
 NOT_RUNNING = re.compile(
     r"(?<!/)\b(start|stop)/(?!running)\S+|\b(is|are) (stopped|dead)|\bnot running|\bdead but"
-    r"|\bstatus: (stopped|crashed|inactive)|^(down:|inactive)|\bfailed!", re.IGNORECASE | re.MULTILINE)
+    r"|\bstatus: (stopped|crashed|inactive)|^(down:|inactive)|\bfailed!|^running \((?P<up>\d+)/(?!(?P=up)\))",
+    re.IGNORECASE | re.MULTILINE)
 
 
 def _service(status: int, text: str) -> Outcome:
-    return Outcome(False, text) if status == 0 and NOT_RUNNING.search(text) else by_status(status, text)
+    """Where procd has started nothing, it may be a firewall, or a daemon that its configuration does not enable."""
+    told = by_status(status, text)
+    degraded = told.good and text == "active with no instances"
+    return Outcome(told.good and not NOT_RUNNING.search(text), told.text, degraded)
 
 
 def _unit(fields: Mapping[str, str]) -> Outcome:
@@ -7796,17 +7800,26 @@ def _systemd(status: int, text: str) -> Outcome:
     return replace(worst, text=f"{name} is {worst.text}") if units[1:] and (worst.degraded or not worst.good) else worst
 
 
+# What launchd starts a job by, whenever it is wanted, and what says that it shall always run. Each part has a longest
+# length, or a long text would take minutes.
+DEMANDED = re.compile(
+    r"^[ \t]{0,9}((event (triggers|channels)|([a-z-]{1,20} )?endpoints|sockets) = \{\n\s{0,9}[^\s}]|run interval =)",
+    re.MULTILINE)
+KEPT_ALIVE = re.compile(r"^[ \t]{0,9}properties = (.*keepalive|\{[^}]{0,600}\bkeepalive = 1)", re.MULTILINE)
+
+
 def _launchd(status: int, text: str) -> Outcome:
-    """The first state is the job's own; those further down belong to its sockets and endpoints. A job on demand
-    that ended well waits for the next demand."""
+    """The first state is the job's own; those further down belong to its sockets and endpoints. A job on demand that
+    ended well, or was ended because it was idle, waits for the next demand; what nobody demands is there no more."""
     state = re.search(r"^[ \t]*state = (.*)$", text, re.MULTILINE)
-    if status == 0 and state:
-        ended_well = re.search(r"^[ \t]*last exit code = (0|\(never exited\))$", text, re.MULTILINE)
-        kept_alive = re.search(r"^[ \t]*properties = .*keepalive", text, re.MULTILINE)
-        if state[1] == "not running" and ended_well and not kept_alive:
-            return Outcome(True, "not running (on demand)")
+    if status or not state:
+        return Outcome(False, "no such service" if status == 113 else by_status(status, text).text)
+    demanded = DEMANDED.search(text)
+    signals = "|(terminating )?signal = (Killed: 9|Terminated: 15)" if demanded else ""
+    ended_well = re.search(rf"^[ \t]*last (exit code = (0|\(never exited\)){signals})$", text, re.MULTILINE)
+    if state[1] not in ("not running", "waiting") or not ended_well or KEPT_ALIVE.search(text):
         return Outcome(state[1] == "running", state[1])
-    return Outcome(False, "no such service" if status == 113 else by_status(status, text).text)
+    return Outcome(True, f"{state[1]} {'(on demand)' if demanded else 'and nothing demands it'}", not demanded)
 
 
 _ANY = (Probe("hostname", "uname -n", _line), Probe("kernel", "uname -sr", _line))

@@ -541,7 +541,8 @@ def test_services(asked: str, good: bool) -> None:
     assert outcome.text
 
 
-SAID = {  # what `service NAME status` prints, its exit status, and whether that is good
+# what `service NAME status` prints, its exit status, and whether that is good; None: degraded
+SAID: dict[str, tuple[str, int, bool | None]] = {
     "Upstart runs": ("cron start/running, process 1082", 0, True),
     "Upstart is starting": ("web start/pre-start, process 12", 0, False),
     "Upstart has stopped": ("mysql stop/waiting", 0, False),
@@ -560,6 +561,10 @@ SAID = {  # what `service NAME status` prints, its exit status, and whether that
     "OpenRC crashed": (" * status: crashed", 0, False),
     "OpenWrt's procd": ("running", 0, True),
     "OpenWrt's procd, stopped": ("inactive", 0, False),
+    "OpenWrt's procd, all of two": ("running (2/2)", 0, True),
+    "OpenWrt's procd, one of two": ("running (1/2)", 0, False),
+    "OpenWrt's procd, one of ten": ("running (1/10)", 0, False),
+    "OpenWrt's procd, a firewall or what is not enabled": ("active with no instances", 0, None),
     "runit": ("run: app: (pid 308) 259s; run: log: (pid 309) 259s", 0, True),
     "runit, down": ("down: app: 2s, normally up; run: log: (pid 309) 1990s", 0, False),
     "s6": ("up (pid 308) 259 seconds", 0, True),
@@ -571,12 +576,53 @@ SAID = {  # what `service NAME status` prints, its exit status, and whether that
 
 @pytest.mark.long
 @pytest.mark.parametrize(("title", "said"), rows(SAID, {}))
-def test_what_a_service_says_counts_where_the_status_does_not(title: str, said: tuple[str, int, bool]) -> None:
+def test_what_a_service_says_counts_where_the_status_does_not(title: str, said: tuple[str, int, bool | None]) -> None:
     text, status, good = said
     host = hosts.host("ubuntu/14.04")
     played = host._replace(answers={**host.answers, "service x status": hosts.Answer(text + "\n", status)})
     sample = parse_output(hosts.play(played, build_script(wanting(Platform.UNIX, ["x"]), NONCE)), NONCE, None)
-    assert sample.services["x"].good is good, title
+    assert (sample.services["x"].good, sample.services["x"].degraded) == (good is not False, good is None), title
+
+
+def job(state: str, ended: str, *more: str) -> str:
+    lines = ["active count = 0", "type = LaunchDaemon", f"state = {state}", "", "runs = 1", f"last {ended}", *more]
+    return "system/com.example.web = {\n\t" + "\n\t".join(lines) + "\n}"
+
+
+# As `launchctl print` writes them: empty blocks and properties over many lines up to macOS 10.14 (wazuh-packages issue
+# 2206), `run interval` of a job with StartInterval, a trigger for each StartCalendarInterval.
+OLD = ["event triggers = {", "}", "endpoints = {", "}", "sockets = {", "}"]
+LATER = ["properties = runatload | inferred program"]
+TRIGGER = ["event triggers = {", "\tcom.apple.launchd.calendarinterval => {", "\t\tkeepalive = 0", "\t}", "}"]
+ENDPOINT = ["endpoints = {", '\t"com.example.web" = {', "\t\tport = 0x1", "\t}", "}"]
+JOBS: dict[str, tuple[str, bool | None, str]] = {      # None: degraded
+    "a daemon that ended": (job("not running", "exit code = 0", *LATER), None, "not running and nothing demands it"),
+    "one that ended, up to Mojave": (job("waiting", "exit code = 0", *OLD, "properties = {", "\tkeepalive = 0", "}"),
+                                     None, "waiting and nothing demands it"),
+    "one that shall run": (job("not running", "exit code = 0", "properties = keepalive | runatload"), False,
+                           "not running"),
+    "one that shall run, up to Mojave": (job("waiting", "exit code = 0", *ENDPOINT, "properties = {",
+                                             "\tpartial import = 0", "\tkeepalive = 1", "}"), False, "waiting"),
+    "a timer": (job("not running", "exit code = 0", "run interval = 300 seconds", *LATER), True,
+                "not running (on demand)"),
+    "a calendar": (job("not running", "exit code = (never exited)", *TRIGGER, *LATER), True, "not running (on demand)"),
+    "a calendar, up to Mojave": (job("waiting", "exit code = 0", *TRIGGER, *OLD, "properties = {", "\tkeepalive = 0",
+                                     "}"), True, "waiting (on demand)"),
+    "an endpoint": (job("not running", "exit code = 0", *ENDPOINT, *LATER), True, "not running (on demand)"),
+    "ended as it was idle": (job("not running", "terminating signal = Killed: 9", *ENDPOINT, *LATER), True,
+                             "not running (on demand)"),
+    "killed and not demanded": (job("not running", "terminating signal = Killed: 9", *LATER), False, "not running"),
+    "crashed": (job("not running", "terminating signal = Segmentation fault: 11", *ENDPOINT, *LATER), False,
+                "not running"),
+    "a timer that failed": (job("not running", "exit code = 1", "run interval = 300 seconds"), False, "not running"),
+}
+
+
+@pytest.mark.parametrize(("title", "case"), rows(JOBS, {}))
+def test_jobs_of_launchd(title: str, case: tuple[str, bool | None, str]) -> None:
+    printed, good, text = case
+    outcome = PROBES[Platform.MACOS].state(0, printed)
+    assert (outcome.good, outcome.degraded, outcome.text) == (good is not False, good is None, text), title
 
 
 # `systemctl show -a -p Id -p Type … -- 'w@*'` of systemd 252 prints a block for each unit that is loaded, stopped ones
