@@ -7737,14 +7737,6 @@ def _linux_swap(text: str) -> float | None:
     return percent(total - _sum(named, "SwapFree"), total) if total else None
 
 
-def _macos_swap(text: str) -> float | None:
-    found = re.match(r"total = (\S+)M +used = (\S+)M ", text)
-    if not found:
-        raise ValueError("no swap usage")
-    total, used = map(_number, found.groups())
-    return percent(used, total) if total else None
-
-
 def _freebsd_swap(text: str) -> float | None:
     header, *lines = text.splitlines() or [""]
     if not header.startswith("Device"):
@@ -7866,7 +7858,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("os", 'echo "$(sw_vers -productName) $(sw_vers -productVersion)"', _line),
         Probe("cpu_percent", "sysctl -n hw.ncpu; ps -A -o %cpu=", _ps_cpu),
         Probe("memory_percent", "vm_stat; sysctl hw.memsize", _macos_memory),
-        Probe("swap_percent", "sysctl -n vm.swapusage", _macos_swap),
+        # No swap_percent: its swap files come as they are needed, so that they are nearly full on a healthy machine.
         Probe("disk_percent", "mount; echo @space; d -Pkl; :", disk_percent),
     ), "launchctl print system/{}", _launchd),
     Platform.FREEBSD: CommandSet("FreeBSD", (

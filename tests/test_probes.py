@@ -94,8 +94,6 @@ EXPECTED: dict[str, object] = {
     "macos/cpu_percent.macos-14": 15.0,
     "macos/cpu_percent.busy": 100.0,
     "macos/memory_percent.apple-silicon": 50.0,
-    "macos/swap_percent.macos-14": 25.0,
-    "macos/swap_percent.none": None,
     "macos/load_per_cpu.macos-14": 0.3,
     "macos/disk_percent.apple-silicon": {
         "disk_percent /System/Volumes/Data": 50.0,
@@ -128,7 +126,6 @@ EXPECTED: dict[str, object] = {
 PROBLEMS = {
     "linux/load_per_cpu.decimal-comma": "'0,81' is not a number",
     "linux/uptime_seconds.decimal-comma": "'858,19' is not a number",
-    "macos/swap_percent.decimal-comma": "'2048,00' is not a number",
     "posix/load_per_cpu.decimal-comma": "'0,81' is not a number",
 }
 
