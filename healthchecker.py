@@ -1623,8 +1623,13 @@ class ResourceSettings(Settings):
     @property
     def limited_mounts(self) -> list[str]:
         """Mount points and patterns that have a limit of their own."""
+        return [mount for mount, limit in self.mount_limits.items() if limit]
+
+    @property
+    def mount_limits(self) -> Mapping[str, Limit | None]:
+        """Those, and which are off."""
         disk = self.limits.disk_percent
-        return [mount for mount, limit in ((disk and disk.mounts) or {}).items() if limit]
+        return (disk and disk.mounts) or {}
 
     @property
     def secrets(self) -> dict[str, str]:
@@ -7275,14 +7280,15 @@ NOT_KNOWN = "not known on this platform"
 # No disks: what lies in memory, images that are always full, views of another filesystem, and other machines'.
 NO_DISK = re.compile(
     r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|rootfs|mfs|efivarfs|overlay(fs)?|fuse([^b].*)?"
-    r"|(au|union|null|ecrypt|auto|lo|name|mnt|ct|obj|share|kern|pty|dev|fdesc|lin?sys)fs|map|dev|fd|none|(lin)?procfs?"
-    r"|hugetlbfs|9p|virtiofs|vboxsf|drvfs|nfs[0-9]*|cifs|smb3|smbfs|afpfs|ceph|lustre|gpfs"
+    r"|(au|union|null|ecrypt|auto|lo|name|mnt|ct|obj|share|boot|kern|pty|dev|fdesc|lin?sys|lindebug|mqueue)fs|map|dev"
+    r"|fd|none|(lin)?procfs?|hugetlbfs|9p|p9fs|virtiofs|vboxsf|drvfs|nfs[0-9]*|cifs|smb3|smbfs|afpfs|ceph|lustre|gpfs"
     r"|a(uristor|c)?fs|coda|beegfs|fhgfs|ibrix|panfs|orangefs|pvfs2|ncpfs|vmhgfs|prl_fs"
 )
-# A row of df: device, used, available, used and free inodes, mount point. Word by word, or a long line would take
+NO_INODES = frozenset({"apfs", "zfs", "msdosfs", "msdos", "exfat"})     # they make what they need, or have none
+# A row of df: device, size, used, available, used and free inodes, mount point. Word by word, or a long line would take
 # a second.
-DF_ROW = re.compile(r"\s*(\S+(?:\s+\S+)*?)\s+[0-9]{1,18}\s+(-?[0-9]{1,18})\s+(-?[0-9]{1,18})\s+[0-9]+%"
-                    r"(?:\s+([0-9]{1,18})\s+([0-9]{1,18})\s+[0-9-]+%?)?\s+(/.*)")
+DF_ROW = re.compile(r"\s*(\S+(?:\s+\S+)*?)\s+([0-9]{1,18})\s+(-?[0-9]{1,18})\s+(-?[0-9]{1,18})\s+[0-9]+%"
+                    r"(?:\s+([0-9]{1,20})\s+([0-9]{1,20})\s+[0-9-]+%?)?\s+(/.*)")
 # They count in their pool but are not shown: volumes with one of these flags, and parts of macOS itself.
 READ_ONLY = frozenset({"ro", "read-only"})
 BECAME_READ_ONLY = "became read-only"   # the problem of a `filesystem MOUNT`
@@ -7340,7 +7346,11 @@ class Mount(NamedTuple):
 
     @property
     def hidden(self) -> bool:
-        return bool({*READ_ONLY, "quarantine"} & self.flags or MACOS_PARTS.match(self.point))
+        return bool({*READ_ONLY, "quarantine"} & self.flags or MACOS_PARTS.match(self.point) or self.is_snapshot)
+
+    @property
+    def is_snapshot(self) -> bool:
+        return self.kind == "zfs" and "@" in self.device
 
     @property
     def disk(self) -> str:
@@ -7365,6 +7375,7 @@ class Volume(NamedTuple):
     """A row of df with sizes in KiB."""
 
     mount: Mount
+    size: float
     used: float
     available: float
     inodes: tuple[float, float]     # used and free
@@ -7406,15 +7417,26 @@ def _volumes(text: str, places: Mapping[str, Mount], inodes: Mapping[str, Volume
         if len(line) > 4096:    # nobody's mount point
             raise ValueError(f"a line of {len(line)} characters")
         row = DF_ROW.fullmatch(line)
-        mount = row and places.get(_bare(row[6]))
+        mount = row and places.get(_bare(row[7]))
         if not row or not mount or row[1].startswith("/") < mount.device.startswith("/"):   # or it lies under another
             continue
-        used, available = float(row[2]), max(0.0, float(row[3]))    # below 0 where the reserve of UFS is in use
-        _, taken, left, _ = inodes.get(mount.disk, Volume(mount, 0.0, 0.0, (0.0, 0.0)))
-        counts = (float(row[4]), float(row[5])) if row[5] else (taken, left)
+        used, available = float(row[3]), max(0.0, float(row[4]))    # below 0 where the reserve of UFS is in use
+        _, _, taken, left, _ = inodes.get(mount.disk, Volume(mount, 0.0, 0.0, 0.0, (0.0, 0.0)))
+        counts = (float(row[5]), float(row[6])) if row[6] else (taken, left)
         if used + available > 0:
-            found.setdefault(mount.disk, Volume(mount, used, available, counts))
+            found.setdefault(mount.disk, Volume(mount, float(row[2]), used, available, counts))
     return found
+
+
+def _share(volumes: Sequence[Volume]) -> float:
+    """How full is what volumes share. Of APFS all that is not available, for some volumes are not mounted and GNU's df
+    says of each what all of them use. Of ZFS what volumes use, of some of one size once: they are clones, or have
+    quotas of their own."""
+    free = max(volume.available for volume in volumes)
+    used = sum({volume.used for volume in volumes if not volume.mount.is_snapshot})
+    if volumes[0].mount.kind == "apfs":
+        used = max(0.0, max(volume.size for volume in volumes) - free)
+    return percent(used, used + free) if used + free else 100.0
 
 
 class Disks:
@@ -7425,10 +7447,12 @@ class Disks:
         mounted, *rest = re.split(r"(?m)^@(?=(?:fstab|space|inodes|named|writable)$)", text)
         self.parts: dict[str, str] = dict(part.partition("\n")[::2] for part in rest)
         self.mounts = _mounts(mounted) or [     # where no table can be read, what df calls a device
-            Mount(row[6], row[1], frozenset(), row[1]) for line in self._part("space").splitlines()
+            Mount(row[7], row[1], frozenset(), row[1]) for line in self._part("space").splitlines()
             if len(line) < 4096 and (row := DF_ROW.fullmatch(line))]
         self.places = {_bare(mount.point): mount for mount in self.mounts if mount.is_disk}
-        named = (line.rstrip("/") or "/" for line in self._part("named").splitlines())
+        self.limits = {line.removeprefix("off "): not line.startswith("off ")
+                       for line in self._part("named").splitlines()}
+        named = (name.rstrip("/") or "/" for name, has_limit in self.limits.items() if has_limit)
         self.named = {point: self.places[_bare(point)].disk for point in named if _bare(point) in self.places}
         fstab = _mounts(re.sub(r"(?m)^\s*#.*$", "", self._part("fstab")))
         meant = {mount.point for mount in fstab if not mount.flags & {"ro", "noauto"}}
@@ -7449,25 +7473,35 @@ class Disks:
     def _part(self, name: str) -> str:
         return self.parts.get(name, "")
 
+    def _names(self, volumes: Sequence[Volume]) -> Iterator[tuple[str, Volume]]:
+        """What volumes that share their space are called: by the shortest name that is not off, by the first of each
+        limit of their own, and by each place that a limit names."""
+        first: dict[str | None, tuple[str, Volume]] = {}
+        for volume in volumes:
+            name = self.names[volume.mount.disk]
+            first.setdefault(matching_key(self.limits, name), (name, volume))
+            yield from ((point, volume) for point, named in self.named.items() if named == volume.mount.disk)
+        limited = [key for key in first if key is not None and self.limits[key]]
+        usual = [key for key in first if key is None or self.limits[key]] or [*first]
+        yield from (first[key] for key in (*usual[:1], *limited))
+
     def shares(self) -> dict[str, float]:
-        """used / (used + available) of each pool under its shortest name, of volumes with a quota, and of what a limit
-        names."""
+        """How full each pool is, and each part of it that has less available: there a quota holds, of one volume or of
+        what lies above several."""
         found: dict[str, float] = {}
         pools = collections.defaultdict[str, list[Volume]](list)
         for volume in sorted(self.volumes.values(), key=lambda volume: len(self.names[volume.mount.disk])):
             pools[volume.mount.pool].append(volume)
         for volumes in pools.values():
-            used, free = sum(volume.used for volume in volumes), max(volume.available for volume in volumes)
-            shown = (volume for volume in volumes if volume.mount.disk in self.shown)
-            for index, volume in enumerate(shown):
-                has_quota, disk = volume.available < free * 0.98, volume.mount.disk
-                full = [percent(volume.used, volume.used + volume.available)] if has_quota else []
-                if index == 0 or not has_quota:
-                    full.append(percent(used, used + free))
-                names = [point for point, named in self.named.items() if named == disk]
-                for name in [self.names[disk], *names] if index == 0 or has_quota else names:
-                    found[f"disk_percent {name}"] = max(full)
-                    if sum(volume.inodes) and volume.mount.kind not in ("apfs", "zfs"):     # they make what they need
+            shown = [volume for volume in volumes if volume.mount.disk in self.shown]
+            free, parts = max((volume.available for volume in shown), default=0.0), dict[float, list[Volume]]()
+            for volume in shown:
+                parts.setdefault(free if volume.available >= free * 0.98 else volume.available, []).append(volume)
+            for available, part in parts.items():
+                share = max(_share(part), _share(volumes) if available == free else 0.0)
+                for name, volume in self._names(part):
+                    found[f"disk_percent {name}"] = share
+                    if sum(volume.inodes) and volume.mount.kind not in NO_INODES:
                         found[f"inode_percent {name}"] = percent(volume.inodes[0], sum(volume.inodes))
         return found
 
@@ -8052,13 +8086,14 @@ def _outcomes(sections: Iterable[Section], kind: str, state: Judge) -> dict[str,
     return {unquote(section.title[1]): section.outcome(state) for section in chosen}
 
 
-def parse_output(text: str, nonce: str, previous: CpuTicks | None, named: Iterable[str] = (),
-                 writable: Iterable[str] = ()) -> Sample:
-    """The sample in the script's output, with mount points that limits name and those that were writable; raises
-    ProbeError (`protocol`) when nothing in it can be read."""
+def parse_output(text: str, nonce: str, previous: CpuTicks | None,
+                 named: Iterable[tuple[str, Limit | None]] = (), writable: Iterable[str] = ()) -> Sample:
+    """The sample in the script's output, with the mount points that have a limit of their own or none and those that
+    were writable; raises ProbeError (`protocol`) when nothing in it can be read."""
     sections = {section.title[:2]: section for section in _sections(text, nonce)}
     if disks := sections.get(("disk_percent",)):
-        asked = "\n".join([disks.text, "@named", *named, "@writable", *writable])
+        limits = (mount if limit else f"off {mount}" for mount, limit in named)
+        asked = "\n".join([disks.text, "@named", *limits, "@writable", *writable])
         sections["disk_percent",] = disks._replace(text=asked)
     table = next((table for key, table in PROBES.items() if ("platform", key.value) in sections), None)
     rows = {probe.name: functools.partial(_reading, probe, sections.get((probe.name,)))
@@ -9095,7 +9130,7 @@ def ask(settings: ResourceSettings, connection: Connection, previous: Sample | N
     running = last_section(text, nonce)
     if done or (deadline.over and running == "disk_percent"):
         sample = parse_windows(text, ticks) if in_powershell else parse_output(
-            text, nonce, ticks, settings.limited_mounts, previous.writable if previous else ())
+            text, nonce, ticks, settings.mount_limits.items(), previous.writable if previous else ())
         checks = {check.name: sample.checks[check.name] for check in settings.checks if check.name in sample.checks}
         sample = since(replace(sample, checks=checks), previous)    # without what nobody asked for
         sample = unhurried(sample, previous, begun_mono)

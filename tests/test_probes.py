@@ -96,10 +96,10 @@ EXPECTED: dict[str, object] = {
     "macos/memory_percent.apple-silicon": 50.0,
     "macos/load_per_cpu.macos-14": 0.3,
     "macos/disk_percent.apple-silicon": {
-        "disk_percent /System/Volumes/Data": 50.0,
+        "disk_percent /System/Volumes/Data": 100 * 280 / 480,
         "disk_percent /Volumes/USB Stick": 25.0,
     },
-    "macos/disk_percent.mojave": disks(root=100 * 154 / 204),
+    "macos/disk_percent.mojave": disks(root=100 * 190 / 240),
     "freebsd/hostname.freebsd-14": "fw1.example.com",
     "freebsd/kernel.freebsd-14": "FreeBSD 14.1-RELEASE-p3",
     "freebsd/os.freebsd-14": "FreeBSD 14.1-RELEASE-p4",
@@ -330,7 +330,8 @@ TABLES: dict[str, tuple[str, str, list[str], dict[str, float]]] = {
         ["/dev/sda1 100 10 90 10% /", "/dev/sda2 100 93 7 93% /boot"], {"/": 10.0}),
     "a quota of the dataset with the shortest name": (
         "tank/a /a zfs rw,xattr 0 0\ntank/bulk /bulk zfs rw,xattr 0 0\n", "",
-        ["tank/a 1000 990 10 99% /a", "tank/bulk 1000000 1000 999000 1% /bulk"], {"/a": 99.0}),
+        ["tank/a 1000 990 10 99% /a", "tank/bulk 1000000 1000 999000 1% /bulk"],
+        {"/a": 99.0, "/bulk": 100 * 1990 / 1000990}),
     "an image that fstab does not call read-only": (
         ROOT + "/dev/loop0 /srv/centos iso9660 ro,relatime,nojoliet,check=s,map=n,blocksize=2048 0 0\n",
         "/var/lib/images/centos.iso /srv/centos iso9660 loop 0 0\n",
@@ -355,6 +356,78 @@ def test_tables_of_disks(case: tuple[str, str, list[str], dict[str, float]]) -> 
     assert not [name for name in sample.problems if name.startswith("disk_percent")]
     assert not {"disk_percent", "filesystem"} & {
         name.partition(" ")[0] for name in since(sample, since(sample, None)).problems}, "nothing turned"
+
+
+# What mount says, rows of df, `mounts` of the limit; the readings of disks, then of inodes. Shapes: macOS 14 with a
+# volume of its own beside Data; iocage; FreeBSD's statfs of msdosfs before D38987 and of mqueuefs; df of GNU and of
+# macOS 14; a dataset of ZFS with a quota and children.
+MAC = """/dev/disk3s1s1 on / (apfs, sealed, local, read-only, journaled)
+/dev/disk3s1 on /System/Volumes/Update/mnt1 (apfs, sealed, local, journaled, nobrowse)
+/dev/disk3s5 on /System/Volumes/Data (apfs, local, journaled, nobrowse, protect, root data)
+/dev/disk3s7 on /Volumes/Builds (apfs, local, nodev, nosuid, journaled)
+/dev/disk3s8 on /nix (apfs, local, journaled, nobrowse)"""
+MAC_ROWS = [
+    "/dev/disk3s1s1 500 10 2 84% /", "/dev/disk3s1 500 10 2 84% /System/Volumes/Update/mnt1",
+    "/dev/disk3s5 500 400 2 100% /System/Volumes/Data", "/dev/disk3s7 500 8 2 80% /Volumes/Builds",
+    "/dev/disk3s8 500 1 2 34% /nix"]
+JAILS = "\n".join([f"tank/{name} on /{name} (zfs, local, nfsv4acls)" for name in ("jails", "scratch", "postgres")])
+JAILS_ROWS = [
+    "tank/jails 600 100 500 17% 10 900 1% /jails", "tank/scratch 601 101 500 17% 10 900 1% /scratch",
+    "tank/postgres 10299 9799 500 95% 10 900 1% /postgres"]
+UFS = "/dev/gpt/rootfs on / (ufs, local, soft-updates)\n"
+UFS_ROW = "/dev/gpt/rootfs 100 10 90 10% 25 75 25% /"
+POOLS: dict[str, tuple[str, list[str], dict[str, Any], dict[str, float], dict[str, float]]] = {
+    "a container": (MAC, MAC_ROWS, {}, {"/nix": 99.6}, {}),
+    "the volume that names a container is off": (MAC, MAC_ROWS, {"/nix": "off"}, {"/Volumes/Builds": 99.6}, {}),
+    "by a pattern, and the next": (
+        MAC, MAC_ROWS, {"/Volumes/*": "off", "/nix": "off"}, {"/System/Volumes/Data": 99.6}, {}),
+    "all of them are": (MAC, MAC_ROWS, {"/*": "off"}, {"/nix": 99.6}, {}),
+    "a pattern has a limit for another": (
+        MAC, MAC_ROWS, {"/System/Volumes/*": 95}, {"/nix": 99.6, "/System/Volumes/Data": 99.6}, {}),
+    "a volume with a quota": (
+        MAC, ["/dev/disk3s5 500 400 80 84% /System/Volumes/Data", "/dev/disk3s7 20 19 1 95% /Volumes/Builds"], {},
+        {"/System/Volumes/Data": 84.0, "/Volumes/Builds": 95.0}, {}),
+    "as GNU's df says it": (
+        MAC, ["/dev/disk3s5 972 757 216 78% /System/Volumes/Data", "/dev/disk3s7 972 757 216 78% /Volumes/Builds"], {},
+        {"/Volumes/Builds": 100 * 756 / 972}, {}),
+    "the dataset that names a pool is off": (JAILS, JAILS_ROWS, {"/jails": "off"}, {"/scratch": 100 * 100 / 105}, {}),
+    "datasets under one quota": (
+        "\n".join(["tank on /tank (zfs, local)",
+                   *(f"tank/u/{used} on /u/{used} (zfs, local)" for used in (200, 100, 150, 500))]),
+        ["tank 500 1 499 1% 1 8 0% /tank",
+         *(f"tank/u/{used} {50 + used} {used} 50 0% 1 8 0% /u/{used}" for used in (200, 100, 150, 500))],
+        {}, {"/tank": 100 * 951 / 1450, "/u/200": 95.0}, {}),
+    "snapshots, and clones that nobody changed": (
+        JAILS + "\ntank/jails@a on /jails/.zfs/snapshot/a (zfs, local)\n" + "\n".join(
+            f"tank/j/{name} on /j/{name} (zfs, local)" for name in "abcdefgh"),
+        [*JAILS_ROWS, "tank/jails@a 900 900 0 100% 1 8 0% /jails/.zfs/snapshot/a",
+         *(f"tank/j/{name} 16500 16000 500 97% 1 8 0% /j/{name}" for name in "abcdefgh")],
+        {}, {"/j/a": 100 * 26000 / 26500}, {}),
+    "a FAT that says it has no inodes left": (
+        UFS + "/dev/nvd0p1 on /boot/efi (msdosfs, local)",
+        [UFS_ROW, "/dev/nvd0p1 100 1 99 1% 512 0 100% /boot/efi"], {}, {"/": 10.0, "/boot/efi": 1.0}, {"/": 25.0}),
+    "what FreeBSD says is full": (
+        UFS + "\n".join(f"{kind} on /{kind} ({kind}, local)" for kind in ("mqueuefs", "lindebugfs", "p9fs", "bootfs")),
+        [UFS_ROW, *(f"{kind} 4 4 0 100% 1 0 100% /{kind}" for kind in ("mqueuefs", "lindebugfs", "p9fs", "bootfs"))],
+        {}, {"/": 10.0}, {"/": 25.0}),
+    "inodes without end": (
+        "/dev/da0 on /x (hammer2, local)", ["/dev/da0 100 10 90 10% 5 9223372036854775807 0% /x"], {},
+        {"/x": 10.0}, {"/x": 0.0}),
+}
+
+
+@pytest.mark.parametrize("case", POOLS.values(), ids=POOLS)
+def test_what_shares_its_space(
+    case: tuple[str, list[str], dict[str, Any], dict[str, float], dict[str, float]]
+) -> None:
+    mounted, rows, mounts, full, inodes = case
+    text = output(Platform.FREEBSD, {"disk_percent": "\n".join([mounted, "@space", *rows, "@inodes"])})
+    limits = Limits.model_validate({"disk_percent": {"fail": 98, "mounts": mounts}})
+    named = wanting(Platform.FREEBSD, limits=limits).mount_limits.items()
+    sample = parse_output(text, NONCE, None, named)
+    assert sample.metrics == {f"disk_percent {point}": pytest.approx(share) for point, share in full.items()} | {
+        f"inode_percent {point}": pytest.approx(share) for point, share in inodes.items()}
+    assert "disk_percent" not in sample.problems
 
 
 # fstab(5): the fields after the third may be left out

@@ -124,7 +124,8 @@ def pool(free: float, *used: float) -> float:
     return 100 * sum(used) / (sum(used) + free)
 
 
-PROXMOX = pool(600000000, 100000000, 100000000, 128, 128, 128, 7200000)
+PROXMOX = pool(600000000, 100000000, 100000064, 128, 7200000)
+APFS = 100 * 280 / 480      # sizes are of the container, whose other volumes are not mounted
 DISKS: dict[str, dict[str, float]] = {
     "aix/7": {"/": 25, "/usr": 75, "/var": 50, "/tmp": 10, "/home": 10, "/opt": 50, "/var/adm/ras/livedump": 0.14},
     "aix/7-wpar": {"/": 25, "/home": 10, "/tmp": 10, "/var": 90},
@@ -146,9 +147,9 @@ DISKS: dict[str, dict[str, float]] = {
                        "/boot/efi": 10},
     "illumos/omnios": {"/": 50, "/tank/vm": 90},
     "illumos/smartos-zone": {"/": 25},
-    "macos/12-intel": {"/System/Volumes/Data": 50},
-    "macos/13-apple-silicon": {"/System/Volumes/Data": 50},
-    "macos/15-apple-silicon": {"/System/Volumes/Data": 50, "/Volumes/USB Stick": 25},
+    "macos/12-intel": {"/System/Volumes/Data": APFS},
+    "macos/13-apple-silicon": {"/System/Volumes/Data": APFS},
+    "macos/15-apple-silicon": {"/System/Volumes/Data": APFS, "/Volumes/USB Stick": 25},
     "netbsd/10": {"/": 25, "/home": 75, "/srv": 90},
     "openbsd/7": {"/": 40, "/home": 25, "/tmp": 25, "/usr": 100},
     "openwrt/23": {"/overlay": 25, "/srv/data": 90},
