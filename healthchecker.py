@@ -7275,7 +7275,7 @@ JUDGES: Mapping[str, Judge] = {"plain": by_status, "nagios": by_nagios}    # of 
 # === Disks ===================================================================
 # What is mounted of a machine, and how full it is: in come its table of mounts and what df said of what is a disk, out
 # go shares by mount point, and for each disk that cannot be read why. Pure.
-# Gives: BECAME_READ_ONLY, disk_percent, LINUX_DISKS, NOT_KNOWN, percent
+# Gives: BECAME_READ_ONLY, disk_percent, LINUX_DISKS, NOT_KNOWN, percent, POSIX_DISKS
 NOT_KNOWN = "not known on this platform"
 # No disks: what lies in memory, images that are always full, views of another filesystem, and other machines'.
 NO_DISK = re.compile(
@@ -7321,6 +7321,23 @@ case $s$r in (0*|*%*|12[4-9]*|137*) ;; (*) r=$(d -k "$@");; esac
 printf '%s\n' "$r"; [ $s -lt 124 ] || exit 0
 echo @inodes; d -Pi "$@"
 :""".replace("NO_DISK", NO_DISK.pattern)
+# Elsewhere df is asked for nothing of a server's by -l; AIX', which has none, by the places of what is no server's,
+# whose lines begin with a blank.
+POSIX_DISKS = r"""
+M=$(if [ -r /etc/mnttab ]; then cat /etc/mnttab; else mount; fi)
+printf '%s\n' "$M" @space; set -f; set --; l=
+IFS='
+'
+case $M in
+(*', local'*|*'(local'*|*dev=*) l=l;;
+(*'mounted over'*)
+  for m in $M; do
+    case $m in (\ *) m=${m#"${m%%[! ]*}"}; m=${m#* }; m=${m#"${m%%[! ]*}"};; (*) m=;; esac
+    case $m in (/*) set -- "$@" "${m%% *}";; esac
+  done;;
+esac
+d -Pk$l "$@"
+:"""
 
 
 def percent(part: float, whole: float) -> float:
@@ -7531,7 +7548,7 @@ def disk_percent(text: str) -> dict[str, float | str]:
               and mount.disk in why and mount.disk in disks.shown and mount.disk not in disks.volumes}
     if not shares:
         nothing = " ".join(["no local filesystem", f"(skipped: {skipped or 'nothing'})", *errors])
-        errors = [*errors, *unread.values()] if unread else [nothing]
+        errors = [*errors, *unread.values()] if unread or (errors and disks.places) else [nothing]
     told = {"disk_percent": "".join(errors[:1]), "inode_percent": "".join(uncounted[:1]),
             "skipped_filesystems": skipped, "hidden_filesystems": hidden}
     return {**({} if "inodes" in disks.parts else {"inode_percent": NOT_KNOWN}), **shares, **unread,
@@ -7912,7 +7929,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("os", "uname -sr", _line),
         Probe("cpu_count", _CPUS, _count),
         Probe("load_per_cpu", f"{_CPUS} && uptime", _load_per_cpu),
-        Probe("disk_percent", "cat /etc/mnttab 2>/dev/null || mount; echo @space; d -Pk; :", disk_percent),
+        Probe("disk_percent", POSIX_DISKS, disk_percent),
     ), ":", lambda status, text: Outcome(False, "services are not supported on this platform")),
 }  # fmt: skip
 

@@ -449,6 +449,12 @@ def test_the_only_disk_turned_read_only() -> None:
     assert parse_output(after, NONCE, None, (), writable).problems["filesystem /"] == "became read-only"
 
 
+def test_a_df_without_an_end_is_not_taken_for_no_disks() -> None:
+    sample = parsed(Platform.POSIX, {"disk_percent": (
+        "/dev/sd0a on / type ffs (local)\nnas:/x on /net/x type nfs (v3)\n@space\ndf: no end in 5 s")})
+    assert sample.problems["disk_percent"] == "df: no end in 5 s"
+
+
 @pytest.mark.parametrize("said", [  # of BusyBox without FEATURE_DF_FANCY, and of our own
     "df: invalid option -- 'i'\nBusyBox v1.30.1 (2019-02-14) multi-call binary.", "df: no end in 5 s"])
 def test_inodes_that_cannot_be_read_are_a_problem_for_whoever_limits_them(said: str) -> None:

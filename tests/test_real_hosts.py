@@ -280,6 +280,22 @@ def test_a_backslash_in_a_place_is_no_escape_of_echo(shell: str) -> None:
     assert readings(sample, "inode_percent") == readings(before, "inode_percent")
 
 
+@pytest.mark.parametrize("name", ["aix/7", "illumos/omnios", "netbsd/10", "openbsd/7", "solaris/11"])
+def test_a_dead_server_hides_no_disk(name: str) -> None:
+    """df that asks it has no end; AIX' has no -l, and is given what is there."""
+    host = hosts.host(name)
+    files = {path: f"{text}nas:/x\t/net/x\tnfs\trw,xattr,dev=94c0009\t1718000000\n"
+             for path, text in host.files.items()}
+    answers = {**host.answers, "mount": hosts.Answer(host.answers.get("mount", hosts.Answer("")).text
+                                                     + "nas:/x on /net/x type nfs (nodev, v3, tcp)\n")}
+    if name != "aix/7":
+        answers |= {"df -Pkl": host.answers.get("df -Pkl", host.answers["df -Pk"]), "df -Pk": hosts.Answer("", 124)}
+    text = hosts.play(host._replace(files=files, answers=answers), build_script(wanting(Platform.UNIX), NONCE))
+    assert " 900000000 " not in text, "the server was asked"
+    assert readings(parse_output(text, NONCE, None), "disk_percent") == {
+        mount: pytest.approx(value, abs=0.01) for mount, value in DISKS[name].items()}
+
+
 # --- Read-only filesystems ---------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "bad", "meant"),
