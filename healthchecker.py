@@ -7329,12 +7329,12 @@ printf '%s\n' "$M" @space; set -f; set --; l=
 IFS='
 '
 case $M in
-(*', local'*|*'(local'*|*dev=*) l=l;;
 (*'mounted over'*)
   for m in $M; do
     case $m in (\ *) m=${m#"${m%%[! ]*}"}; m=${m#* }; m=${m#"${m%%[! ]*}"};; (*) m=;; esac
     case $m in (/*) set -- "$@" "${m%% *}";; esac
   done;;
+(*[!/]local*|*dev=*) l=l;;
 esac
 d -Pk$l "$@"
 :"""
