@@ -7316,10 +7316,10 @@ for l in $M; do
 done
 set -- "$@" $a
 [ $# != 0 ] || exit 0
-r=$(d -Pk "$@"); s=$?
-case $s$r in (0*|*%*|12[4-9]*|137*) ;; (*) r=$(d -k "$@");; esac
+r=$(d df -Pk "$@"); s=$?
+case $s$r in (0*|*%*|12[4-9]*|137*) ;; (*) r=$(d df -k "$@");; esac
 printf '%s\n' "$r"; [ $s -lt 124 ] || exit 0
-echo @inodes; d -Pi "$@"
+echo @inodes; d df -Pi "$@"
 :""".replace("NO_DISK", NO_DISK.pattern)
 # Elsewhere df is asked for nothing of a server's by -l; AIX', which has none, by the places of what is no server's,
 # whose lines begin with a blank.
@@ -7336,7 +7336,7 @@ case $M in
   done;;
 (*[!/]local*|*dev=*) l=l;;
 esac
-d -Pk$l "$@"
+d df -Pk$l "$@"
 :"""
 
 
@@ -7384,7 +7384,7 @@ class Mount(NamedTuple):
     @property
     def pool(self) -> str:
         """Volumes of ZFS and APFS share the free space of one; any other is its own."""
-        part = {"zfs": "/.*", "apfs": "(?<=[0-9])s.*"}.get(self.kind)
+        part = {"zfs": "[/@].*", "apfs": "(?<=[0-9])s.*"}.get(self.kind)
         return re.sub(part, "", self.device) if part else self.disk
 
 
@@ -7445,11 +7445,14 @@ def _volumes(text: str, places: Mapping[str, Mount], inodes: Mapping[str, Volume
     return found
 
 
-def _share(volumes: Sequence[Volume]) -> float:
+def _share(volumes: Sequence[Volume], pools: Mapping[str, tuple[float, float]]) -> float:
     """How full is what volumes share. Of APFS all that is not available, for some volumes are not mounted and GNU's df
-    says of each what all of them use. Of ZFS what volumes use, of some of one size once: they are clones, or have
-    quotas of their own."""
+    says of each what all of them use. Of ZFS what zfs says, unless a quota holds; else what volumes use, of some of one
+    size once: they are clones, or have quotas of their own."""
     free = max(volume.available for volume in volumes)
+    used, available = pools.get(volumes[0].mount.pool, (0.0, math.inf))
+    if free >= available * 0.98:
+        return percent(used, used + available)
     used = sum({volume.used for volume in volumes if not volume.mount.is_snapshot})
     if volumes[0].mount.kind == "apfs":
         used = max(0.0, max(volume.size for volume in volumes) - free)
@@ -7461,7 +7464,7 @@ class Disks:
     further command printed, the places that limits name and those that were written to."""
 
     def __init__(self, text: str) -> None:
-        mounted, *rest = re.split(r"(?m)^@(?=(?:fstab|space|inodes|named|writable)$)", text)
+        mounted, *rest = re.split(r"(?m)^@(?=(?:fstab|space|inodes|pools|named|writable)$)", text)
         self.parts: dict[str, str] = dict(part.partition("\n")[::2] for part in rest)
         self.mounts = _mounts(mounted) or [     # where no table can be read, what df calls a device
             Mount(row[7], row[1], frozenset(), row[1]) for line in self._part("space").splitlines()
@@ -7486,6 +7489,8 @@ class Disks:
         self.names = {disk: mount.point for disk, mount in named_by.items()}
         inodes = _volumes(self._part("inodes"), self.places, {})
         self.volumes = _volumes(self._part("space"), self.places, inodes)
+        pools = re.findall(r"(?m)^(.+)\t([0-9]{1,20})\t([0-9]{1,20})$", self._part("pools"))
+        self.pools = {name: (float(used) / 1024, float(available) / 1024) for name, used, available in pools}
 
     def _part(self, name: str) -> str:
         return self.parts.get(name, "")
@@ -7515,7 +7520,8 @@ class Disks:
             for volume in shown:
                 parts.setdefault(free if volume.available >= free * 0.98 else volume.available, []).append(volume)
             for available, part in parts.items():
-                share = max(_share(part), _share(volumes) if available == free else 0.0)
+                wider = volumes if available == free else part
+                share = max(_share(part, self.pools), _share(wider, self.pools))
                 for name, volume in self._names(part):
                     found[f"disk_percent {name}"] = share
                     if sum(volume.inodes) and volume.mount.kind not in NO_INODES:
@@ -7910,7 +7916,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("cpu_percent", "sysctl -n hw.ncpu; ps -A -o %cpu=", _ps_cpu),
         Probe("memory_percent", "vm_stat; sysctl hw.memsize", _macos_memory),
         # No swap_percent: its swap files come as they are needed, so that they are nearly full on a healthy machine.
-        Probe("disk_percent", "mount; echo @space; d -Pkl; :", disk_percent),
+        Probe("disk_percent", "mount; echo @space; d df -Pkl; :", disk_percent),
     ), "launchctl print system/{}", _launchd),
     Platform.FREEBSD: CommandSet("FreeBSD", (
         *_ANY, *_BSD,
@@ -7920,7 +7926,7 @@ PROBES: dict[Platform, CommandSet] = {
               " vm.stats.vm.v_inactive_count kstat.zfs.misc.arcstats.size kstat.zfs.misc.arcstats.c_min",
               _freebsd_memory),
         Probe("swap_percent", "swapinfo -k", _freebsd_swap),
-        Probe("disk_percent", "mount; echo @space; d -Pkli; echo @inodes", disk_percent),
+        Probe("disk_percent", "mount; echo @space; d df -Pkli; echo @inodes", disk_percent),
     ), 'service {} onestatus || { s=$?; [ "$(id -u)" = 0 ] || [ "$(sysctl -n security.bsd.see_other_uids)" = 1 ] ||'
        ' echo "this account may not see the processes of others: security.bsd.see_other_uids is 0"; (exit $s); }',
        _service),
@@ -7937,8 +7943,9 @@ PROBES: dict[Platform, CommandSet] = {
 # A check's output ends at its own status line and not at end of file, which a daemon it leaves behind would
 # hold off for ever; what is beyond KEPT_BYTES is read and dropped, so that nothing dies of SIGPIPE. yash drops what is
 # behind a byte that is no character, its status line too, and is given none. Nothing ends a df
-# that waits for a dead disk: it says who it is past what gathers its output, and where `hangs` still finds it, the
-# poll starts no other. BusyBox' timeout leaves a check its own status, which may be 0, so `limit` counts there itself.
+# that waits for a dead disk, or a zfs for a suspended pool: it says who it is past what gathers its output, and where
+# `hangs` still finds it, the poll starts no other. BusyBox' timeout leaves a check its own status, which may be 0, so
+# `limit` counts there itself.
 SCRIPT = r"""{
 LC_ALL=C; export LC_ALL; unset LANGUAGE N; N=NONCE
 PATH=$PATH:/usr/bin:/bin:/usr/sbin:/sbin:/usr/local/sbin:/usr/local/bin; export PATH
@@ -7962,14 +7969,14 @@ limit() {
   return $s
 }
 d() {
-  limit 5 /bin/sh -c 'printf "\n@%s df %s %s\n" "$0" $$ "$(date "+%d %b %H:%M")" >&3; exec df "$@" 3>&-' "$N" "$@"; s=$?
-  case $s in (124|137|143) echo "df: no end in 5 s";; (???) echo "df: exit status $s";; esac
+  limit 5 /bin/sh -c 'printf "\n@%s df %s %s\n" "$0" $$ "$(date "+%d %b %H:%M")" >&3; exec "$@" 3>&-' "$N" "$@"; s=$?
+  case $s in (124|137|143) echo "$1: no end in 5 s";; (???) echo "$1: exit status $s";; esac
   return $s
 }
 hangs() {
-  [ "$1" ] && kill -0 $1 2>/dev/null || return 1
-  case $({ cat /proc/$1/stat || ps -o stat= -o comm= -p $1; } 2>/dev/null) in
-  (''|*'(df) '[!Z]*|[!Z]*df) printf '\n@%s df %s %s\n' $N $1 "$2";;
+  [ "$2" ] && kill -0 $2 2>/dev/null || return 1
+  case $({ cat /proc/$2/stat || ps -o stat= -o comm= -p $2; } 2>/dev/null) in
+  (''|*"($1) "[!Z]*|[!Z]*"$1") printf '\n@%s df %s %s\n' $N $2 "$3";;
   (*) return 1;;
   esac
 }
@@ -7997,6 +8004,11 @@ case $(uname -s) in
 BRANCHESesac
 CHECKScase $(uname -s) in
 DISKSesac
+case $O in *[!a-z]zfs[!a-z]*)
+  ! command -v zfs >/dev/null || {
+    b pools; f; hangs zfs STUCK || { O=$(d zfs list -Hpo name,used,avail -d 0); e; } 3>&1
+  };;
+esac
 f; printf '\n@%s done\n' $N
 exit 0
 } </dev/null 2>&1
@@ -8020,14 +8032,14 @@ def build_script(settings: ResourceSettings, nonce: str, stuck: Sequence[str] = 
                            f"O=$(\nexec 2>&1\n{command}\n); e\n" for title, command in rows}
         pattern = table.uname if len(chosen) > 1 else "*"
         begin, ask = sections.pop("disk_percent").split("; f; ")    # a df that hangs costs nothing else its answer
-        last += f"{pattern})\n{begin}; f; hangs {shlex.join(stuck)} || {{ {ask}}} 3>&1;;\n"
+        last += f"{pattern})\n{begin}; f; hangs df {shlex.join(stuck)} || {{ {ask}}} 3>&1;;\n"
         first += f"{pattern})\n{''.join(sections.values())};;\n"
     limited = ""
     for check in settings.checks:
         seconds = math.ceil(check.timeout)
         title = shlex.quote(f"check {quote(check.name, '')} {seconds} {check.exit}".removesuffix(" plain"))
         limited += f"b {title}; f; run {seconds} {shlex.quote(check.command)}\n"
-    words = {"NONCE": nonce, "BRANCHES": first, "CHECKS": limited, "DISKS": last}
+    words = {"NONCE": nonce, "BRANCHES": first, "CHECKS": limited, "DISKS": last, "STUCK": shlex.join(stuck)}
     return re.sub("|".join(words), lambda found: words[found[0]], SCRIPT)
 
 
@@ -8108,9 +8120,11 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None,
     """The sample in the script's output, with the mount points that have a limit of their own or none and those that
     were writable; raises ProbeError (`protocol`) when nothing in it can be read."""
     sections = {section.title[:2]: section for section in _sections(text, nonce)}
-    if disks := sections.get(("disk_percent",)):
+    disks, pools = sections.get(("disk_percent",)), sections.get(("pools",))
+    if disks:
         limits = (mount if limit else f"off {mount}" for mount, limit in named)
-        asked = "\n".join([disks.text, "@named", *limits, "@writable", *writable])
+        told = [pools.text] if pools and pools.end else []
+        asked = "\n".join([disks.text, "@pools", *told, "@named", *limits, "@writable", *writable])
         sections["disk_percent",] = disks._replace(text=asked)
     table = next((table for key, table in PROBES.items() if ("platform", key.value) in sections), None)
     rows = {probe.name: functools.partial(_reading, probe, sections.get((probe.name,)))
@@ -8125,7 +8139,7 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None,
     if not sample.readings("disk_percent"):     # they come with the disks
         problems["inode_percent"] = problems.get("disk_percent", NOT_KNOWN)
     endpoint = sections.get(("endpoint",))
-    return replace(sample, stuck=disks.df if disks and not disks.end else (),
+    return replace(sample, stuck=next((part.df for part in (disks, pools) if part and not part.end), ()),
                    endpoint=endpoint.text if endpoint else "")
 
 
@@ -8760,7 +8774,7 @@ def unix_endpoint(settings: ResourceSettings, key: paramiko.PKey) -> str:
              "HOLDS": shlex.quote(installed(settings))}
     head = re.sub("TITLE|KEY|HOLDS", lambda found: words[found[0]], UNIX_ENDPOINT)
     script = build_script(settings, "$n", ("$P", "an earlier poll"))
-    return head + script.replace("hangs '$P'", 'hangs "$P"')
+    return head + re.sub(r"(hangs \w+) '\$P'", r'\1 "$P"', script)
 
 
 def literal(text: str) -> str:
@@ -9145,7 +9159,7 @@ def ask(settings: ResourceSettings, connection: Connection, previous: Sample | N
     text, done, _ = output.printed.decode(errors="replace").partition(mark)
     # What comes last hangs where a disk does: all else was answered.
     running = last_section(text, nonce)
-    if done or (deadline.over and running == "disk_percent"):
+    if done or (deadline.over and running in ("disk_percent", "pools")):
         sample = parse_windows(text, ticks) if in_powershell else parse_output(
             text, nonce, ticks, settings.mount_limits.items(), previous.writable if previous else ())
         checks = {check.name: sample.checks[check.name] for check in settings.checks if check.name in sample.checks}

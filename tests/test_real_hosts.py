@@ -280,6 +280,17 @@ def test_a_backslash_in_a_place_is_no_escape_of_echo(shell: str) -> None:
     assert readings(sample, "inode_percent") == readings(before, "inode_percent")
 
 
+@pytest.mark.parametrize(("said", "share"), [
+    ("rpool\t1843200000000\t614400000000\n", 75.0), ("cannot open 'rpool': Permission denied\n", PROXMOX)])
+def test_what_zfs_says_of_a_pool_counts(said: str, share: float) -> None:
+    """Volumes of machines and snapshots, which are not mounted, take space, and clones do not. Shape: zfs-list(8)."""
+    host = hosts.host("proxmox/8")
+    answers = {**host.answers, "zfs list -Hpo name,used,avail -d 0": hosts.Answer(said, 0 if "\t" in said else 1)}
+    text = hosts.play(host._replace(answers=answers), build_script(wanting(Platform.UNIX), NONCE))
+    found = readings(parse_output(text.removesuffix(end_mark(NONCE)), NONCE, None), "disk_percent")
+    assert found == {**readings(sample_of("proxmox/8"), "disk_percent"), "/": pytest.approx(share)}
+
+
 @pytest.mark.parametrize("name", ["aix/7", "illumos/omnios", "netbsd/10", "openbsd/7", "solaris/11"])
 def test_a_dead_server_hides_no_disk(name: str) -> None:
     """df that asks it has no end; AIX' has no -l, and is given what is there."""

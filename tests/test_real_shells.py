@@ -439,14 +439,14 @@ def test_hanging_services_do_not_pile_up(shell: str, timeout: str, tmp_path: Pat
 class Leaving:
     """A connection to this machine that leaves a df behind as soon as it runs, or stays to the end."""
 
-    def __init__(self, place: str, **environ: str) -> None:
-        self.place, self.environ = place, environ
+    def __init__(self, place: str, after: str = "", **environ: str) -> None:
+        self.place, self.after, self.environ = place, after, environ
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         shell = [shutil.which("dash") or "sh", "-s"]
-        without = script.replace("/proc/$1/", "/nowhere/") if self.place != "proc" else script
+        without = script.replace("/proc/$2/", "/nowhere/") if self.place != "proc" else script
         nonce = output.mark.decode().split("@")[1].split()[0]
-        text = partial(shell, without, 60, self.environ, seen=f"@{nonce} df ")
+        text = partial(shell, without, 60, self.environ, seen=f"{self.after}@{nonce} df ")
         while output.mark.decode() not in text and not deadline.over:
             time.sleep(0.02)
         return output.take(text.encode())
@@ -485,6 +485,26 @@ def test_beside_a_df_that_cannot_be_ended_no_other_is_started(place: str, tmp_pa
     assert collect(resource(timeout="60", platform="linux"), Shell(), sample).readings("disk_percent")
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("place", ["proc", "ps"])
+def test_a_zfs_that_cannot_be_ended_costs_no_disk_its_reading(place: str, tmp_path: Path, mark: str) -> None:
+    """Nor is a second one started beside it. The same stand-in; what a suspended pool may do."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "zfs").symlink_to(shutil.which("sleep") or "")
+    path = in_folder(tmp_path, timeout='shift 3; exec "$@"', mount="echo 'tank on / (zfs, local)'",
+                     df="echo 'tank 100 40 60 40% 1 9 10% /'",
+                     zfs=f"echo >>{tmp_path}/started\nexec {tmp_path}/real/zfs 60")
+    settings = resource(timeout="2", platform="freebsd")
+    connection = Leaving(place, " begin pools\n\n", PATH=path, **{MARK: mark})
+    sample, stuck = None, set()
+    for _ in range(3):
+        sample = collect(settings, connection, sample)
+        assert sample.metrics["disk_percent /"] == 40.0 and "disk_percent" not in sample.problems
+        stuck.add(int(sample.stuck[0]))
+    assert len(stuck) == 1 and len((tmp_path / "started").read_text(encoding="ascii").splitlines()) == 1
+    os.kill(stuck.pop(), signal.SIGKILL)
+
+
 def test_a_number_that_is_no_df_any_more_hangs_nowhere(mark: str) -> None:
     """Another process with its number, and one that has ended and that nobody waits for."""
     other = subprocess.Popen(["sleep", "60"], env={**os.environ, MARK: mark})
@@ -492,9 +512,9 @@ def test_a_number_that_is_no_df_any_more_hangs_nowhere(mark: str) -> None:
     ended = subprocess.Popen(["true"], env={**os.environ, MARK: mark})
     STARTED.append(ended)
     for number in (other.pid, ended.pid, 2 ** 30):
-        for place in ("/proc/$1/", "/nowhere/"):
+        for place in ("/proc/$2/", "/nowhere/"):
             script = build_script(wanting(Platform.LINUX), NONCE, (str(number), "26 Nov 12:00"))
-            script = script.replace("/proc/$1/", place)
+            script = script.replace("/proc/$2/", place)
             text, _ = run_script(["sh", "-s"], script)
             assert parse_output(text, NONCE, None).readings("disk_percent")
 
