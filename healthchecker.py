@@ -7501,7 +7501,7 @@ class Disks:
         first: dict[str | None, tuple[str, Volume]] = {}
         for volume in volumes:
             name = self.names[volume.mount.disk]
-            first.setdefault(matching_key(self.limits, name), (name, volume))
+            first.setdefault(matching_key(self.limits, name) if volumes[1:] else None, (name, volume))
             yield from ((point, volume) for point, named in self.named.items() if named == volume.mount.disk)
         limited = [key for key in first if key is not None and self.limits[key]]
         usual = [key for key in first if key is None or self.limits[key]] or [*first]
