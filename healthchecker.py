@@ -7264,7 +7264,7 @@ def by_nagios(status: int, text: str) -> Outcome:
         if value and abs(float(value)) < 1e18:
             found.setdefault(label, float(value))
         elif label:
-            problems.setdefault(label, f"no number: {(value or other)[:40]}")
+            problems.setdefault(label, f"{'too large' if value else 'no number'}: {(value or other)[:40]}")
     told = by_status(status, f"{shown.strip()}\n{more}".strip())
     return Outcome(status in (0, 1, 3), told.text, status in (1, 3), found, problems)
 
@@ -7819,31 +7819,32 @@ def _service(status: int, text: str) -> Outcome:
 
 
 def _unit(fields: Mapping[str, str]) -> Outcome:
-    """Of one unit of systemd. `exited` is what a oneshot shall be. Of another type (each script of SysV) its processes
-    have ended; where it was so from the start, they may run where su(1) put them. An older endpoint tells no type."""
-    load, active, sub, kind = (fields.get(name, "") for name in ("LoadState", "ActiveState", "SubState", "Type"))
+    """Of one unit of systemd. `exited` is what its author wanted, but of a script of SysV: its processes have ended,
+    or are where systemd does not see them. Which of both, is known where nothing but an end changes the state."""
+    load, active, sub = (fields.get(name, "") for name in ("LoadState", "ActiveState", "SubState"))
     if (load, active) == ("not-found", "inactive"):
         return Outcome(False, "no such unit")
     good, text = active in ("active", "reloading", "refreshing"), f"{active} ({sub})"
     doubtful = load not in ("", "loaded")
     if doubtful:
         text += f", its unit file is {load.replace('-', ' ')}"
-    if good and sub == "exited" and kind not in ("", "oneshot"):
-        good = fields.get("StateChangeTimestampMonotonic") == fields.get("ActiveEnterTimestampMonotonic")
+    if good and sub == "exited" and fields.get("UnitFileState") == "generated":
+        changed = fields.get("StateChangeTimestampMonotonic")       # systemd 219 has none; a reload sets it, too
+        good = changed in (None, fields.get("ActiveEnterTimestampMonotonic")) or fields.get("CanReload") == "yes"
         doubtful, why = True, "no process that systemd knows of" if good else "its processes have ended"
         text = f"{text}: {why}"
     return Outcome(good, text, good and doubtful)
 
 
 def _systemd(status: int, text: str) -> Outcome:
-    """Of all units of a pattern, and of one like Debian's postgresql, which only stands for postgresql@15-main: all
-    have to be well but those that nothing starts at boot, and a oneshot that waits for its turn."""
+    """Of all units of a pattern, and of one like Debian's postgresql, which only stands for postgresql@15-main: those
+    that run or failed have to be well, and the instances that start at boot, but a oneshot that waits for its turn."""
     units = [{key: value for key, _, value in (line.partition("=") for line in unit.splitlines())}
              for unit in text.split("\n\n")]
     if status or not units[0].get("ActiveState"):   # another init, or a systemd that does not answer
         return _service(status, text)
-    counted = [unit for unit in units if unit.get("ActiveState") != "inactive" or (
-        unit.get("UnitFileState", "").startswith("enabled") and unit.get("Type") != "oneshot")]
+    counted = [unit for unit in units if unit.get("ActiveState") != "inactive" or ("@" in unit.get("Id", "") and (
+        unit.get("UnitFileState", "").startswith("enabled") and unit.get("Type") != "oneshot"))]
     told = [(unit.get("Id", ""), _unit(unit)) for unit in counted or units]
     name, worst = min(told, key=lambda each: (each[1].good, not each[1].degraded))
     return replace(worst, text=f"{name} is {worst.text}") if units[1:] and (worst.degraded or not worst.good) else worst
@@ -7891,7 +7892,7 @@ grep -sE '^(Mem|Buffers|Cached|Shmem:|[0-9]+$|(total_)?(in)?active_file |slab_re
 LINUX_SERVICE = """[ -d /run/systemd/system ] || { service {} status; exit; }
 n={}
 show() {
-  systemctl show -a -p Id -p Type -p LoadState -p ActiveState -p SubState -p UnitFileState \\
+  systemctl show -a -p Id -p Type -p LoadState -p ActiveState -p SubState -p UnitFileState -p CanReload \\
     -p StateChangeTimestampMonotonic -p ActiveEnterTimestampMonotonic -- "$1"
 }
 u=$(show "$n") || [ "$u" ] || exit

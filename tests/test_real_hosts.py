@@ -673,9 +673,10 @@ SubState={}
 UnitFileState={}
 StateChangeTimestampMonotonic={}
 ActiveEnterTimestampMonotonic=15814328755
+CanReload={}
 """
 RUNS, STOPPED = "loaded active running enabled", "loaded inactive dead enabled"
-USUAL = [*RUNS.split(), "simple", "15814328755"]
+USUAL = [*RUNS.split(), "simple", "15814328755", "no"]
 UNITS: dict[str, tuple[str, dict[str, str], bool | None, str]] = {     # good, None: degraded
     "all run": ("w@*", {"w@1": RUNS, "w@2": RUNS}, True, "active (running)"),
     "one failed": ("w@*", {"w@1": RUNS, "w@2": "loaded failed failed static", "w@3": RUNS}, False,
@@ -706,6 +707,12 @@ UNITS: dict[str, tuple[str, dict[str, str], bool | None, str]] = {     # good, N
                                    "active (exited): its processes have ended"),
     "a script of SysV without a process": ("sud", {"sud": "loaded active exited generated forking"}, None,
                                            "active (exited): no process that systemd knows of"),
+    "one of SysV that was reloaded": ("lsb", {"lsb": "loaded active exited generated forking 15817324716 yes"}, None,
+                                      "active (exited): no process that systemd knows of"),
+    "one that is to remain after its exit": ("nat", {"nat": "loaded active exited enabled simple 15817324716"}, True,
+                                             "active (exited)"),
+    "a condition that is not met": ("snapd*", {"snapd": RUNS, "snapd.recovery-chooser-trigger": STOPPED}, True,
+                                    "active (running)"),
     "its file is gone": ("gone", {"gone": "not-found active running "}, None,
                          "active (running), its unit file is not found"),
     "masked": ("masked", {"masked": "masked inactive dead masked"}, False,
@@ -719,8 +726,8 @@ def test_units_of_systemd(title: str, case: tuple[str, dict[str, str], bool | No
     name, units, good, text = case
     host, said = hosts.host("rhel/9"), dict[str, str]()
     for unit, words in units.items():
-        load, active, sub, state, kind, changed = words.split(" ") + USUAL[len(words.split(" ")):]
-        said[unit] = BLOCK.format(kind, unit, load, active, sub, state, changed)
+        load, active, sub, state, kind, *rest = words.split(" ") + USUAL[len(words.split(" ")):]
+        said[unit] = BLOCK.format(kind, unit, load, active, sub, state, *rest)
     plain = name.removesuffix(".service")
     answers = {f"systemctl show {name}": "\n".join(
         block for unit, block in said.items() if unit == plain or "*" in name)}
@@ -736,12 +743,15 @@ def test_units_of_systemd(title: str, case: tuple[str, dict[str, str], bool | No
     (["active running", "active running"], True, "active (running)"),
     (["active running", "failed failed", "active running"], False, "w@1.service is failed (failed)"),
     (["active exited"], True, "active (exited)"),
+    (["active exited\nUnitFileState=generated\nActiveEnterTimestampMonotonic=7\nType=forking"], None,     # systemd 219
+     "active (exited): no process that systemd knows of"),
 ])  # fmt: skip
-def test_units_as_an_endpoint_of_an_earlier_version_asks_for_them(states: list[str], good: bool, text: str) -> None:
-    said = "\n".join("Id=w@{}.service\nLoadState=loaded\nActiveState={}\nSubState={}\n".format(number, *state.split())
-                     for number, state in enumerate(states))
+def test_units_of_which_less_is_said(states: list[str], good: bool | None, text: str) -> None:
+    """By an endpoint of an earlier version, or an old systemd."""
+    said = "\n".join("Id=w@{}.service\nLoadState=loaded\nActiveState={}\nSubState={}\n".format(
+        number, *state.split(" ")) for number, state in enumerate(states))
     outcome = PROBES[Platform.LINUX].state(0, said.strip())
-    assert (outcome.good, outcome.degraded, outcome.text) == (good, False, text)
+    assert (outcome.good, outcome.degraded, outcome.text) == (good is not False, good is None, text)
 
 
 @pytest.mark.parametrize("service", ["sshd", "nginx"])
