@@ -13099,6 +13099,7 @@ GENERATION, COUNT, SLOTS = 15, 16, 17   # cells
 CELL = 8                        # bytes
 OBSERVED = 1e12                 # seconds that are added where a gate is closed and refuses nothing
 KEEP_INTERVAL = 1.0             # seconds between two looks whether the file is still there
+ZEROS = 1 << 20                 # bytes of a file that was cut, or lost its content with the power, at most
 
 
 def lease_identity() -> str:
@@ -13123,7 +13124,8 @@ requests get 503. Closed is also what is missing, damaged, of another boot, cloc
 left that ended; the log "healthchecker" says so. On Windows it takes the same clock as the service has, that of
 Python up to 3.12 or from 3.13 on. A container mounts the folder, read-only, not the file, which each start replaces;
 one that has a boot id or a clock of its own (gVisor, systemd-nspawn, a namespace of time) stays closed. A route is of
-the whole path, with SCRIPT_NAME or root_path, and a request that SCRIPT_NAME leads to must be open without it, too.
+the whole path. A request with SCRIPT_NAME or root_path must be open in both readings, before and without them: a client
+may have sent the one, and whether a server's path has the other in it, nothing tells.
 Where the service only observes, a closed gate refuses nothing here either, and WSGI answers are marked. What has
 begun, such as a websocket, is not ended. A WSGI application may ask environ["healthchecker.is_healthy"](), also with
 the name of a group or a route.
@@ -13173,13 +13175,15 @@ class Table(NamedTuple):
     """A file as it was mapped; the cells change."""
 
     cells: Sequence[float]
+    size: Callable[[], int]  # bytes of the file now
+    length: int  # bytes that were mapped; to touch more than the file has ends the process
     generation: float
     gates: dict[str, int]  # cells of groups and routes; of the whole site: ""
     cells_of: Callable[[str], Sequence[int]]  # of a path, see PathGates
     place: Any
 
 
-CLOSED = Table([0.0] * (SLOTS + 1), 0.0, {"": SLOTS}, PathGates(SLOTS, {}).of, None)
+CLOSED = Table([0.0] * (SLOTS + 1), int, 0, 0.0, {"": SLOTS}, PathGates(SLOTS, {}).of, None)
 
 
 def read(path: str) -> Table:
@@ -13194,7 +13198,8 @@ def read(path: str) -> Table:
         raise ValueError("no service is running")
     gates = {name.encode().decode("latin-1"): SLOTS + number for number, name in enumerate(names)}
     routes = {name: cell for name, cell in gates.items() if "/" in name}
-    return Table(cells, generation, gates, PathGates(SLOTS, routes).of, (status.st_dev, status.st_ino))
+    place = status.st_dev, status.st_ino
+    return Table(cells, memory.size, len(memory), generation, gates, PathGates(SLOTS, routes).of, place)
 
 
 class Leases:
@@ -13214,7 +13219,7 @@ class Leases:
     def wait(self, path: str) -> int:
         """0 while a path is open, else the seconds of its Retry-After; -1 where it is closed and refuses nothing."""
         now = clock()
-        table = self._table if now < self._look else self._looked(now)
+        table = self._looked(now)
         cells, found = table.cells, table.cells_of(path)
         end = cells[found[0]]
         if len(found) > 1:  # it can be read in several ways: the strictest counts
@@ -13230,11 +13235,12 @@ class Leases:
 
     def _looked(self, now: float) -> Table:
         if now < self._look:
-            return self._table
+            return self._table if self._table.size() >= self._table.length else CLOSED
         self._look, table, why = now + LOOK_INTERVAL, self._table, ""
         try:
             status = os.stat(self._path)
-            if (status.st_dev, status.st_ino) != table.place or table.cells[GENERATION] != table.generation:
+            is_other = (status.st_dev, status.st_ino) != table.place or status.st_size < table.length
+            if is_other or table.cells[GENERATION] != table.generation:
                 table = read(self._path)
         except Exception as error:  # noqa: BLE001  # whatever is wrong with it
             table, why = CLOSED, f"{self._path}: {error}"
@@ -13274,7 +13280,7 @@ class AsgiGate:
             (scope.get(name) or "").encode("utf-8", "replace").decode("latin-1") for name in ("root_path", "path")
         )
         wait = 0 if scope["type"] == "lifespan" else self._leases.wait(path)
-        if wait <= 0 and mount and not path.startswith(mount):  # older servers leave it out of the path
+        if wait <= 0 and mount:  # which may be in the path already, or not
             wait = self._leases.wait(mount + path) or wait
         if wait <= 0:
             await self._app(scope, receive, send)
@@ -13318,8 +13324,8 @@ def place_fault(path: Path) -> str:
     if found.st_uid not in both:
         return "belongs to another account"
     with path.open("rb") as file:
-        head = file.read(SLOTS * CELL)
-    ours = len(head) == SLOTS * CELL and head.startswith(IDENTITY.rpartition(" ")[0].encode())
+        head = file.read(ZEROS)
+    ours = head.startswith(IDENTITY.rpartition(" ")[0].encode()) or (found.st_size <= ZEROS and not any(head))
     return "" if ours else "is another file, which would be lost"
 
 
@@ -13340,6 +13346,11 @@ def cells_of(path: Path, size: int = 0) -> memoryview[float]:
         return memoryview(mmap.mmap(file.fileno(), size)).cast("d")
 
 
+def is_cut(cells: memoryview[float]) -> bool:
+    """Whether their file has become shorter: to touch them would end the process."""
+    return isinstance(cells.obj, mmap.mmap) and cells.obj.size() < cells.nbytes
+
+
 class LeaseFile:
     """The leases of the site, groups and routes in a file, all closed at first and after `close`. Raises UsageError."""
 
@@ -13349,6 +13360,7 @@ class LeaseFile:
         self._places = {name: SLOTS + number for number, name in enumerate(sorted({SITE, *names}))}
         self._ends = dict.fromkeys(self._places.values(), 0.0)
         self._cells: memoryview[float] = memoryview(bytearray(SLOTS * CELL)).cast("d")
+        self._generation = 1.0
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="leases", daemon=True)
         try:
@@ -13367,7 +13379,7 @@ class LeaseFile:
         end = closed - OBSERVED if observes else until if until > 0.0 else closed
         with self._lock:
             self._ends[place] = end
-            if self._cells[GENERATION] == self._generation:     # on Windows another service's may be in the same file
+            if self._is_ours():
                 self._cells[place] = end
 
     def close(self) -> None:
@@ -13376,16 +13388,20 @@ class LeaseFile:
         if self._thread.is_alive():
             self._thread.join()
         with self._lock:
-            if self._cells[GENERATION] == self._generation:
+            if self._is_ours():
                 self._cells[GENERATION] = 0.0
+
+    def _is_ours(self) -> bool:
+        """On Windows another service's leases may be in the same file."""
+        return not is_cut(self._cells) and self._cells[GENERATION] == self._generation
 
     def _keep(self) -> None:
         trouble = Trouble(f"service.lease_file {self._path} is gone")
         while not self._ending.wait(KEEP_INTERVAL):
             with trouble.caught():
-                is_there, is_lost = os.path.lexists(self._path), self._cells[GENERATION] != self._generation
+                is_there, is_lost = os.path.lexists(self._path), not self._is_ours()
                 is_other = is_there and not os.path.samestat(self._path.stat(), self._found)     # which is followed
-                if is_lost and is_there and cells_of(self._path, SLOTS * CELL)[GENERATION]:
+                if is_lost and is_there and any(self._path.read_bytes()[GENERATION * CELL:COUNT * CELL]):
                     raise UsageError("another service writes to this path; give each its own")
                 if is_lost or is_other or not is_there:
                     self._open()
@@ -13393,12 +13409,13 @@ class LeaseFile:
     def _open(self) -> None:
         content = self._content()
         if self._path.exists():     # who has it mapped sees at once that it holds no longer
-            with contextlib.suppress(PermissionError):      # root's, which said so at its end
+            with contextlib.suppress(PermissionError, ValueError):  # root's, which said so at its end; one that was cut
                 cells_of(self._path, SLOTS * CELL)[GENERATION] = 0.0
         self._publish(self._path, content)
         cells, self._found = cells_of(self._path), self._path.stat()
         with self._lock:
-            self._cells[GENERATION] = 0.0       # of one that was removed, too; on Windows it is the same file
+            if not is_cut(self._cells):
+                self._cells[GENERATION] = 0.0       # of one that was removed, too; on Windows it is the same file
             for place, end in self._ends.items():
                 cells[place] = end
             self._cells, self._generation = cells, float(secrets.randbits(52) | 1)
