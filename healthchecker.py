@@ -9673,12 +9673,14 @@ class FirstResults:
                 known.clear()
 
 
-def copy_lease(put: Callable[..., None], name: str, lease: Lease, lives: float, now: float) -> None:
-    """Elsewhere what needs nothing ends with us, too, as it does in our own workers: we live until `lives`."""
+def copy_lease(put: Callable[..., None] | None, name: str, lease: Lease, beats: Iterable[float], now: float) -> None:
+    """Elsewhere what needs nothing ends with us, too, as it does in our own workers: we live until the first beat."""
+    lives = min(beats, default=now + DEFAULT_TTL)
     end, opens = min(lease.until.value, lives), lease.opens.value
     if lease.observes.value:    # it refuses nothing while we live, whatever runs out meanwhile
         end, opens = lives if end > now else 0.0, lives
-    put(name, end, opens, observes=lease.observes.value and end <= now)
+    if put:
+        put(name, end, opens, observes=lease.observes.value and end <= now)
 
 
 class HealthAggregator:
@@ -9702,7 +9704,7 @@ class HealthAggregator:
         self._tree = GroupTree()
         self._arranged: object = None               # what it was arranged by
         self._holds_back = False                    # leases that have changed are written later
-        self._open: dict[str, bool] = {}            # as it was announced
+        self._open, self._until = dict[str, bool](), dict[str, float]()     # as announced; the lease, as it was written
         self._first = FirstResults(self._tree, clock)
         self._announced = False                     # the registration of the start is over
         self.beats = self._tree.beats
@@ -9859,18 +9861,25 @@ class HealthAggregator:
                 lease.by_hand.value = 0 if not override else 1 if override.action == "open" else -1
                 lease.opens.value = max(opens, self._tree.overridden_until) if lease.by_hand.value < 0 else opens
                 lease.until.value = until
-                if self._copy:
-                    lives = min(self.beats.values(), default=self._clock() + DEFAULT_TTL)
-                    copy_lease(self._copy, name, lease, lives, self._clock())
+                copy_lease(self._copy, name, lease, self.beats.values(), self._clock())
         for name, until in ends.items():
-            is_open = self._clock() < until
-            decided = name in self._tree.groups and START not in self._tree.spans
-            if decided and is_open is not self._open.get(name, None if name else False):    # the site's start is told
-                count = 0 if is_open else self._tree.behind(name)
-                why = self._tree.told(name, is_open, self._clock()) or relieved.get(name, "")
-                why += f"; {count} behind it" if count else ""
-                self.transitions.put((self._wall(), is_open, why, name))
-                self._open[name] = is_open
+            ended, self._until[name] = self._until.get(name, math.inf), until
+            if name in self._tree.groups and START not in self._tree.spans:
+                self._announce(name, until, ended, relieved.get(name, ""))
+
+    def _announce(self, name: str, until: float, ended: float, relief: str) -> None:
+        """Tells what has opened, or closed: that since the lease before `ended`, when nobody noted it."""
+        now, was_open = self._clock(), self._open.get(name, None if name else False)    # the site's start is told
+        is_open, at = now < until, self._wall()
+        lapsed_at = at - (now - ended) if was_open and 0.0 < ended <= now else at
+        if is_open and lapsed_at < at:
+            self.transitions.put((lapsed_at, False, "nothing was heard in time", name))
+            was_open, lapsed_at = False, at
+        if is_open is not was_open:
+            count = 0 if is_open else self._tree.behind(name)
+            why = self._tree.told(name, is_open, now) or relief
+            self.transitions.put((lapsed_at, is_open, f"{why}; {count} behind it" if count else why, name))
+        self._open[name] = is_open
 
     SetResource = set_resource
     IsHealthy = is_healthy
@@ -11131,7 +11140,7 @@ class IncidentLog:
             if is_open:
                 self._complete(name, at, why)
             elif name not in self._lasting:
-                self._begin(name, at, why)
+                self._begin(name, max(at, self._watched.from_at if self._watched else at), why)
         closed = closed_groups(self._aggregator, self._lasting)
         if closed is None and now_mono - self._begun_mono >= START_PATIENCE:
             closed = {SITE: self._aggregator.groups(site=True)[0].why}
@@ -12289,6 +12298,7 @@ class Poller(ResourceLease, threading.Thread):
             stopped, before = self._stopped, self.standing
             if verdict.cause == "stale" and lease_clock() < self.expires_mono:
                 return Report(self.target, before, before, verdict, at, seconds)
+            at -= lease_clock() - self.expires_mono if verdict.cause == "stale" else 0.0    # of who notes it late
             after = settle(before, verdict, settings, at)
             if self.counted and not stopped:
                 is_fresh = lease_clock() < self.expires_mono    # or it was not healthy, though nobody has noted it yet

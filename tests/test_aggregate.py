@@ -296,6 +296,7 @@ TRANSITIONS = {
     "expiry, then recovery": ("+a; start; a up 5; wait 6; sweep; a up 5", ["open", "shut a", "open"]),
     "expiry seen by another one's report": ("+a; +b; start; a up 5; b up 100; wait 6; b up 100; sweep",
                                             ["open", "shut a"]),
+    "expiry that nobody noted": ("+a; start; a up 5; wait 6; a up 5", ["open", "shut nothing was heard", "open"]),
     "expiry and a bad report": ("+a; +b; start; a up 5; b up 100; wait 6; b down; sweep", ["open", "shut"]),
     "removal opens": ("+a; +b; start; a up; b up; b down; -b", ["open", "shut b is down", "open"]),
     "removal of the last opens": ("+a; start; a down; -a", ["open"]),
@@ -313,6 +314,23 @@ def test_transitions(bench: Bench, script: str, announced: list[str]) -> None:
     for (_, why), text in zip(found, announced, strict=True):
         for word in text.split()[1:]:
             assert word in why.replace(",", " ").split(), (why, text)
+
+
+@pytest.mark.parametrize(("script", "turns"), {
+    "a hung process": ("wait 55; sweep; a up", [(5.0, False), (55.0, True)]),
+    "a report comes first": ("wait 55; a up", [(5.0, False), (55.0, True)]),
+    "it is bad": ("wait 55; a down", [(5.0, False)]),
+    "bad in time": ("wait 4; a down; wait 55; a up", [(4.0, False), (59.0, True)]),
+}.values())  # fmt: skip
+def test_what_closed_is_dated_when_clients_were_refused(
+        bench: Bench, script: str, turns: list[tuple[float, bool]]) -> None:
+    """Also where this process was hung then: it said later that the site had been closed for a moment."""
+    bench.aggregator._wall = lambda: bench.clock.now - START
+    bench.run("+a; start; a up 5")
+    bench.aggregator.transitions.get_nowait()
+    bench.run(script)
+    found = [bench.aggregator.transitions.get_nowait()[:2] for _ in turns]
+    assert found == turns and bench.aggregator.transitions.empty()
 
 
 def test_expired_names_the_silent(bench: Bench) -> None:

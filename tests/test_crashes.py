@@ -256,3 +256,32 @@ def stand_still(folder: Path, seconds: float) -> None:
 def test_processes_that_stand_still(tmp_path: Path) -> None:
     """(20 seconds each: make soak.)"""
     stand_still(tmp_path, 0.5)
+
+
+@pytest.mark.long
+def test_a_hung_main_process_was_closed_as_long_as_clients_were_refused(tmp_path: Path) -> None:
+    """Not for the moment between its wake and the next poll."""
+    path = write_inventory(tmp_path, "  - {name: a, platform: simulated, mean_healthy: 1e6, interval: 1, timeout: 1}")
+
+    def found() -> list[healthchecker.Incident]:
+        with healthchecker.Installation(path).store() as store, store.reading() as session:
+            return [one for one in healthchecker.incidents(session, group="") if one.end == "opened"]
+
+    with Service(path) as service:
+        service.wait_status("/", 200)
+        known = len(found())
+        main = psutil.Process(service.process.pid)
+        main.suspend()
+        try:
+            service.wait_status("/", 503)
+            refused_at = time.time()
+            threading.Event().wait(6)
+        finally:
+            main.resume()
+        service.wait_status("/", 200)
+        opened_at = time.time()
+        wait_for(lambda: len(found()) > known, 30)
+        incident = found()[0]
+        assert incident.from_at == pytest.approx(refused_at, abs=1.5)
+        assert incident.to_at == pytest.approx(opened_at, abs=1.5)
+        assert incident.refused > 0

@@ -2295,6 +2295,18 @@ def test_a_boot_with_a_clock_that_is_wrong(days: int, house: House, machines: Ma
         assert len(clock_events(house)) == len(told) + 1
 
 
+def test_what_is_stale_is_so_since_its_lease_ended(house: House, machines: Machines) -> None:
+    """However late that is noted, as by a process that was hung."""
+    house.write("name: db1")
+    with house.watching():
+        wait_for(lambda: house.stored("db1") == ("healthy", ""))
+        machines.behaviours["db1"] = machines.hang
+        poller = house.poller("db1")
+        poller.expires_mono = healthchecker.lease_clock() - 40
+        wait_for(lambda: poller.standing.cause == "stale")
+        assert time.time() - poller.standing.since_at == pytest.approx(40, abs=5)
+
+
 def test_a_poll_is_due_before_the_lease_ends(house: House, machines: Machines) -> None:
     """A machine that was suspended has less time left than the wait for the next poll, whose clock stood still."""
     house.write("name: db1")
