@@ -12904,6 +12904,8 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 """
 DRAINED_PAGE = PAGE.format(title="Temporarily unavailable", text="This service is taken out of use for a while. "
                            "Please try again later.").encode()
+BUSY_PAGE = PAGE.format(title="Temporarily unavailable", text="This service has more to do than it can do now. "
+                        "Please try again in a moment.").encode()
 CLOSED_PAGE = PAGE.format(title="Temporarily unavailable", text="A system that this service depends on is not healthy. "
                       "Please try again in a moment.").encode()
 WELCOME = PAGE.format(title="The gate is open", text="HealthChecker's built-in page: put an application of your "
@@ -12994,7 +12996,8 @@ class Gate:
                  passed: Callable[..., object] = lambda *_, **__: None) -> None:
         """`passed` is told of which route is a request that would have been refused, or was."""
         self._app, self._lease, self._clock, self._passed = app, lease, clock, passed
-        self.draining = False       # the service ends: readyz says so
+        self.draining = False       # the service ends: readyz says so, unless the next one has the same socket
+        self.hands_over = False
         self.leases_of: Callable[[str], Sequence[Lease]] = PathGates(lease, {
             path.encode().decode("latin-1"): part for path, part in lease.parts.items() if "/" in path}).of
         self._answers: dict[str, Callable[[Lease], Reply]] = {
@@ -13042,11 +13045,12 @@ class Gate:
         lease = strictest(leases)
         if outcome == "refused":
             self._passed(lease.name, refused=True)
-        retry, drained = self._retry_after(lease), lease.by_hand.value < 0
-        kind, body = "text/html; charset=utf-8", DRAINED_PAGE if drained else CLOSED_PAGE
+        retry, kind = self._retry_after(lease), "text/html; charset=utf-8"
+        why, body = (("too many requests wait", BUSY_PAGE) if outcome == "shed" else
+                     ("closed by an operator", DRAINED_PAGE) if lease.by_hand.value < 0 else ("", CLOSED_PAGE))
         if "text/html" not in environ.get("HTTP_ACCEPT", ""):
-            kind, why = "application/json", ', "detail": "closed by an operator"' if drained else ""
-            body = f'{{"status": 503, "title": "Service Unavailable"{why}, "retry_after": {retry[1]}}}\n'.encode()
+            kind, detail = "application/json", f', "detail": "{why}"' if why else ""
+            body = f'{{"status": 503, "title": "Service Unavailable"{detail}, "retry_after": {retry[1]}}}\n'.encode()
         return respond(environ, start_response, (UNAVAILABLE, [("Content-Type", kind), retry], body))
 
     def _own(self, environ: WSGIEnvironment, start_response: StartResponse,
@@ -13069,7 +13073,7 @@ class Gate:
         return self._clock() < lease.until.value
 
     def _readyz(self, lease: Lease) -> Reply:
-        if self.draining:
+        if self.draining and not self.hands_over:
             return UNAVAILABLE, [], b"ending\n"
         if self._holds(lease):
             return "200 OK", [], b"open\n"
@@ -13143,6 +13147,7 @@ the name of a group or a route.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -13167,6 +13172,7 @@ OBSERVED = @OBSERVED@
 LOOK_INTERVAL = 0.5  # seconds until another file is seen
 WOULD_REFUSE = ("X-HealthChecker", "would-refuse")
 BODY = b"temporarily unavailable\\n"
+BODY_BYTES = 64 << 20  # of a refused request, which are read and thrown away
 DOTS = re.compile(r"/\\.\\.?([/;]|$)")
 log = logging.getLogger("healthchecker")
 clock = time.monotonic
@@ -13260,6 +13266,15 @@ class Leases:
         return table
 
 
+def discard(environ: WSGIEnvironment) -> None:
+    """Reads a refused request's body: a server that closes on it, as gunicorn does, would destroy the answer."""
+    with contextlib.suppress(Exception):  # whatever is wrong with it, a refusal is the answer
+        left = int(environ.get("CONTENT_LENGTH") or BODY_BYTES * bool(environ.get("wsgi.input_terminated")))
+        left = min(left, BODY_BYTES)
+        while left > 0 and (part := environ["wsgi.input"].read(min(left, 1 << 16))):
+            left -= len(part)
+
+
 class Gate:
     """WSGI: the application answers while the gate of a request's path is open, otherwise 503."""
 
@@ -13274,6 +13289,7 @@ class Gate:
         if wait <= 0:
             environ["healthchecker.is_healthy"] = self._leases.is_healthy
             return self._app(environ, marked(start_response) if wait else start_response)
+        discard(environ)
         headers = [("Retry-After", str(wait)), ("Cache-Control", "no-store"), ("Content-Type", "text/plain")]
         start_response("503 Service Unavailable", [*headers, ("Content-Length", str(len(BODY)))])
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [BODY]
@@ -13472,7 +13488,10 @@ DIGITS = re.compile("[0-9]+")
 QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 CHUNK_LINE = rb"([0-9A-Fa-f]{1,16})(?:;%b+(?:=(?:%b+|%b))?)*\r\n" % (TOKEN, TOKEN, QUOTED)
 FRAMING = re.compile(rb"\r\n(?:%b(\r\n)?)?" % CHUNK_LINE)  # the end of a chunk, the size of the next, the end of all
-FORWARDED_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
+IPV6 = "([0-9A-Fa-f:.]+)(?:%[0-9A-Za-z_.-]{1,32})?"     # of a link with its zone, as Apache says it
+FORWARDED_ADDRESS = re.compile(rf"(?:\[{IPV6}\]|([0-9.]+))(?::[0-9]{{1,5}})?|{IPV6}")
+NAMELESS = ("unix:", "unknown")     # nginx says the first of who comes over a socket of UNIX
+SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}     # Traefik says ws, of a websocket
 FORWARDED = re.compile("HTTP_(?:X_FORWARDED.*|FORWARDED)")
 
 
@@ -13520,8 +13539,10 @@ class ForwardedHeaders:
     the application is, it is told in X-Forwarded-Prefix, for those that ask for it: no other has to live elsewhere.
     """
 
-    def __init__(self, app: WSGIApplication, networks: Iterable[str]) -> None:
-        self._app, self._networks = app, tuple(map(ipaddress.ip_network, networks))
+    def __init__(self, app: WSGIApplication, networks: Iterable[str], nameless: Sequence[str] = NAMELESS) -> None:
+        """`nameless` are words for a client without an address: then that of the proxy stays."""
+        self._app, self._networks, self._nameless = app, tuple(map(ipaddress.ip_network, networks)), nameless
+        self._told_mono = -math.inf
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if "FORWARDED" in "".join(environ):     # cheaper than to look at each
@@ -13530,24 +13551,34 @@ class ForwardedHeaders:
                 if said and is_within(plain_address(environ["REMOTE_ADDR"]), self._networks):
                     self._believe(environ, said)
             except ValueError:
+                self._complain(said)
                 environ[OUTCOME] = "bad"
                 return respond(environ, start_response, ("400 Bad Request", [], b"400 Bad Request\n"))
         return self._app(environ, start_response)
 
+    def _complain(self, said: Mapping[str, str]) -> None:
+        if time.monotonic() - self._told_mono >= COMPLAINT_INTERVAL:
+            self._told_mono = time.monotonic()
+            words = ", ".join(f"{name[5:].replace('_', '-').title()}: {word}" for name, word in sorted(said.items()))
+            log.warning("400 is what a trusted proxy gets for what it says of its client: %s", one_line(words))
+
     def _believe(self, environ: WSGIEnvironment, said: Mapping[str, str]) -> None:
         """Raises ValueError for what is malformed."""
         if "HTTP_X_FORWARDED_FOR" in said:
+            client = plain_address(environ["REMOTE_ADDR"])
             for element in reversed(said["HTTP_X_FORWARDED_FOR"].split(",")):
-                match = FORWARDED_ADDRESS.fullmatch(element.strip(" \t"))
+                if (word := element.strip(" \t")) in self._nameless:
+                    break
+                match = FORWARDED_ADDRESS.fullmatch(word)
                 client = plain_address(match[1] or match[2] or match[3] if match else "")
                 if not is_within(client, self._networks):
                     break
             environ["REMOTE_ADDR"] = environ["REMOTE_HOST"] = str(client)
         scheme = nearest(said.get("HTTP_X_FORWARDED_PROTO", environ["wsgi.url_scheme"])).lower()
         host = nearest(said.get("HTTP_X_FORWARDED_HOST", environ.get("HTTP_HOST", "localhost")))
-        if scheme not in ("http", "https") or not is_host(host):
+        if scheme not in SCHEMES or not is_host(host):
             raise ValueError("a proxy's word that is none")
-        environ["wsgi.url_scheme"] = scheme
+        environ["wsgi.url_scheme"] = SCHEMES[scheme]
         if "HTTP_X_FORWARDED_HOST" in said:
             environ["HTTP_HOST"] = host
         if "HTTP_X_FORWARDED_PREFIX" in said:
@@ -13845,12 +13876,17 @@ class GateErrorTask(ErrorTask):    # type: ignore[misc]  # waitress carries no t
     def service(self) -> None:
         error, channel = self.request.error, self.channel
         channel.lingers = True
+        if isinstance(error, InternalServerError):
+            self.response_headers.append(NO_STORE)
         try:
             super().service()
         finally:
             channel.served("5xx" if isinstance(error, InternalServerError) else "bad")
         if str(error).startswith(("service.", UNFILED)):
             channel.server.complain(f"a request was refused, for {error}")
+
+    def write(self, data: bytes) -> None:
+        super().write(b"" if self.channel.requests[0].command == "HEAD" else data)
 
 
 class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no types
@@ -13998,8 +14034,15 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
         else:
             patience = KEEP_ALIVE if self.began or request else FIRST_BYTE
             idle = now - (request.begun if request else self._since)
-            if now > self._lingers_until or idle > (IDLE_PRESSED if pressed else patience):
+            if now > self._lingers_until or (idle > (IDLE_PRESSED if pressed else patience) and not self._has_come()):
                 self.handle_close()
+
+    def _has_come(self) -> bool:
+        """Whether a request waits to be read, which it would not survive that its connection is closed."""
+        try:
+            return bool(self.socket.recv(1, socket.MSG_PEEK))
+        except OSError:     # also where there is nothing
+            return False
 
     def _give_up(self, request: GateParser) -> None:
         with self.requests_lock:
@@ -14733,6 +14776,7 @@ class Worker:
     counters: Counters
     serving: ctypes.c_bool      # in shared memory: whether those that are ready may serve
     pipe: PipeConnection
+    hands_over: bool            # the sockets outlive the service
     server: GateServer | None = None    # once it serves
 
     def run(self) -> None:
@@ -14772,6 +14816,7 @@ class Worker:
         app = load_app(service.app, self.folder) if service.app else builtin_app(service)
         tally = RequestCounters(self.counters, self.number)
         gate = Gate(app, self.lease, passed=tally.passed)
+        gate.hands_over = self.hands_over
         server = GateServer(gate, self.socks, service, connection_limit(), tally)
         keep_out_of_collections()
         tally.turn(0)       # the first beat; it is no hang to wait from here
@@ -14986,7 +15031,7 @@ class Supervisor:
         context = multiprocessing.get_context("spawn")      # the same on every system
         ours, theirs = context.Pipe()
         worker = Worker(number, self.service, self._folder, self._socks, self.lease, self.counters, self._serving,
-                        theirs)
+                        theirs, self._socks[0] in handed_over())
         process = context.Process(target=worker.run, name=f"worker {number}")
         with theirs, signals_held():    # closed here, or the worker's end would not be seen
             process.start()
@@ -18941,7 +18986,7 @@ def build_console(context: ConsoleContext, metrics: Metrics) -> flask.Flask:
     for kind in (HealthCheckerError, HTTPException, sqlalchemy.exc.SQLAlchemyError, RuntimeError):
         app.register_error_handler(kind, functools.partial(refuse, context))
     service = context.inventory.service
-    forwarded = ForwardedHeaders(check_host(app.wsgi_app, service), service.trusted_proxy)
+    forwarded = ForwardedHeaders(check_host(app.wsgi_app, service), service.trusted_proxy, ())  # or all are operators
     named = check_host(forwarded, service)
     app.wsgi_app = check_proxy(named, service)      # type: ignore[assignment,method-assign]  # as Flask says
     return app

@@ -364,7 +364,25 @@ def test_observe_refuses_nothing(lease: Lease, method: str) -> None:
     assert call(gate, "/-/health")[0] == "503 Service Unavailable", "which is a report, and no gate"
     gate.draining = True
     assert call(gate, "/-/readyz")[0] == "503 Service Unavailable"
+    gate.hands_over = True  # proxies that ask for each request would refuse, and clients need not see a restart
+    assert call(gate, "/-/readyz")[0] == "200 OK"
     assert len(told) == 2, "only requests for the application are counted"
+
+
+def test_who_is_refused_is_told_why(lease: Lease) -> None:
+    """No system is unhealthy where too many requests wait."""
+    def refused(by_hand: int, outcome: str, accept: str) -> str:
+        gate, found = Gate(hello, lease, lambda: NOW), list[Any]()
+        lease.by_hand.value = by_hand
+        environ = {"REQUEST_METHOD": "GET", "HTTP_ACCEPT": accept}
+        return b"".join(gate.refuse(environ, lambda *said: found.append(said), (lease,), outcome)).decode()
+
+    words = {(0, "refused"): "is not healthy", (-1, "refused"): "taken out of use", (0, "shed"): "more to do than"}
+    details = {(0, "refused"): None, (-1, "refused"): "closed by an operator", (0, "shed"): "too many requests wait"}
+    for case, word in words.items():
+        assert word in refused(*case, "text/html")
+        told = json.loads(refused(*case, "*/*"))
+        assert (told.get("detail"), told["status"], told["retry_after"]) == (details[case], 503, 1)
 
 
 def test_observe_hears_of_what_an_application_raises(lease: Lease) -> None:

@@ -771,6 +771,44 @@ def test_what_a_client_has_begun_does_not_keep_its_connection(threads: int) -> N
         assert server.server.tally._cells[ROWS["bad"] : ROWS["bad"] + ROW - 1].tolist() == [0.0] * (ROW - 1)
 
 
+@POOL
+def test_an_application_that_fails(threads: int) -> None:
+    """Nobody keeps the answer, and to HEAD it has no body."""
+
+    def fails(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        raise ValueError(environ["PATH_INFO"])
+
+    with Serving(fails, threads) as server:
+        for method in (b"GET", b"HEAD"):
+            head, _, body = server.raw(method + b" / HTTP/1.1\r\nHost: a\r\n\r\n").partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 500 ") and b"\r\nCache-Control: no-store" in head
+            assert int(head.partition(b"Content-Length: ")[2].split()[0]) > 0
+            assert bool(body) is (method == b"GET"), body
+        assert server.raw(b"HEAD / HTTP/1.1\r\nHost: a b\r\n\r\n").endswith(b"\r\n\r\n")
+
+
+def test_what_has_come_is_answered_though_its_connection_was_idle() -> None:
+    """To close on a request that nobody has read yet would reset the connection."""
+    with serving() as server, socket.create_connection(server.address, timeout=60) as sock:
+        sock.sendall(GET + b"\r\n")
+        assert sock.recv(1000).endswith(b"GET example.com / ")
+        (channel,) = server.server.active_channels.values()
+
+        def sweep() -> None:  # on the loop, which reads nothing meanwhile
+            sock.sendall(GET + b"\r\n")
+            assert select.select([channel.socket], [], [], 60)[0]
+            look()
+
+        def look() -> None:
+            for later in (0, 80):
+                channel.sweep(server.server.clock() + later, False)
+
+        server.server.trigger.pull_trigger(sweep)
+        assert sock.recv(1000).endswith(b"GET example.com / ")
+        server.server.trigger.pull_trigger(look)
+        assert sock.recv(1000) == b""
+
+
 def test_the_wall_clock_may_jump() -> None:
     """waitress measures by it; here it is only a mark of whether something happened."""
     with serving() as server, socket.create_connection(server.address, timeout=60) as sock:

@@ -535,6 +535,39 @@ def test_wsgi(tmp_path: Path) -> None:
     file.close()
 
 
+def test_a_refused_body_is_read(tmp_path: Path) -> None:
+    """Or a server that closes on it would destroy the answer; so much of it, and what is there."""
+    gate = printed(tmp_path).Gate(truth)
+    for told, read in (({"CONTENT_LENGTH": "300000"}, 300_000), ({"CONTENT_LENGTH": "9"}, 9), ({}, 0),
+                       ({"CONTENT_LENGTH": "-1"}, 0), ({"CONTENT_LENGTH": "x"}, 0), ({"CONTENT_LENGTH": ""}, 0),
+                       ({"wsgi.input_terminated": True}, 1 << 26), ({"CONTENT_LENGTH": "999999999"}, 1 << 26)):
+        left = 1 << 27
+
+        class Input:
+            def read(self, size: int) -> bytes:
+                nonlocal left
+                left -= size
+                return bytes(size)
+
+        found: list[str] = []
+        gate({"REQUEST_METHOD": "POST", "wsgi.input": Input(), **told}, lambda status, _: found.append(status))  # noqa: B023
+        assert (found, (1 << 27) - left) == (["503 Service Unavailable"], read), told
+
+
+@pytest.mark.long
+@POSIX
+def test_a_large_body_before_a_closed_gate_under_gunicorn(tmp_path: Path) -> None:
+    """It closes on what nobody has read, and the client, a proxy, has a reset for an answer."""
+    (tmp_path / "hc_gate.py").write_text(middleware_text(tmp_path / "lease"), encoding="utf-8")
+    (tmp_path / "shop.py").write_text(SHOP, encoding="utf-8")
+    with serving(tmp_path, SERVERS["gunicorn"]) as port:
+        for _ in range(5):
+            with pytest.raises(urllib.error.HTTPError) as refusal:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", data=bytes(20 << 20), timeout=60)
+            refusal.value.close()
+            assert refusal.value.code == 503
+
+
 def truth(environ: Any, start_response: Any) -> list[bytes]:
     start_response("200 OK", [])
     return [str(environ["healthchecker.is_healthy"]()).encode()]

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from conftest import no_leaks, wait_for
 from service import PROGRAM, Service, environment, fresh_processes, write_inventory
-from test_gate import POOL, Serving, hello
+from test_gate import POOL, Serving, hello, reads
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from healthchecker import Lease, ServiceSettings, load_inventory
@@ -83,9 +83,15 @@ BELIEVED: dict[str, tuple[list[tuple[str, str]], str, str, str]] = {
     "no blanks": ([(FOR, "192.0.2.7,10.1.2.3")], "192.0.2.7", "http", "inside.example.com"),
     "the client's own word": ([(FOR, "127.0.0.1, 192.0.2.7, 10.1.2.3")], "192.0.2.7", "http", "inside.example.com"),
     "the client's own junk": ([(FOR, "<b>, , 192.0.2.7")], "192.0.2.7", "http", "inside.example.com"),
+    "a client without an address": ([(FOR, "192.0.2.7, unix:")], "127.0.0.1", "http", "inside.example.com"),
+    "which a proxy does not know": ([(FOR, "unknown, 10.1.2.3")], "10.1.2.3", "http", "inside.example.com"),
+    "IPv6 of a link": ([(FOR, "fe80::1%eth0.1")], "fe80::1", "http", "inside.example.com"),
+    "IPv6 of a link, with a port": ([(FOR, "[fe80::1%2]:47")], "fe80::1", "http", "inside.example.com"),
     "only proxies": ([(FOR, "10.0.0.1, 10.0.0.2")], "10.0.0.1", "http", "inside.example.com"),
     "scheme": ([(PROTO, "https")], "127.0.0.1", "https", "inside.example.com"),
     "scheme in upper case": ([(PROTO, "HTTPS")], "127.0.0.1", "https", "inside.example.com"),
+    "scheme of a websocket": ([(PROTO, "ws")], "127.0.0.1", "http", "inside.example.com"),
+    "scheme of a safe websocket": ([(PROTO, "WSS")], "127.0.0.1", "https", "inside.example.com"),
     "scheme, the last counts": ([(PROTO, "gopher, https")], "127.0.0.1", "https", "inside.example.com"),
     "host": ([(HOST, "shop.example.com:8443")], "127.0.0.1", "http", "shop.example.com:8443"),
     "host, the last counts": ([(HOST, "<b>"), (HOST, "shop.example.com")], "127.0.0.1", "http", "shop.example.com"),
@@ -134,8 +140,8 @@ def test_the_path_before_which_a_proxy_stands(trusted: tuple[str, ...], root: st
 
 
 MALFORMED = [
-    *((FOR, value) for value in ("", "unknown", "192.0.2", "192.0.2.7.1", "0x7f.1", "192.0.2.7:", "192.0.2.7:123456",
-                                 "[2001:db8::7", "2001:db8::7]", "[192.0.2.7]x", "fe80::1%eth0", "192.0.2.7,", "<b>",
+    *((FOR, value) for value in ("", "unix", "192.0.2", "192.0.2.7.1", "0x7f.1", "192.0.2.7:", "192.0.2.7:123456",
+                                 "[2001:db8::7", "2001:db8::7]", "[192.0.2.7]x", "fe80::1%", "192.0.2.7,", "<b>",
                                  "_hidden", '"192.0.2.7"', "192.0.2.7, nobody, 10.1.2.3", "2001:db8::7::1",
                                  "\xb2.0.0.1")),
     *((PROTO, value) for value in ("", "ftp", "https,", "http s", "https://")),
@@ -143,11 +149,35 @@ MALFORMED = [
 ]  # fmt: skip
 
 
-def test_malformed_words_of_a_trusted_proxy() -> None:
+def test_malformed_words_of_a_trusted_proxy(caplog: pytest.LogCaptureFixture) -> None:
+    """The log says why, once a minute."""
     with serving(TRUSTED) as server:
         for header in MALFORMED:
             for path in ("/", "/-/livez"):
                 assert ask(server, header, path=path)[0] == 400, header
+        server.server.application._told_mono -= 60
+        assert ask(server, (FOR, "192.0.2.7, \xa0nobody\t"), (PROTO, "https"))[0] == 400
+    said = "400 is what a trusted proxy gets for what it says of its client: "
+    assert [record.getMessage() for record in caplog.records] == [
+        said + f"{FOR}:", said + f"{FOR}: 192.0.2.7, nobody, {PROTO}: https"]
+
+
+@pytest.mark.skipif(not NGINX, reason="needs nginx")
+def test_nginx_on_a_socket_of_unix(tmp_path: Path) -> None:
+    """It says `unix:` of its client, whom nobody else knows."""
+    port, path = free_port(), tmp_path / "sock"
+    with serving(TRUSTED) as server, contextlib.closing(socket.socket(socket.AF_UNIX)) as client:
+        user = "user root;" if os.geteuid() == 0 else ""
+        (tmp_path / "nginx.conf").write_text(
+            f"{user} daemon off; pid {tmp_path}/pid; error_log stderr; events {{ }}\nhttp {{ access_log off; server {{ "
+            f"listen unix:{path}; listen 127.0.0.1:{port}; location / {{ proxy_pass http://127.0.0.1:"
+            f"{server.address[1]}; proxy_set_header {FOR} $proxy_add_x_forwarded_for; }} }} }}\n", encoding="utf-8")
+        command = [str(NGINX), "-p", str(tmp_path), "-e", "stderr", "-c", str(tmp_path / "nginx.conf")]
+        with running(command, port, tmp_path):
+            client.connect(str(path))
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            head, _, body = reads(client).partition(b"\r\n\r\n")
+    assert b" 200 " in head and json.loads(body)["REMOTE_ADDR"] == "127.0.0.1"
 
 
 @pytest.mark.parametrize("trusted", [TRUSTED, STRANGERS], ids=["trusted", "not trusted"])

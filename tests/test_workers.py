@@ -1514,15 +1514,16 @@ def ask_once(address: tuple[str, int]) -> int:
         return connection.getresponse().status
 
 
-def keep_asking(address: tuple[str, int], over: threading.Event, answers: list[tuple[int, bytes]], *,
+def keep_asking(address: tuple[str, int], over: threading.Event, answers: list[tuple[int, bytes]], path: str = "/", *,
                 keep: bool) -> None:
-    """A client of the application, on a connection that it keeps, or on a new one for each request. Raises what it was
-    refused with; one that a connection ended before the answer began asks again, if it had kept that."""
+    """A client of the application, or a proxy that asks for it, on a connection that it keeps, or on a new one for each
+    request. Raises what it was refused with; one that a connection ended before the answer began asks again, if it had
+    kept that."""
     with contextlib.closing(http.client.HTTPConnection(*address, timeout=120)) as connection:
         while not over.is_set():
             was_kept = connection.sock is not None
             try:
-                connection.request("GET", "/", headers={} if keep else {"Connection": "close"})
+                connection.request("GET", path, headers={} if keep else {"Connection": "close"})
                 answer = connection.getresponse()
             except (ConnectionResetError, BrokenPipeError):     # RemoteDisconnected is one, too
                 connection.close()
@@ -1556,8 +1557,8 @@ def restart_often(folder: Path, restarts: int, requests: int) -> int:
                 assert process.poll() is None, said
                 if not clients:
                     wait_for(lambda: ask_once(address) == 200)      # from the first result on nobody is refused
-                    for keep in (True, False) * 4:
-                        clients.append(pool.submit(keep_asking, address, over, answers, keep=keep))
+                    for keep, path in [*itertools.product((True, False), ("/", "/-/readyz"))] * 2:
+                        clients.append(pool.submit(keep_asking, address, over, answers, path, keep=keep))
                 wanted = max(len(answers) + 50, requests * number // restarts)
                 wait_for(lambda wanted=wanted: len(answers) > wanted or any(map(Future.done, clients)), 600)
                 if number == restarts:
@@ -1565,7 +1566,7 @@ def restart_often(folder: Path, restarts: int, requests: int) -> int:
                     assert [client.result(120) for client in clients] == [None] * 8, "nobody was refused"
                 process.terminate()
                 assert b"Traceback" not in process.stderr.read() and process.wait(60) == 0
-    assert set(answers) == {(200, b"Hello")}
+    assert set(answers) == {(200, b"Hello"), (200, b"open\n")}
     return len(answers)
 
 
