@@ -10929,7 +10929,7 @@ class MaintenanceKeeper:
 # refusals, retold, ServiceView, STANDING, told_by_service, UptimeQuery, UPTIMES, uptime, UptimeView
 WATCH_INTERVAL = 5.0            # seconds after which what lasts is written again
 SEEN_AGAIN = 2 * WATCH_INTERVAL     # seconds within which a machine that lives has done so
-WATCH_GAP = 60.0                # seconds without a look, of a suspended machine: of those nothing is known
+WATCH_GAP = 60.0                # seconds of a suspended machine: of those nothing is known
 START_PATIENCE = 60.0           # seconds for which a start may wait for first results
 CAUSES = 900.0, 3               # seconds before an incident in which changes may have led to it; how many are told
 HISTORY_DAYS = 90               # for which incidents are kept at least
@@ -11092,15 +11092,19 @@ def retold(session: Session, turns: Sequence[dict[str, Any]], since: float) -> l
     return found
 
 
+# Counts no time of a suspended machine. On Windows there is no such clock: who has not looked, was suspended.
+awake_clock: Callable[[], float] = float if sys.platform == "win32" else time.monotonic
+
+
 class IncidentLog:
     """What lasts and what is over. What was not written yet is kept, and written whole: all is repeatable."""
 
     def __init__(self, aggregator: HealthAggregator, counted: Callable[[], Counted] = dict,
                  clock: Callable[[], float] = lease_clock, wall: Callable[[], float] = time.time) -> None:
         self._aggregator, self._counted, self._clock, self._wall = aggregator, counted, clock, wall
-        self._begun_at, self._looked_mono = wall(), clock()
-        self._zero_at = self._begun_at - self._looked_mono      # the Unix time of the clock's 0
-        self._begun_mono, self._written_mono, self._said_mono = self._looked_mono, -math.inf, -math.inf
+        self._begun_at, self._begun_mono, self.awake = wall(), clock(), awake_clock
+        self._zero_at = self._begun_at - self._begun_mono       # the Unix time of the clock's 0
+        self._written_mono, self._said_mono, self._slept = -math.inf, -math.inf, self._begun_mono - self.awake()
         self._lasting: dict[str, Incident] = {}
         self._over: collections.deque[Incident | WatchedTime] = collections.deque(maxlen=2 * PRUNE_ROWS[1])
         self._watched: WatchedTime | None = None
@@ -11264,13 +11268,13 @@ class IncidentLog:
             self.changed_at.update({name: at + moved for name, at in self.changed_at.items()})
 
     def _note_gap(self, now_mono: float) -> None:
-        """Of the time of a suspended machine nothing is known."""
-        if now_mono - self._looked_mono > WATCH_GAP and self._watched:
+        """Of the time of a suspended machine nothing is known. Workers of a process that was hung went on."""
+        before, self._slept = self._slept, now_mono - self.awake()
+        if self._slept - before > WATCH_GAP and self._watched:
             self._over.append(self._watched)
             for name in list(self._lasting):
                 self._complete(name, self._lasting[name].to_at, "", "unseen")
             self._watched = WatchedTime(from_at=now_mono + self._zero_at, to_at=now_mono + self._zero_at)
-        self._looked_mono = now_mono
 
     def _begin(self, name: str, at: float, why: str) -> None:
         lease = self._aggregator.lease.part(name) or self._aggregator.lease
@@ -13138,8 +13142,8 @@ requests get 503. Closed is also what is missing, damaged, of another boot, cloc
 left that ended; the log "healthchecker" says so. On Windows it takes the same clock as the service has, that of
 Python up to 3.12 or from 3.13 on. A container mounts the folder, read-only, not the file, which each start replaces;
 one that has a boot id or a clock of its own (gVisor, systemd-nspawn, a namespace of time) stays closed. A route is of
-the whole path. A request with SCRIPT_NAME or root_path must be open in both readings, before and without them: a client
-may have sent the one, and whether a server's path has the other in it, nothing tells.
+the whole path. A request with SCRIPT_NAME or root_path must be open in both readings, with it before its path and
+without: a client may have sent the one, and nothing tells whether a server has put the other into the path already.
 Where the service only observes, a closed gate refuses nothing here either, and WSGI answers are marked. What has
 begun, such as a websocket, is not ended. A WSGI application may ask environ["healthchecker.is_healthy"](), also with
 the name of a group or a route.
@@ -13158,6 +13162,7 @@ import os
 import re
 import sys
 import time
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -13175,6 +13180,7 @@ BODY = b"temporarily unavailable\\n"
 BODY_BYTES = 64 << 20  # of a refused request, which are read and thrown away
 DOTS = re.compile(r"/\\.\\.?([/;]|$)")
 log = logging.getLogger("healthchecker")
+seek, END = os.lseek, os.SEEK_END
 clock = time.monotonic
 if sys.platform != "win32":
     clock = functools.partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
@@ -13191,20 +13197,29 @@ class Table(NamedTuple):
     """A file as it was mapped; the cells change."""
 
     cells: Sequence[float]
-    size: Callable[[], int]  # bytes of the file now
-    length: int  # bytes that were mapped; to touch more than the file has ends the process
+    file: int  # its descriptor
+    length: int  # bytes that were mapped: to touch one that was cut off since would end the process
     generation: float
     gates: dict[str, int]  # cells of groups and routes; of the whole site: ""
     cells_of: Callable[[str], Sequence[int]]  # of a path, see PathGates
     place: Any
 
 
-CLOSED = Table([0.0] * (SLOTS + 1), int, 0, 0.0, {"": SLOTS}, PathGates(SLOTS, {}).of, None)
+CLOSED = Table([0.0] * (SLOTS + 1), -1, 0, 0.0, {"": SLOTS}, PathGates(SLOTS, {}).of, None)
+
+
+def is_cut(table: Table) -> bool:
+    try:
+        return seek(table.file, 0, END) < table.length  # the cheapest look at a size
+    except OSError:  # a daemon may have closed what it did not open
+        return table is not CLOSED
 
 
 def read(path: str) -> Table:
     with open(path, "rb") as file:
         memory, status = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), os.fstat(file.fileno())
+        kept = os.dup(file.fileno())
+    weakref.finalize(memory, os.close, kept)
     cells = memoryview(memory).cast("d")
     generation, told = cells[GENERATION], memory[: 8 * GENERATION].rstrip(b"\\0").decode()
     if told != lease_identity():
@@ -13215,7 +13230,7 @@ def read(path: str) -> Table:
     gates = {name.encode().decode("latin-1"): SLOTS + number for number, name in enumerate(names)}
     routes = {name: cell for name, cell in gates.items() if "/" in name}
     place = status.st_dev, status.st_ino
-    return Table(cells, memory.size, len(memory), generation, gates, PathGates(SLOTS, routes).of, place)
+    return Table(cells, kept, len(memory), generation, gates, PathGates(SLOTS, routes).of, place)
 
 
 class Leases:
@@ -13228,6 +13243,8 @@ class Leases:
     def is_healthy(self, name: str = "") -> bool:
         """Of the whole site, or of a group or a route; raises LookupError."""
         table = self._looked(clock())
+        if is_cut(table):
+            table = self._table = CLOSED
         cell = table.gates[name.encode().decode("latin-1")] if name and table is not CLOSED else SLOTS
         end = table.cells[cell]
         return clock() < end and table.cells[GENERATION] == table.generation
@@ -13235,7 +13252,9 @@ class Leases:
     def wait(self, path: str) -> int:
         """0 while a path is open, else the seconds of its Retry-After; -1 where it is closed and refuses nothing."""
         now = clock()
-        table = self._looked(now)
+        table = self._table if now < self._look else self._looked(now)
+        if is_cut(table):
+            table = self._table = CLOSED
         cells, found = table.cells, table.cells_of(path)
         end = cells[found[0]]
         if len(found) > 1:  # it can be read in several ways: the strictest counts
@@ -13245,13 +13264,13 @@ class Leases:
                 end = min(ends, key=lambda end: (is_observed(end), end))
         if cells[GENERATION] != table.generation:  # seen after `end`: another file's by now
             end = 0.0
-        if is_observed(end):
-            return -1
-        return 0 if now < end else math.ceil(min(max(1.0, -math.fmod(end, OBSERVED) - now), 3600.0))
+        if now < end:
+            return 0
+        return -1 if is_observed(end) else math.ceil(min(max(1.0, -math.fmod(end, OBSERVED) - now), 3600.0))
 
     def _looked(self, now: float) -> Table:
         if now < self._look:
-            return self._table if self._table.size() >= self._table.length else CLOSED
+            return self._table
         self._look, table, why = now + LOOK_INTERVAL, self._table, ""
         try:
             status = os.stat(self._path)
@@ -13280,6 +13299,7 @@ class Gate:
 
     def __init__(self, app: WSGIApplication, path: str = LEASE_FILE) -> None:
         self._app, self._leases = app, Leases(path)
+        self._is_healthy = self._leases.is_healthy
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         mount, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO", "")
@@ -13287,7 +13307,7 @@ class Gate:
         if mount and wait <= 0:  # which a client may have sent
             wait = self._leases.wait(path) or wait
         if wait <= 0:
-            environ["healthchecker.is_healthy"] = self._leases.is_healthy
+            environ["healthchecker.is_healthy"] = self._is_healthy
             return self._app(environ, marked(start_response) if wait else start_response)
         discard(environ)
         headers = [("Retry-After", str(wait)), ("Cache-Control", "no-store"), ("Content-Type", "text/plain")]

@@ -324,6 +324,24 @@ def test_a_suspended_machine(bench: Bench) -> None:
         assert len(session.scalars(sqlalchemy.select(WatchedTime)).all()) == 2
 
 
+@pytest.mark.parametrize("is_hung", [True, False], ids=["hung", "suspended"])
+def test_a_process_that_was_hung_knows_that_the_gate_was_closed(bench: Bench, is_hung: bool) -> None:
+    """Its workers refused since the lease had ended; of a suspended machine nothing is known."""
+    bench.aggregator._wall = bench.wall
+    bench.log.awake = lambda: bench.mono.now if is_hung else 0.0
+    bench.report(a=True, b=True, c=True)
+    bench.look(1000)
+    bench.aggregator.set_resource("a", True, ttl=20.0)
+    bench.mono.now, bench.wall.now = bench.mono.now + 520, bench.wall.now + 520
+    bench.aggregator.set_resource("a", True, ttl=1e6)
+    transitions = [bench.aggregator.transitions.get() for _ in range(bench.aggregator.transitions.qsize())]
+    bench.log.look(transitions)
+    bench.look()
+    seconds = [one.to_at - one.from_at for one in bench.found()]
+    assert (seconds, bench.uptime()["day"]) == (
+        ([500.0], pytest.approx(100 * (1 - 500 / 1520))) if is_hung else ([0.0], 100.0))
+
+
 @pytest.mark.parametrize("step", [-7200.0, 7200.0])
 def test_a_clock_that_is_set(bench: Bench, step: float) -> None:
     """It makes nothing longer or shorter."""

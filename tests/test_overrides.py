@@ -99,7 +99,8 @@ def test_close_and_auto() -> None:
     assert opened(aggregator) == ["/s", "g"], "a dead monitor opens nothing"
     aggregator.overrule(None, 0.0)
     assert opened(aggregator) == ["", "/g", "/n", "/s", "g"]
-    assert set(told(aggregator)) == {(name, True, "") for name in ("", "/g", "/n")}
+    late = {("g", False, "nothing was heard in time")}  # for most of those 1000 s, which nobody noted
+    assert set(told(aggregator)) == {(name, True, "") for name in ("", "/g", "/n", "g")} | late
     assert aggregator.lease.by_hand.value == 0
 
 
