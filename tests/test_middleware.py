@@ -928,6 +928,21 @@ def test_every_server_follows_the_service(tmp_path: Path) -> None:
     assert_follow(tmp_path, SERVERS)
 
 
+@pytest.mark.long
+@POSIX
+@pytest.mark.parametrize("server", [
+    "-m granian --interface asgi --port {port} --url-path-prefix /admin star:app",  # leaves it out of the path
+    "-m uvicorn --port {port} --log-level warning --root-path /admin star:app",  # has it there
+])  # fmt: skip
+def test_a_root_path_opens_no_route(server: str, tmp_path: Path) -> None:
+    """Also one whose name begins like it."""
+    (tmp_path / "star.py").write_text(STARLETTE, encoding="utf-8")
+    with opened(tmp_path, "/admin/administrators", "/admin/x") as (file, _), serving(tmp_path, server.split()) as port:
+        assert {status(port, path) for path in ("/administrators", "/x", "/other")} == {200}
+        file.put("/admin/administrators", 0.0, 0.0)
+        assert [status(port, path) for path in ("/administrators", "/x", "/other")] == [503, 200, 200]
+
+
 @pytest.mark.skipif(not APACHE, reason="needs mod_wsgi")
 def test_apache_follows_the_service(tmp_path: Path) -> None:
     (tmp_path / "apache.conf").write_text(APACHE_CONFIG, encoding="utf-8")

@@ -911,6 +911,7 @@ def test_names_of_the_console(named: Local, host: str, answers: bool) -> None:
     ("https://ops.example.com/-/", "127.0.0.1:8081", {"Host": "evil.example.com"}, 421),
     ("https://ops.example.com/-/", "evil.example.com", {"Host": "ops.example.com"}, 421),
     ("https://ops.example.com/-/", "ops.example.com", {"For": "192.0.2.1", "Prefix": "/x"}, 200),
+    ("https://ops.example.com/-/", "ops.example.com", {"For": "unix:"}, 400),  # whoever it is, it is no operator
 ])  # fmt: skip
 def test_proxy_of_the_console(url: str, host: str, said: dict[str, str], status: int, tmp_path: Path) -> None:
     """It is believed under the name that is said in the inventory; the application's has no say here."""
