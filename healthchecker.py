@@ -1280,9 +1280,9 @@ def fits_platform(expect: Expect, info: Any) -> Expect:
 # What can be set of the service and of a resource: frozen models with default, unit and bounds. In come nested texts,
 # out go settings in which every path is absolute, or a ValidationError. A validation's context is the inventory's
 # folder. Pure.
-# Gives: COMPANIONS, conflicts, CREDENTIALS, defaults_for, FILES, foreign_fields, host_name, HOSTLESS, KEY_FILES,
-# LEASE_GRACE, LOCAL_SERVICES, LOGIN, LOOPBACK, of_url, PASSPHRASES, ReceiverSettings, ResourceSettings, Retention,
-# SECRETS, ServiceSettings, STARTED, UNASKED, USUAL
+# Gives: COMPANIONS, conflicts, CREDENTIALS, defaults_for, file_behind, FILES, foreign_fields, host_name, HOSTLESS,
+# KEY_FILES, LEASE_GRACE, LOCAL_SERVICES, LOGIN, LOOPBACK, of_url, PASSPHRASES, ReceiverSettings, ResourceSettings,
+# Retention, SECRETS, ServiceSettings, STARTED, UNASKED, USUAL
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 KEY_FILES = ("private.pem", "public.pem", "next.pem")
 STARTED = "started"             # beside them: the names of the databases that a start has begun
@@ -1294,6 +1294,11 @@ Told = Literal["gate", "group", "state", "problem", "maintenance"]
 LOCAL_SERVICES = frozenset({"blink1", "dbus", "glib", "gio", "gnome", "kde", "macosx", "qt", "syslog", "windows",
                             "deltachat", "deltachats", "vapid"})
 LOCAL_FILES = re.compile("[?&](keyfile|subfile|pgppub|pgpprv)=|=file:", re.IGNORECASE)
+
+
+def file_behind(path: str) -> Path:
+    """The file that a link leads to: beside that, and not beside the link, is what goes with a database."""
+    return Path(os.path.realpath(path) if os.path.islink(path) else path)
 
 
 def long_token(text: str) -> None:
@@ -1380,8 +1385,8 @@ class ServiceSettings(Settings):
 
     @property
     def database_path(self) -> Path | None:
-        """Of SQLite's file; None where the database is none."""
-        return Path(self.database.removeprefix(SQLITE)) if self.database.startswith(SQLITE) else None
+        """Of SQLite's file, not of a link to it; None where the database is none."""
+        return file_behind(self.database.removeprefix(SQLITE)) if self.database.startswith(SQLITE) else None
 
     @property
     def database_binding(self) -> tuple[str, ...]:
@@ -3334,6 +3339,7 @@ def revise(session: Session) -> None:
 # looked at whatever state it was left in.
 # Gives: BUSY_TIMEOUT, SqliteFile
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
+NUMBERS = 1 << 31               # of files, as far as SQLite has room for one
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one, and whoever connects for a server
 # What SQLite says of a lack of descriptors or memory, or of a quota, too.
 MOMENTARY = ("unable to open database file", "disk I/O error", "attempt to write a readonly database")
@@ -3406,9 +3412,13 @@ class SqliteFile:
     insert = staticmethod(sqlite.insert)
     wall = staticmethod(time.time)
     end_of = staticmethod(lambda text, count: func.substr(text, -count))
+    lost_by = "its file was replaced or moved away under the running service"
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lost: Callable[[], None] = lambda: None
+        self._opened = 0, 0     # see _file
+        self._lock: sqlite3.Connection | None = None
 
     def __str__(self) -> str:
         return str(self.path)
@@ -3422,6 +3432,8 @@ class SqliteFile:
         `whole`: that was looked at already, which takes a second for 200 MB. Nothing changes, but that what a crash cut
         short is rolled back."""
         path = self.path
+        if self.is_running() and self._running_on() not in (0, self._file()[1] % NUMBERS):
+            raise StorageError(f"database {path}: {self.lost_by}; restart that with the file it shall use")
         try:
             found, application, version, sound = read_schema(path, whole=whole)
         except FileNotFoundError:
@@ -3439,20 +3451,28 @@ class SqliteFile:
     def lock(self, lost: Callable[[], None] | None = None, machine: str = "") -> contextlib.AbstractContextManager[
             object]:
         """Makes this process the only service on the database until it ends, however it ends, or the block does;
-        `lost`: nobody takes it away, `machine`: there is no other. Raises StorageError.
+        `lost` is called where another file has its name, or none has; `machine`: there is no other. Raises
+        StorageError.
 
         SQLite's own lock on a file beside the database: the same on Windows and UNIX, and the system drops it. Who only
         looks whether a service runs, such as a monitoring system every few seconds, must not keep one from its start.
+        It holds the file's number, too: who opens another one beside the first one's log would mix them.
         """
-        del lost, machine
+        del machine
         connection, path = None, self.path
+        if fault := self.fault_of_names():
+            raise fault
         try:
             lock = Path(f"{path}.lock")
             ensure_private(lock)
             with contextlib.suppress(PermissionError):
                 lock.chmod(0o600)       # an earlier version's; whoever could read it could hold a lock, too
             connection = sqlite3.connect(lock, timeout=LOOKED_AT, check_same_thread=False, isolation_level=None)
-            connection.execute("BEGIN EXCLUSIVE")
+            for statement in "PRAGMA journal_mode = MEMORY", "PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE":
+                connection.execute(statement)
+            self._lock, self._lost = connection, lost or self._lost
+            self._note_file()
+            connection.execute("COMMIT")    # which keeps the lock
         except (OSError, sqlite3.Error) as error:
             if connection:
                 connection.close()
@@ -3461,6 +3481,32 @@ class SqliteFile:
             raise StorageError(f"database {path}: {NO_LOCKS}" if locks_nothing(path.parent) else
                                f"another HealthChecker is using database {path}{self._use_as_yet()}") from None
         return contextlib.closing(connection)
+
+    def fault_of_names(self) -> StorageError | None:
+        """Beside each name of a file is another lock, and another log."""
+        names = self.path.stat().st_nlink if os.path.isfile(self.path) else 1
+        return StorageError(f"database {self.path} has {names} names (hard links): leave it one") if names > 1 else None
+
+    def _file(self) -> tuple[int, int]:
+        """Device and number of the file that has the name now."""
+        try:
+            found = self.path.stat()
+        except OSError as error:        # else nobody knows
+            return (0, 0) if isinstance(error, FileNotFoundError | NotADirectoryError) else self._opened
+        return found.st_dev, found.st_ino
+
+    def _note_file(self) -> None:
+        """Takes down which file is opened now, for who opens it while this service runs."""
+        self._opened = self._file()
+        with contextlib.suppress(sqlite3.ProgrammingError):     # it runs no more
+            _ = self._lock and self._lock.execute(f"PRAGMA user_version = {self._opened[1] % NUMBERS}")
+
+    def _running_on(self) -> int:
+        """The number of the file that the running service has open, 0 where that is not known."""
+        address = f"{Path(f'{self.path}.lock').absolute().as_uri()}?immutable=1"     # or it would wait for its end
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(address, uri=True)) as connection:
+            return int(connection.execute("PRAGMA user_version").fetchone()[0])
+        return 0
 
     def _use_as_yet(self) -> str:
         """What who cannot use it may do meanwhile, as the end of a text."""
@@ -3507,6 +3553,7 @@ class SqliteFile:
             ensure_private(self.path)
         for end in COMPANIONS[:2] if sys.platform == "win32" else ():
             ensure_private(Path(f"{self.path}{end}"))
+        self._note_file()
 
     def attach(self, engine: sqlalchemy.Engine) -> None:
         """Has connections and transactions begin as they have to."""
@@ -3522,6 +3569,9 @@ class SqliteFile:
             connection.create_function(name, count, function, deterministic=True)   # as others call them
 
     def _begin(self, connection: sqlalchemy.Connection) -> None:
+        if self._opened != self._file():    # what is written now would go with the file
+            self._lost()
+            raise StorageError(f"database {self.path}: {self.lost_by}")
         options = connection.get_execution_options()
         if options.get("migrates"):     # it cannot be said later; a table made anew would take its children along
             connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
@@ -3776,6 +3826,7 @@ class PostgresServer:
     a session, and every lock is a transaction's. Its methods are those of SqliteFile."""
 
     end_of = staticmethod(func.right)
+    lost_by = f"another HealthChecker has begun there, for this one was not to be heard of for {CLAIM_LIFE:.0f} s"
 
     @staticmethod
     def insert(table: Any) -> Any:
@@ -12579,6 +12630,13 @@ def take_step(pollers: Collection[Poller], moved: float, booted_at: float, now: 
         poller.go_on(delay)
 
 
+def revision_after(session: Session, before: int) -> int:
+    """Raises StorageError where nobody has said that nothing is watched any more."""
+    if not (current := revision(session)) and before > 0:
+        raise StorageError("the rows are gone")
+    return current
+
+
 def move_rows(session: Session, moved: float, now: float, booted_at: float) -> None:
     """After the clock, which said `now`, was set by so much; what is later was found before a start with one that was
     behind. Forward: nothing of before the boot, since when that may have been wrong."""
@@ -12743,7 +12801,7 @@ class Monitor(threading.Thread):
     def _reconcile(self) -> None:
         """Makes the pollers follow the rows."""
         with self._store.reading() as session:
-            current = revision(session)     # first: what changes from now on is followed the next time
+            current = revision_after(session, self._revision)   # first: what changes now is followed the next time
             self.override.follow(self._zero_at)     # it holds whatever is wrong with the rest
             self.exchange.compare(session)
             targets = load_targets(session, self._vault, self.targets)
@@ -20261,6 +20319,21 @@ def read_service(path: Path) -> Inventory:
     return InventoryLoader(path, document, secrets=False).load()
 
 
+def begun_with(mark: Path) -> list[str]:
+    """The names of the databases that have begun with the keys beside it."""
+    names = os.fsdecode(mark.read_bytes()).split("\0") if mark.is_file() else []
+    return [name if "://" in name else str(file_behind(name)) for name in names]
+
+
+def require_first(mark: Path, database: Database, why: str) -> None:
+    """Raises StorageError where the keys beside it are an earlier start's, perhaps in another folder, unless there
+    still is the database of that: without what was added and said in the console, the gate would be open."""
+    begun = begun_with(mark)
+    if str(database) in begun or (begun and not any("://" in name or Path(name).exists() for name in begun)):
+        raise StorageError(f"database {database} of an earlier start {why}; or move inventory and keys away and "
+                           f"`restore` a backup; or remove {mark} to begin anew")
+
+
 class Installation:
     """What every command works on: the inventory, its folder, the database and the keys."""
 
@@ -20300,21 +20373,14 @@ class Installation:
         session.merge(Setting(name=name, text=self.inventory.digest, value=self.taken(session)[0] + 1))
 
     def schema(self, *, whole: bool = True) -> int:
-        """That of the database, 0 before the first start alone: without what was added and said in the console, its
-        gate would be open. Raises StorageError."""
-        version = self.database.inspect(whole=whole)
-        if not version and str(self.database) in self._begun():
-            raise StorageError(f"database {self.database} of an earlier start is not there: mount it; or move inventory"
-                               f" and keys away and `restore` a backup; or remove {self._mark} to begin anew")
+        """That of the database, 0 before the first start alone. Raises StorageError."""
+        if not (version := self.database.inspect(whole=whole)):
+            require_first(self._mark, self.database, "is not there: mount it")
         return version
-
-    def _begun(self) -> list[str]:
-        """The names of the databases that have begun with these keys."""
-        return os.fsdecode(self._mark.read_bytes()).split("\0") if self._mark.is_file() else []
 
     def require_own_keys(self) -> None:
         """Raises UsageError where the keys are another database's, too, whose secrets no other key opens."""
-        if others := [name for name in self._begun() if name != str(self.database)
+        if others := [name for name in begun_with(self._mark) if name != str(self.database)
                       and ("://" in name or Path(name).parent.exists())]:       # else its folder was moved
             raise UsageError(f"{self.service.keys.name} holds the key of {', '.join(others)}, too, which nothing else "
                              "opens: have its service.keys name a copy of it, then, or where that database is gone, "
@@ -20323,7 +20389,7 @@ class Installation:
     def mark(self) -> None:
         """Notes that the database has begun, but in folders that are not the service's own to write."""
         with contextlib.suppress(OSError):
-            if str(self.database) not in (begun := self._begun()):
+            if str(self.database) not in (begun := begun_with(self._mark)):
                 create_private(self._mark, os.fsencode("\0".join([*begun, str(self.database)])), os.replace)
         with contextlib.suppress(OSError):
             if not left_beside(self.path):
@@ -20344,8 +20410,12 @@ class Installation:
                 database = SqliteFile(Path(folder) / DATABASE)
                 if version:
                     copy_known(self.database, database.path)
-            machine = self.service.machine_name
-            yield stack.enter_context(contextlib.closing(Store(database, locked=locked, machine=machine)))
+            store = Store(database, locked=locked, machine=self.service.machine_name)
+            stack.enter_context(contextlib.closing(store))
+            with store.reading() as session:
+                if version and not session.scalar(sqlalchemy.select(User.id).limit(1)):     # a start makes it first
+                    require_first(self._mark, self.database, "holds no account: carry it with what is beside it")
+            yield store
 
     @property
     def runs(self) -> bool:
@@ -20713,8 +20783,7 @@ def serve_with(installation: Installation, console: Sequence[socket.socket], sup
             supervisor.start()
             supervisor.serve_for(CLAIM_INTERVAL)
     if taken.is_set():
-        raise StorageError(f"another HealthChecker has begun on database {database}, for which this one was not to be "
-                           f"heard of for {CLAIM_LIFE:.0f} s")
+        raise StorageError(f"database {database}: {database.lost_by}")
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -20754,7 +20823,9 @@ ALIKE = {"unhealthy": "closed", "unknown": "unknown", "degraded": "degraded"}   
 
 def parts_told(installation: Installation, names: Sequence[str]) -> tuple[ServiceView, list[PartView]]:
     """What the running service says of everything, and of what has these names. Raises HealthCheckerError."""
-    if not installation.database.inspect(whole=False) or not installation.runs:
+    if not installation.schema(whole=False):
+        raise UsageError(f"there is no database {installation.database}, so whether a service runs is not known")
+    if not installation.runs:
         raise UsageError(f"the service {not_running(installation)}")
     with installation.store(scratch=True, whole=False) as store, store.reading() as session:
         view = told_by_service(session, store.machine)
@@ -21074,6 +21145,7 @@ def check_folders(service: ServiceSettings) -> Iterator[HealthCheckerError]:
     """Which of its folders a start needs and could not write to."""
     found: list[tuple[str, Path, type[HealthCheckerError]]] = []
     if path := service.database_path:
+        yield from filter(None, [SqliteFile(path).fault_of_names()])
         found.append((f"database {path}: its folder", path.parent, StorageError))
     if not os.path.exists(service.keys / KEY_FILES[0]):     # which is made, and the folder
         place = next(place for place in (service.keys, *service.keys.parents) if os.path.exists(place))

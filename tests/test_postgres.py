@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import socket
 import struct
@@ -916,7 +917,7 @@ def test_a_service_whose_place_was_taken_ends(folder: Path) -> None:
         service.wait_status("/", 200)
         execute(database_in(folder), "UPDATE machine SET instance = 'another', seen_at = seen_at + 4")
         service.process.wait(60)
-    assert "another HealthChecker has begun on database postgresql+psycopg://" in service.output
+    assert re.search(r"database postgresql\+psycopg://.*: another HealthChecker has begun there", service.output)
     assert [instance for instance, *_ in execute(database_in(folder), "SELECT * FROM machine")] == ["another"]
 
 

@@ -15,6 +15,7 @@ import platform
 import random
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -1483,11 +1484,104 @@ def test_the_database_of_an_earlier_start_is_gone(
 
 
 @pytest.mark.of_files
+@pytest.mark.parametrize("case", ["without its log", "another folder", "another folder, without its log"])
+def test_a_database_that_was_not_carried_along_begins_nothing(case: str, bench: Bench) -> None:
+    """Its console would be open to the documented password, and its gate without what was added there."""
+    path, main = write_inventory(bench.folder, C), b""
+    with Service(path):
+        main = bench.database.read_bytes()      # tables, whose rows are all in the log
+    bench.database.unlink()
+    if case.startswith("another folder"):
+        moved = bench.folder / "moved"
+        moved.mkdir()
+        for name in "inventory.yaml", "keys":
+            (bench.folder / name).rename(moved / name)
+        path = moved / "inventory.yaml"
+    if case.endswith("without its log"):
+        (path.parent / "healthchecker.db").write_bytes(main)
+    assert run_cheaply("--inventory", str(path), "status")[0] == 3
+    for words in [], ["check"], ["user", "list"]:
+        code, said = run_cheaply("--inventory", str(path), *words)
+        assert code == 4, said
+        assert f"database {path.parent / 'healthchecker.db'} of an earlier start " in said
+        assert f"or remove {path.parent / 'keys' / 'started'} to begin anew" in said
+
+
+@pytest.mark.of_files
 def test_another_database_begins_anew(bench: Bench) -> None:
     """Whoever names it says so; and the one before is known still."""
     for name in "one", "other", "one":
         with Service(write_inventory(bench.folder, C, service=f"  database: sqlite:///{name}.db")):
             assert (bench.folder / f"{name}.db").exists()
+
+
+@pytest.mark.of_files
+@pytest.mark.skipif(sys.platform == "win32", reason="there an open file cannot be replaced")
+@pytest.mark.parametrize("way", ["replaced", "removed"])
+def test_a_database_that_is_replaced_under_the_service(way: str, bench: Bench) -> None:
+    """What is said then would stand in another file than the service reads, and what that writes would be lost: it ends
+    and says so, and no command mixes the new file with the log of the one before."""
+    path = write_inventory(bench.folder, "  - {name: c, platform: tcp, hostname: 127.0.0.1, port: 9}\n")
+    with Service(path, code=4) as service:
+        with closing(Store(bench.database)) as store:       # as a service that has stopped leaves it
+            copy = bench.folder / "good.db"
+            cast("SqliteFile", store.database).copy(copy)
+        os.kill(service.pid, signal.SIGSTOP)    # that it does not see it first
+        if way == "replaced":
+            copy.replace(bench.database)
+        else:
+            bench.database.unlink()
+        def files() -> dict[str, bytes]:
+            return {each.name: each.read_bytes() for each in bench.folder.glob("healthchecker.db*")}
+
+        before = files()
+        for words in ["gate", "close"], ["status"], ["user", "list"], ["backup", str(bench.folder / "b.tgz")]:
+            code, said = run_cheaply("--inventory", str(path), *words)
+            assert code == (3 if words == ["status"] else 4), said
+            assert "its file was replaced or moved away under the running service" in said
+            assert files() == before
+        os.kill(service.pid, signal.SIGCONT)
+        line = service.wait_line("its file was replaced or moved away under the running service")
+        assert str(bench.database) in line
+        assert service.process.wait(30) == 4
+        assert "no critical resource is watched" not in service.output
+    if way == "replaced":
+        with Service(path) as service:
+            assert "1 kept" in service.output
+
+
+def test_rows_that_are_gone_are_not_taken_for_an_empty_inventory(bench: Bench) -> None:
+    """Whoever has emptied the tables: what was watched is watched on."""
+    path = write_inventory(bench.folder, "  - {name: c, platform: tcp, hostname: 127.0.0.1, port: 9}\n")
+    with Service(path) as service:
+        bench.execute("DELETE FROM setting WHERE name = 'revision'")
+        bench.execute("DELETE FROM resource")
+        service.wait_line("the configuration cannot be taken over: StorageError: the rows are gone")
+        assert service.get("/-/readyz").status == 503
+
+
+@pytest.mark.of_files
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_a_second_name_of_a_database(bench: Bench) -> None:
+    """Two services on it would not see each other, and each have a log of its own."""
+    shared, release = bench.folder / "shared", bench.folder / "release"
+    for folder in shared, release:
+        folder.mkdir()
+    (release / "healthchecker.db").symlink_to(shared / "healthchecker.db")
+    (release / "keys").symlink_to(prepared_keys(bench.folder))
+    linked = write_inventory(release, C)
+    path = write_inventory(bench.folder, C, f"  database: sqlite:///{shared / 'healthchecker.db'}\n")
+    with Service(linked):
+        code, said = run_cheaply("--inventory", str(path))
+        assert code == 4 and "another HealthChecker is using" in said
+        assert run_cheaply("--inventory", str(path), "status")[0] in (0, 3)
+    assert {each.name for each in release.iterdir()} == {"healthchecker.db", "inventory.yaml", "keys"}
+    with Service(path):
+        pass
+    os.link(shared / "healthchecker.db", bench.folder / "other.db")
+    for words in [], ["check"]:
+        code, said = run_cheaply("--inventory", str(path), *words)
+        assert code == 4 and "has 2 names (hard links)" in said
 
 
 def test_second_service_on_one_database(bench: Bench) -> None:
