@@ -3498,8 +3498,10 @@ class SqliteFile:
     def _note_file(self) -> None:
         """Takes down which file is opened now, for who opens it while this service runs."""
         self._opened = self._file()
+        number = self._opened[1] % NUMBERS
         with contextlib.suppress(sqlite3.ProgrammingError):     # it runs no more
-            _ = self._lock and self._lock.execute(f"PRAGMA user_version = {self._opened[1] % NUMBERS}")
+            if self._lock and self._lock.execute("PRAGMA user_version").fetchone() != (number,):
+                self._lock.execute(f"PRAGMA user_version = {number}")
 
     def _running_on(self) -> int:
         """The number of the file that the running service has open, 0 where that is not known."""
@@ -3560,7 +3562,17 @@ class SqliteFile:
         event.listen(engine, "connect", self._prepare)
         event.listen(engine, "begin", self._begin)
 
+    def _require_file(self, end: Callable[[], object] = lambda: None) -> None:
+        """Raises StorageError where the file that is open has its name no more. What is in its log is to go there at
+        the `end`, or it would be played into the file that has the name by now; and that is not opened beside it."""
+        if self._opened != self._file():
+            self._lost()
+            with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
+                end()
+            raise StorageError(f"database {self.path}: {self.lost_by}")
+
     def _prepare(self, connection: Any, _record: object) -> None:
+        self._require_file()
         connection.isolation_level = None       # SQLAlchemy's BEGIN is ours, see _begin
         connection.text_factory = lambda text: text.decode("utf-8", "replace")
         for pragma in ("journal_mode = WAL", "foreign_keys = ON", "cache_size = -64"):   # KiB
@@ -3569,9 +3581,7 @@ class SqliteFile:
             connection.create_function(name, count, function, deterministic=True)   # as others call them
 
     def _begin(self, connection: sqlalchemy.Connection) -> None:
-        if self._opened != self._file():    # what is written now would go with the file
-            self._lost()
-            raise StorageError(f"database {self.path}: {self.lost_by}")
+        self._require_file(lambda: connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)"))
         options = connection.get_execution_options()
         if options.get("migrates"):     # it cannot be said later; a table made anew would take its children along
             connection.exec_driver_sql("PRAGMA foreign_keys = OFF")

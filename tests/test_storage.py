@@ -1545,6 +1545,8 @@ def test_a_database_that_is_replaced_under_the_service(way: str, bench: Bench) -
         assert str(bench.database) in line
         assert service.process.wait(30) == 4
         assert "no critical resource is watched" not in service.output
+    [log] = [each for each in bench.folder.glob("healthchecker.db-wal")]
+    assert log.stat().st_size == 0, "it would be played into the new file"
     if way == "replaced":
         with Service(path) as service:
             assert "1 kept" in service.output
