@@ -11118,9 +11118,12 @@ def closer(session: Session, why: str) -> str:
     return override.actor if override and override.action == "close" and why.startswith(override.why) else ""
 
 
-def add_actors(session: Session, aggregator: HealthAggregator, opened: Sequence[Incident]) -> None:
-    """To those who closed what has opened, who did something while it lasted about what it counts on. Of all at once: a
-    hundred groups that open together were closed for the same days."""
+def add_actors(session: Session, aggregator: HealthAggregator, told: Sequence[Incident]) -> None:
+    """To new ones, who closed it; to those who closed what has opened, who did something while it lasted about what it
+    counts on. Of all at once: a hundred groups that open together were closed for the same days."""
+    for one in (each for each in told if each.id is None):
+        one.actor, one.before = closer(session, one.why), changes_before(session, one.from_at)
+    opened = [one for one in told if one.end == "opened"]
     is_about = sqlalchemy.or_(Event.kind != "change", Event.resource != "", Event.text.startswith("gate "))
     acts = session.execute(sqlalchemy.select(Event.at, Event.actor, Event.resource, Event.group).where(
         Event.kind.in_(("acknowledgement", "change", "maintenance")), is_about, Event.actor != "",
@@ -11157,6 +11160,14 @@ def retold(session: Session, turns: Sequence[dict[str, Any]], since: float) -> l
 awake_clock: Callable[[], float] = float if sys.platform == "win32" else time.monotonic
 
 
+def move_over(session: Session, moves: Iterable[tuple[float, float, float]]) -> None:
+    """Has what was over when the clock was set move with the time in which it was watched: from, to, by how much."""
+    for from_at, to_at, seconds in moves:
+        session.execute(sqlalchemy.update(Incident).where(
+            Incident.end != "", Incident.from_at.between(from_at, to_at)).values(
+            from_at=Incident.from_at + seconds, to_at=Incident.to_at + seconds))
+
+
 class IncidentLog:
     """What lasts and what is over. What was not written yet is kept, and written whole: all is repeatable."""
 
@@ -11170,6 +11181,7 @@ class IncidentLog:
         self._over: collections.deque[Incident | WatchedTime] = collections.deque(maxlen=2 * PRUNE_ROWS[1])
         self._watched: WatchedTime | None = None
         self._numbered: list[Incident | WatchedTime] = []       # since what was written last is safe
+        self._moves: list[tuple[float, float, float]] = []      # see move_over
         self._given: set[str] = set()       # groups of which an incident has what was counted since the last look
         self._before = self._now = counted()
         self._ends, self._takes_over, self._begun, self._speaks, self._waits = False, False, False, True, False
@@ -11236,7 +11248,7 @@ class IncidentLog:
         self._speaks, self._waits = speaks, waits
         if not speaks:
             self._over.clear()
-            self._watched = None
+            self._watched, self._moves = None, []
             self.begin_anew()
 
     def _begin_to_write(self, session: Session) -> None:
@@ -11286,11 +11298,9 @@ class IncidentLog:
         self._numbered.clear()
         if not self._begun:
             self._begin_to_write(session)
+        move_over(session, self._moves)
         rows = [*self._over, *self._lasting.values(), *filter(None, [self._watched])]
-        told = [one for one in rows if isinstance(one, Incident)]
-        for one in (each for each in told if each.id is None):
-            one.actor, one.before = closer(session, one.why), changes_before(session, one.from_at)
-        add_actors(session, self._aggregator, [one for one in told if one.end == "opened"])
+        add_actors(session, self._aggregator, [one for one in rows if isinstance(one, Incident)])
         for row in rows:
             if row.id is None:
                 self._numbered.append(row)
@@ -11302,8 +11312,8 @@ class IncidentLog:
         """What write() was given is safe."""
         for one in self._lasting.values():
             one.written = (one.id, one.refused, one.would_refuse) if one.id else one.written
-        self._over.clear()
-        self._numbered.clear()
+        for kept in self._over, self._numbered, self._moves:
+            kept.clear()
         self._begun, self._written_mono = self._speaks, self._clock()
 
     def _standing(self, since: Callable[[str], float]) -> str:
@@ -11324,7 +11334,8 @@ class IncidentLog:
         moved = (zero_at := self._wall() - self._clock()) - self._zero_at
         if abs(moved) > CLOCK_DRIFT:
             self._zero_at, self._begun_at = zero_at, self._begun_at + moved
-            for one in list[Any]([*self._lasting.values(), *filter(None, [self._watched])]):
+            self._moves += [(one.from_at, one.to_at, moved) for one in filter(None, [self._watched])]
+            for one in list[Any]([*self._over, *self._lasting.values(), *filter(None, [self._watched])]):
                 one.from_at, one.to_at = one.from_at + moved, one.to_at + moved
             self.changed_at.update({name: at + moved for name, at in self.changed_at.items()})
 
@@ -16523,7 +16534,10 @@ def list_incidents(who: Principal, query: Mapping[str, Any]) -> list[Incident]:
 def show_uptime(who: Principal, query: Mapping[str, Any]) -> list[UptimeView]:
     """For how much of day, week, month and 90 days the site, a group or a route was open; also as CSV."""
     asked, now = validated(UptimeQuery, query, text=True), who.context.clock()
+    is_there = asked.group in (SITE, *(each.name for each in list_groups(who)))
     with who.context.store.reading() as session:
+        if not (is_there or incidents(session, group=asked.group, limit=1)):
+            raise ApiError("there is no such group or route", 404)
         return [UptimeView.model_validate(dict(zip(UptimeView.model_fields, (
             span, percent, *refusals(session, asked.group, now - UPTIMES[span] * DAY)), strict=True)))
             for span, percent in uptime(session, asked.group, now).items()]

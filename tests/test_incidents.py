@@ -358,6 +358,28 @@ def test_a_clock_that_is_set(bench: Bench, step: float) -> None:
     assert bench.uptime()["day"] == pytest.approx(75.0)
 
 
+@pytest.mark.parametrize("is_written", [True, False])
+@pytest.mark.parametrize("step", [-7200.0, 7200.0, 200_000.0])
+def test_what_was_over_when_the_clock_was_set(bench: Bench, step: float, is_written: bool) -> None:
+    """It was in the time that is known of, and is, wherever that goes; what was before a start stays where it was."""
+    with bench.store.writing() as session:
+        session.add(Incident(group="", from_at=bench.wall.now - 90, to_at=bench.wall.now - 50, end="opened", refused=0,
+                             **ROW))
+    bench.report(a=True, b=True, c=True)
+    bench.look(300)
+    bench.report(b=False)
+    bench.look(100)
+    bench.report(b=True)
+    if is_written:
+        bench.look(100)
+    bench.wall.now += step
+    bench.look(200 if is_written else 300)
+    over, before = sorted(bench.found(), key=lambda one: -one.id)
+    assert (over.to_at, over.to_at - over.from_at) == (pytest.approx(bench.wall.now - 300), pytest.approx(100))
+    assert before.to_at == bench.wall.now - step - 750
+    assert bench.uptime()["day"] == pytest.approx(100 * (1 - (140 if 0 < step < DAY else 100) / 700))
+
+
 @pytest.mark.parametrize("step", [-7200.0, 7200.0])
 def test_what_turns_as_the_clock_is_set(bench: Bench, step: float) -> None:
     """It is told by the new one, for as long as it has lasted; and has not lasted for longer because of it."""
@@ -460,6 +482,7 @@ def test_the_page(tmp_path: Path) -> None:
         assert (row["why"], row["actor"], row["refused"]) == ("'=1+1 <b>", "olga", "42")
         assert local.ask("GET", "/-/incidents?group=none&span=none").status == 200
         local.cookie, local.token = "", token
+        assert local.api("GET", "uptime?group=none").status == 404
         spans = {row["span"]: row for row in local.api("GET", "uptime").json}
         assert [(spans[name]["incidents"], spans[name]["refused"]) for name in ("day", "90 days")] == [(1, 42), (2, 50)]
 
