@@ -19395,11 +19395,13 @@ class Announcer:
             self._give_up()
 
     def take(self, happened: Event, picture: Picture, now: float) -> None:
-        """Takes an event up, once; those of maintenance only have the rows looked at."""
+        """Takes an event up, once; those of maintenance say when what is over by the rows has ended."""
         is_clock, name, at = happened.kind == "clock", happened.resource or happened.group, min(happened.at, now)
         kind, name = ("problem", "clock") if is_clock else (happened.kind, name)
         self.row.cursor = max(self.row.cursor, happened.id)
         if kind == "maintenance" or kind not in self.settings.on:
+            if happened.state == "over":    # perhaps while no service ran
+                self._end_works(name, happened.text, picture, at)
             return
         if happened.resource and not self._is_mine(picture.tags.get(name, ())):
             return
@@ -19512,6 +19514,11 @@ class Announcer:
     def _end(self, notice: NoticeRow, at: float, ending: str) -> NoticeRow:
         return notice if notice.over_at else self._put(
             notice._replace(over_at=max(at, notice.since_at), ending=ending))
+
+    def _end_works(self, name: str, text: str, picture: Picture, at: float) -> None:
+        for (kind, work), notice in [*self.notices.items()]:
+            if kind == "maintenance" and work not in picture.works and (work == name or text.startswith(f"{work}: ")):
+                self._end(notice, at, "")
 
     def _ending(self, notice: NoticeRow, picture: Picture) -> str | None:
         """How something ended by the rows, None while it lasts; empty: as usual."""

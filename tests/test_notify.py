@@ -36,6 +36,7 @@ from wsman_server import Certificate, make_certificate
 
 import healthchecker
 from healthchecker import (
+    DAY,
     RETRY_TIME,
     Announcer,
     ChildProcess,
@@ -311,6 +312,23 @@ def test_what_is_said_when(name: str) -> None:
         desk.change(what, given)
     desk.until(1000)
     assert desk.titles == expected
+
+
+@pytest.mark.parametrize(("name", "text"), [("db1", "maintenance is over"), ("", "tag db: maintenance is over")])
+def test_maintenance_that_ended_while_no_service_ran(name: str, text: str) -> None:
+    """Its end is when it ended, not when that was found."""
+    desk, work = Desk(on=["maintenance"], wait=0), name or "tag db"
+    desk.works = {work: Lasting(NOON, "disks")}
+    desk.look()
+    desk.now += 7 * DAY
+    desk.happens("maintenance", "begun", f"tag dbx: {text}", at=NOON + 3600)    # of something else
+    assert not desk.announcer.notices["maintenance", work].over_at
+    desk.works = {}
+    desk.happens("maintenance", "over", text, name, at=NOON + 7200)
+    desk.look()
+    _, title, body = desk.said[-1]
+    assert title == f"HealthChecker: {work} is no longer in maintenance"
+    assert f"{healthchecker.written(NOON + 7200)}, after 2 h" in body
 
 
 @pytest.mark.parametrize("seconds", [-3600, 3600])
