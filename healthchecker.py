@@ -20241,6 +20241,8 @@ def restore(arguments: argparse.Namespace) -> int:
         f"but no {service.keys.name}, which were not in it: put private.pem there")
     print(f"restored: {path.name}, {database.name} {keys}; files that the inventory "
           "names, and variables, are not in a backup; users and API tokens are as they were then")
+    print(f"where a password was refused since, start it {LOCKOUT_WINDOW / 60:.0f} minutes after that, of which "
+          "nothing is known now: a directory locks an account after a few")
     return 0
 
 
@@ -21071,10 +21073,8 @@ def rehearsal(installation: Installation, *, opens: bool = True) -> Iterator[tup
             changes = import_inventory(session, installation.inventory, vault)
             targets = load_targets(session, vault) if opens else {}
             for row in session.scalars(sqlalchemy.select(Resource).where(Resource.origin == "api")):
-                try:
-                    _ = row.parsed_settings
-                except StorageError as error:       # of which a start tells by its state alone
-                    log.warning("%s", error)
+                if fault := target_of(row, vault).fault:    # of which a start tells by its state alone
+                    log.warning("%s", fault[1])
             session.rollback()
         yield vault, changes, targets
 

@@ -67,7 +67,7 @@ def served(ran: Path, tmp_path: Path) -> Path:
     return tmp_path / "old"
 
 
-def test_there_and_back(served: Path, tmp_path: Path) -> None:
+def test_there_and_back(served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What was saved while serving starts in another folder: accounts, trust, history and secrets."""
     saved, folder = tmp_path / "saved.tgz", tmp_path / "new"
     if sys.platform != "win32":
@@ -75,6 +75,7 @@ def test_there_and_back(served: Path, tmp_path: Path) -> None:
     folder.mkdir()
     path = folder / "inventory.yaml"
     assert main(["--inventory", str(path), "restore", str(saved)]) == 0
+    assert "where a password was refused since, start it 31 minutes after that" in capsys.readouterr().out
     assert path.read_bytes() == (served / "inventory.yaml").read_bytes()
     files = {"inventory.yaml", "healthchecker.db", "private.pem", "public.pem"}
     found = {file.name for file in folder.rglob("*") if file.is_file()}

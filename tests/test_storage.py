@@ -1483,6 +1483,20 @@ def test_the_database_of_an_earlier_start_is_gone(
         assert mark.exists()
 
 
+def test_check_names_what_was_added_in_the_console_and_does_not_open(bench: Bench) -> None:
+    """As in a database of before a rotation, beside the keys of today: a start would not poll it."""
+    bench.load(FIRST)
+    (bench.folder / "before").mkdir()
+    other = Vault(bench.folder / "before")
+    other.create()
+    bound = "password", "b.example.com", "b.example.com", "u", str(bench.rows()["b.example.com"]["port"])
+    token = other.seal("pb", *bound)
+    bench.execute("UPDATE resource SET origin = 'api', password = :token WHERE name = 'b.example.com'", token=token)
+    path = write_inventory(bench.folder, "".join(line for line in FIRST.splitlines(True) if "b.example" not in line))
+    code, said = run_cheaply("--inventory", str(path), "check")
+    assert code == 0 and f"b.example.com: secrets are sealed with key {other.key_id}" in said, said
+
+
 @pytest.mark.of_files
 @pytest.mark.parametrize("case", ["without its log", "another folder", "another folder, without its log"])
 def test_a_database_that_was_not_carried_along_begins_nothing(case: str, bench: Bench) -> None:
