@@ -3432,9 +3432,9 @@ class SqliteFile:
         `whole`: that was looked at already, which takes a second for 200 MB. Nothing changes, but that what a crash cut
         short is rolled back."""
         path = self.path
-        if self.is_running() and self._running_on() not in (0, self._file()[1] % NUMBERS):
-            raise StorageError(f"database {path}: {self.lost_by}; restart that with the file it shall use")
         try:
+            if self.is_running() and self._running_on() not in (0, self._file()[1] % NUMBERS):
+                raise StorageError(f"database {path}: {self.lost_by}; restart that with the file it shall use")
             found, application, version, sound = read_schema(path, whole=whole)
         except FileNotFoundError:
             if path.parent.is_file():       # to Windows it is the same

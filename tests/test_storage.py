@@ -1576,6 +1576,16 @@ def test_rows_that_are_gone_are_not_taken_for_an_empty_inventory(bench: Bench) -
         assert service.get("/-/readyz").status == 503
 
 
+@pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
+def test_a_database_in_a_folder_that_nobody_may_enter(tmp_path: Path) -> None:
+    (tmp_path / "shut").mkdir(mode=0o000)
+    path = write_inventory(tmp_path, C, f"  database: sqlite:///{tmp_path / 'shut' / 'x.db'}\n")
+    for words in ["check"], ["status"], ["gate"], []:
+        code, said = run_cheaply("--inventory", str(path), *words, unprivileged=True)
+        assert code == (3 if words == ["status"] else 4), said
+        assert "shut" in said
+
+
 @pytest.mark.of_files
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
 def test_a_second_name_of_a_database(bench: Bench) -> None:
