@@ -20354,7 +20354,7 @@ def read_service(path: Path) -> Inventory:
 
 def begun_with(mark: Path) -> list[str]:
     """The names of the databases that have begun with the keys beside it."""
-    names = os.fsdecode(mark.read_bytes()).split("\0") if mark.is_file() else []
+    names = os.fsdecode(mark.read_bytes()).split("\0") if os.path.isfile(mark) else []
     return [name if "://" in name else str(file_behind(name)) for name in names]
 
 
