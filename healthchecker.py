@@ -7508,13 +7508,13 @@ def _volumes(text: str, places: Mapping[str, Mount], inodes: Mapping[str, Volume
 
 def _share(volumes: Sequence[Volume], pools: Mapping[str, tuple[float, float]]) -> float:
     """How full is what volumes share. Of APFS all that is not available, for some volumes are not mounted and GNU's df
-    says of each what all of them use. Of ZFS what zfs says, unless a quota holds; else what volumes use, of some of one
-    size once: they are clones, or have quotas of their own."""
+    says of each what all of them use. Of ZFS what zfs says, unless a quota holds; else what volumes use, clones as much
+    as copies, which look the same."""
     free = max(volume.available for volume in volumes)
     used, available = pools.get(volumes[0].mount.pool, (0.0, math.inf))
-    if free >= available * 0.98:
+    if used + available and free >= available * 0.98:
         return percent(used, used + available)
-    used = sum({volume.used for volume in volumes if not volume.mount.is_snapshot})
+    used = sum(volume.used for volume in volumes if not volume.mount.is_snapshot)
     if volumes[0].mount.kind == "apfs":
         used = max(0.0, max(volume.size for volume in volumes) - free)
     return percent(used, used + free) if used + free else 100.0
@@ -7569,8 +7569,8 @@ class Disks:
         yield from (first[key] for key in (*usual[:1], *limited))
 
     def shares(self) -> dict[str, float]:
-        """How full each pool is, and each part of it that has less available: there a quota holds, of one volume or of
-        what lies above several."""
+        """How full each pool is, and each volume of it that has less available: there a quota holds, of it or of what
+        lies above several."""
         found: dict[str, float] = {}
         pools = collections.defaultdict[str, list[Volume]](list)
         for volume in sorted(self.volumes.values(), key=lambda volume: len(self.names[volume.mount.disk])):
@@ -7581,9 +7581,12 @@ class Disks:
             for volume in shown:
                 parts.setdefault(free if volume.available >= free * 0.98 else volume.available, []).append(volume)
             for available, part in parts.items():
-                wider = volumes if available == free else part
-                share = max(_share(part, self.pools), _share(wider, self.pools))
-                for name, volume in self._names(part):
+                if available == free:
+                    share, names = max(_share(part, self.pools), _share(volumes, self.pools)), [*self._names(part)]
+                else:   # of some of one size one is counted: each has a quota of its own
+                    share = _share([*{volume.used: volume for volume in part}.values()], self.pools)
+                    names = [pair for volume in part for pair in self._names([volume])]
+                for name, volume in names:
                     found[f"disk_percent {name}"] = share
                     if sum(volume.inodes) and volume.mount.kind not in NO_INODES:
                         found[f"inode_percent {name}"] = percent(volume.inodes[0], sum(volume.inodes))

@@ -374,6 +374,8 @@ JAILS = "\n".join([f"tank/{name} on /{name} (zfs, local, nfsv4acls)" for name in
 JAILS_ROWS = [
     "tank/jails 600 100 500 17% 10 900 1% /jails", "tank/scratch 601 101 500 17% 10 900 1% /scratch",
     "tank/postgres 10299 9799 500 95% 10 900 1% /postgres"]
+TANK = "\n".join(f"tank{name} on /tank{name} (zfs, local)" for name in ("", "/a", "/bb"))
+TANK_ROWS = ["tank 1000 100 900 10% /tank"]
 UFS = "/dev/gpt/rootfs on / (ufs, local, soft-updates)\n"
 UFS_ROW = "/dev/gpt/rootfs 100 10 90 10% 25 75 25% /"
 POOLS: dict[str, tuple[str, list[str], dict[str, Any], dict[str, float], dict[str, float]]] = {
@@ -396,13 +398,20 @@ POOLS: dict[str, tuple[str, list[str], dict[str, Any], dict[str, float], dict[st
                    *(f"tank/u/{used} on /u/{used} (zfs, local)" for used in (200, 100, 150, 500))]),
         ["tank 500 1 499 1% 1 8 0% /tank",
          *(f"tank/u/{used} {50 + used} {used} 50 0% 1 8 0% /u/{used}" for used in (200, 100, 150, 500))],
-        {}, {"/tank": 100 * 951 / 1450, "/u/200": 95.0}, {}),
-    "snapshots, and clones that nobody changed": (
-        JAILS + "\ntank/jails@a on /jails/.zfs/snapshot/a (zfs, local)\n" + "\n".join(
-            f"tank/j/{name} on /j/{name} (zfs, local)" for name in "abcdefgh"),
-        [*JAILS_ROWS, "tank/jails@a 900 900 0 100% 1 8 0% /jails/.zfs/snapshot/a",
-         *(f"tank/j/{name} 16500 16000 500 97% 1 8 0% /j/{name}" for name in "abcdefgh")],
-        {}, {"/j/a": 100 * 26000 / 26500}, {}),
+        {}, {"/tank": 100 * 951 / 1450, **{f"/u/{used}": 95.0 for used in (200, 100, 150, 500)}}, {}),
+    "two full ones, one of which has a limit of its own": (
+        TANK, [*TANK_ROWS, "tank/a 100 100 0 100% /tank/a", "tank/bb 50 50 0 100% /tank/bb"], {"/tank/a": 100},
+        {"/tank": 100 * 250 / 1150, "/tank/a": 100.0, "/tank/bb": 100.0}, {}),
+    "a dataset and a copy of it, of the same size": (
+        TANK, ["tank 200 0 200 0% /tank", *(f"tank/{name} 600 400 200 67% /tank/{name}" for name in ("a", "bb"))], {},
+        {"/tank": 80.0}, {}),
+    "containers of one size, with a quota each": (
+        TANK, [*TANK_ROWS, *(f"tank/{name} 80 10 70 13% /tank/{name}" for name in ("a", "bb"))], {},
+        {"/tank": 100 * 120 / 1020, "/tank/a": 12.5, "/tank/bb": 12.5}, {}),
+    "snapshots": (
+        JAILS + "\ntank/jails@a on /jails/.zfs/snapshot/a (zfs, local)\n",
+        [*JAILS_ROWS, "tank/jails@a 900 900 0 100% 1 8 0% /jails/.zfs/snapshot/a"],
+        {}, {"/jails": 100 * 10000 / 10500}, {}),
     "a FAT that says it has no inodes left": (
         UFS + "/dev/nvd0p1 on /boot/efi (msdosfs, local)",
         [UFS_ROW, "/dev/nvd0p1 100 1 99 1% 512 0 100% /boot/efi"], {}, {"/": 10.0, "/boot/efi": 1.0}, {"/": 25.0}),
@@ -428,6 +437,11 @@ def test_what_shares_its_space(
     assert sample.metrics == {f"disk_percent {point}": pytest.approx(share) for point, share in full.items()} | {
         f"inode_percent {point}": pytest.approx(share) for point, share in inodes.items()}
     assert "disk_percent" not in sample.problems
+
+
+def test_a_pool_that_zfs_says_is_nothing_costs_no_disk_its_reading() -> None:
+    text = output(Platform.FREEBSD, {"disk_percent": "\n".join([TANK, "@space", *TANK_ROWS]), "pools": "tank\t0\t0"})
+    assert parse_output(text, NONCE, None).metrics == {"disk_percent /tank": 10.0}
 
 
 # fstab(5): the fields after the third may be left out
