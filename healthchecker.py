@@ -8040,7 +8040,7 @@ d() {
 }
 hangs() {
   [ "$2" ] && kill -0 $2 2>/dev/null || return 1
-  case $({ cat /proc/$2/stat || ps -o stat= -o comm= -p $2; } 2>/dev/null) in
+  case $({ cat /proc/$2/stat || ps -o stat= -o comm= -p $2 || ps -o s= -o comm= -p $2; } 2>/dev/null) in
   (''|*"($1) "[!Z]*|[!Z]*"$1") printf '\n@%s df %s %s\n' $N $2 "$3";;
   (*) return 1;;
   esac
@@ -8097,7 +8097,7 @@ def build_script(settings: ResourceSettings, nonce: str, stuck: Sequence[str] = 
                            f"O=$(\nexec 2>&1\n{command}\n); e\n" for title, command in rows}
         pattern = table.uname if len(chosen) > 1 else "*"
         begin, ask = sections.pop("disk_percent").split("; f; ")    # a df that hangs costs nothing else its answer
-        last += f"{pattern})\n{begin}; f; hangs df {shlex.join(stuck)} || {{ {ask}}} 3>&1;;\n"
+        last += f"{pattern})\n{begin}; f; O=; hangs df {shlex.join(stuck)} || {{ {ask}}} 3>&1;;\n"
         first += f"{pattern})\n{''.join(sections.values())};;\n"
     limited = ""
     for check in settings.checks:

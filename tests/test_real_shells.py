@@ -458,7 +458,8 @@ def test_beside_a_df_that_cannot_be_ended_no_other_is_started(place: str, tmp_pa
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "df").symlink_to(shutil.which("sleep") or "")
     commands = {
-        "timeout": 'shift 3; exec "$@"', "service": "echo $1 is running",
+        "timeout": 'shift 3; exec "$@"', "service": "echo Id=zfs-zed.service: $1 is running",
+        "zfs": f"echo >>{tmp_path}/started",
         **({"ps": "exit 1"} if place == "neither" else {}),
         "df": f"case $* in *--help*) echo 'Usage: df --local'; exit;; esac\necho >>{tmp_path}/started\n"
               f"exec {tmp_path}/real/df 60",
@@ -486,11 +487,13 @@ def test_beside_a_df_that_cannot_be_ended_no_other_is_started(place: str, tmp_pa
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("place", ["proc", "ps"])
+@pytest.mark.parametrize("place", ["proc", "ps", "illumos"])
 def test_a_zfs_that_cannot_be_ended_costs_no_disk_its_reading(place: str, tmp_path: Path, mark: str) -> None:
     """Nor is a second one started beside it. The same stand-in; what a suspended pool may do."""
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "zfs").symlink_to(shutil.which("sleep") or "")
+    if place == "illumos":      # its ps knows s, but no stat
+        in_folder(tmp_path, ps=f'case $* in *stat*) exit 2;; esac\nexec {shutil.which("ps")} "$@"')
     path = in_folder(tmp_path, timeout='shift 3; exec "$@"', mount="echo 'tank on / (zfs, local)'",
                      df="echo 'tank 100 40 60 40% 1 9 10% /'",
                      zfs=f"echo >>{tmp_path}/started\nexec {tmp_path}/real/zfs 60")
