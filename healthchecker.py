@@ -942,9 +942,9 @@ def matching_key(patterns: Iterable[str], mount: str) -> str | None:
     in each, case is nothing; a last slash or backslash is nothing anywhere."""
     def plain(name: str) -> str:
         return name.rstrip("\\").casefold() if mount[1:2] == ":" else name.rstrip("/") or "/"
-    found = [pattern for pattern in patterns if plain(pattern) == plain(mount)
-             or fnmatch.fnmatchcase(plain(mount), plain(pattern))]
-    return next((key for key in found if plain(key) == plain(mount)), next(iter(found), None))
+    name = plain(mount)
+    found = [pattern for pattern in patterns if fnmatch.fnmatchcase(name, plain(pattern)) or plain(pattern) == name]
+    return next((key for key in found if plain(key) == name), next(iter(found), None))
 
 
 def if_plain(test: Callable[[str], object]) -> AfterValidator:
@@ -7522,7 +7522,7 @@ def _share(volumes: Sequence[Volume], pools: Mapping[str, tuple[float, float]]) 
 
 class Disks:
     """What is mounted, and what df says of it. In comes the table of mounts and, after a line with its name, what each
-    further command printed, the places that limits name and those that were written to."""
+    further command printed, of zfs as `pools`; the places that limits name, or that are off, and those written to."""
 
     def __init__(self, text: str) -> None:
         mounted, *rest = re.split(r"(?m)^@(?=(?:fstab|space|inodes|pools|named|writable)$)", text)
@@ -7558,7 +7558,8 @@ class Disks:
 
     def _names(self, volumes: Sequence[Volume]) -> Iterator[tuple[str, Volume]]:
         """What volumes that share their space are called: by the shortest name that is not off, by the first of each
-        limit of their own, and by each place that a limit names."""
+        limit of their own, and by each place that a limit names. So a limit of the shortest name holds for them all in
+        place of the usual one: whoever raises that of `/` means its pool, and need not name each volume."""
         first: dict[str | None, tuple[str, Volume]] = {}
         for volume in volumes:
             name = self.names[volume.mount.disk]
@@ -7665,7 +7666,7 @@ class Sample:
     checks: Mapping[str, Outcome]
     problems: Mapping[str, str]
     # For the next poll: polls in a row whose CPU counters gave no cpu_percent, mount points that were writable, and
-    # number and begin of a df that had not ended.
+    # number and begin of a df or zfs that had not ended.
     still: int = dataclass_field(default=0, compare=False)
     writable: frozenset[str] = dataclass_field(default=frozenset(), compare=False)
     stuck: tuple[str, ...] = dataclass_field(default=(), compare=False)
@@ -8110,7 +8111,7 @@ def build_script(settings: ResourceSettings, nonce: str, stuck: Sequence[str] = 
 
 class Section(NamedTuple):
     """What stands between the marks of one command. The end has exit status and, of a check, seconds; it is
-    empty when the output was cut off. `df` has number and begin of the last one."""
+    empty when the output was cut off. `df` has number and begin of the last one, or of a zfs."""
 
     title: tuple[str, ...]
     text: str
@@ -8120,6 +8121,10 @@ class Section(NamedTuple):
     @property
     def status(self) -> int:
         return int(self.end[0]) if self.end and re.fullmatch("[0-9]{1,3}", self.end[0]) else -1
+
+    def hung(self, command: str) -> str:
+        """Why there is no end."""
+        return f"{command} from {self.df[1]} still hangs (process {self.df[0]})" if self.df else "no answer"
 
     def outcome(self, state: Judge) -> Outcome:
         """A service's as `state` sees it, or a check's by its `exit`, of a length to be kept."""
@@ -8168,8 +8173,7 @@ def not_run(text: str, settings: ResourceSettings | None = None) -> AnswerError:
 
 def _reading(probe: Probe, section: Section | None) -> Reading:
     if section is None or not section.end:
-        raise ValueError("df from {1} still hangs (process {0})".format(*section.df) if section and section.df
-                         else "no answer")
+        raise ValueError(section.hung("df") if section else "no answer")
     if section.status:
         raise ValueError(f"exit status {section.status}: {section.text.partition(chr(10))[0]}")
     return probe.parse(section.text)
@@ -8203,6 +8207,8 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None,
         raise not_run(text)
     if not sample.readings("disk_percent"):     # they come with the disks
         problems["inode_percent"] = problems.get("disk_percent", NOT_KNOWN)
+    if pools and not pools.end:
+        problems.setdefault("disk_percent", pools.hung("zfs"))
     endpoint = sections.get(("endpoint",))
     return replace(sample, stuck=next((part.df for part in (disks, pools) if part and not part.end), ()),
                    endpoint=endpoint.text if endpoint else "")
@@ -8761,7 +8767,7 @@ UNIX_ENDPOINT = r"""#!/bin/sh
 #     command="/bin/sh /usr/local/sbin/healthchecker-endpoint",restrict,from="192.0.2.1" KEY
 # Print and install it again when services or checks change, or HealthChecker says so.
 LC_ALL=C; unset n P; n=$SSH_ORIGINAL_COMMAND; unset SSH_ORIGINAL_COMMAND
-P=${n#* }; [ "$P" != "$n" ] || P=; n=${n%% *}    # the number of a df that hung, if there was one
+P=${n#* }; [ "$P" != "$n" ] || P=; n=${n%% *}    # the number of a df or zfs that hung, if there was one
 case $P in *[!0123456789]*|??????????*) n= ;; esac
 case ${#n}:$n in *:*[!0123456789abcdef]*) n= ;; 1[6-9]:*|[2-5][0-9]:*|6[0-4]:*) ;; *) n= ;; esac
 why="this login answers HealthChecker's polls (endpoint: true) and nothing else"

@@ -408,6 +408,8 @@ POOLS: dict[str, tuple[str, list[str], dict[str, Any], dict[str, float], dict[st
     "containers of one size, with a quota each": (
         TANK, [*TANK_ROWS, *(f"tank/{name} 80 10 70 13% /tank/{name}" for name in ("a", "bb"))], {},
         {"/tank": 100 * 120 / 1020, "/tank/a": 12.5, "/tank/bb": 12.5}, {}),
+    "the name of a pool has a limit of its own, which holds for it": (
+        JAILS, JAILS_ROWS, {"/jails": 99}, {"/jails": 100 * 10000 / 10500}, {}),
     "snapshots": (
         JAILS + "\ntank/jails@a on /jails/.zfs/snapshot/a (zfs, local)\n",
         [*JAILS_ROWS, "tank/jails@a 900 900 0 100% 1 8 0% /jails/.zfs/snapshot/a"],

@@ -502,7 +502,8 @@ def test_a_zfs_that_cannot_be_ended_costs_no_disk_its_reading(place: str, tmp_pa
     sample, stuck = None, set()
     for _ in range(3):
         sample = collect(settings, connection, sample)
-        assert sample.metrics["disk_percent /"] == 40.0 and "disk_percent" not in sample.problems
+        assert sample.metrics["disk_percent /"] == 40.0
+        assert re.fullmatch(r"zfs from \d\d .* still hangs \(process \d+\)", sample.problems["disk_percent"])
         stuck.add(int(sample.stuck[0]))
     assert len(stuck) == 1 and len((tmp_path / "started").read_text(encoding="ascii").splitlines()) == 1
     os.kill(stuck.pop(), signal.SIGKILL)
