@@ -13751,7 +13751,8 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
     headers: dict[str, str]
     header_plus: bytes      # of the headers what has come so far
     handler: Way | None = None      # what answers it
-    unread = False          # its body: it asks the gate itself, and nginx tells one that it does not send
+    bodiless: tuple[str, ...] = (PREFIX,)   # below it nobody reads a body; nginx tells of one that it does not send
+    unread = False          # its body
 
     def __init__(self, adj: Adjustments) -> None:
         super().__init__(adj)
@@ -13791,7 +13792,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
             return len(data)
         self.header_plus, self.headers_finished = b"", True
         self.parse_header(head[:end])
-        self.unread = self.body_rcv is not None and self.path.startswith(PREFIX)
+        self.unread = self.body_rcv is not None and self.path.startswith(self.bodiless)
         self.completed = self.body_rcv is None or self.unread
         if self.unread:
             return len(data)
@@ -13860,7 +13861,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
     def _read_framing(self) -> None:
         """How the body ends; two ways of telling it, or one told twice, are refused."""
         headers = self.headers
-        limit = sys.maxsize if self.path.startswith(PREFIX) else self.adj.max_request_body_size     # see unread
+        limit = sys.maxsize if self.path.startswith(self.bodiless) else self.adj.max_request_body_size     # see unread
         coding, length = headers.pop("TRANSFER_ENCODING", None), headers.get("CONTENT_LENGTH")
         if coding is not None:
             if coding.lower() != "chunked" or length is not None or self.version == "1.0":
@@ -19105,6 +19106,8 @@ def build_console(context: ConsoleContext, metrics: Metrics) -> flask.Flask:
 
 class ConsoleParser(GateParser):
     """A request, read strictly; what is wrong with it is no setting's fault."""
+
+    bodiless = ()
 
     def parse_header(self, header_plus: bytes) -> None:
         super().parse_header(header_plus)
