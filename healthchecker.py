@@ -3337,7 +3337,7 @@ def revise(session: Session) -> None:
 # === SQLite ==================================================================
 # The tables in a file, of one machine: opened by the main process alone, whose lock nobody else gets, and copied and
 # looked at whatever state it was left in.
-# Gives: BUSY_TIMEOUT, SqliteFile
+# Gives: BUSY_TIMEOUT, fault_of_names, SqliteFile
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
 NUMBERS = 1 << 31               # of files, as far as SQLite has room for one
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one, and whoever connects for a server
@@ -3406,6 +3406,24 @@ def reason_of(error: Exception, path: Path) -> str:
     return f"{getattr(error, 'strerror', None) or error}; {remedy}"
 
 
+def fault_of_names(path: Path) -> StorageError | None:
+    """Beside each name of a file is another lock, and another log."""
+    names = 1
+    with contextlib.suppress(OSError):
+        names = path.stat().st_nlink
+    return StorageError(f"database {path} has {names} names (hard links): leave it one") if names > 1 else None
+
+
+def file_at(path: Path, known: tuple[int, int]) -> tuple[int, int]:
+    """Device and number of the file that has the name now, 0 for none; as `known` where nobody can say."""
+    try:
+        found = path.stat()
+    except OSError as error:        # Windows calls a share that is away not found, too
+        is_gone = isinstance(error, FileNotFoundError | NotADirectoryError)
+        return (0, 0) if is_gone and getattr(error, "winerror", 2) in (2, 3, 267) else known
+    return (found.st_dev, found.st_ino) if found.st_ino else known
+
+
 class SqliteFile:
     """A database in a file, of which there is one service. Its methods are those of PostgresServer."""
 
@@ -3417,7 +3435,7 @@ class SqliteFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lost: Callable[[], None] = lambda: None
-        self._opened = 0, 0     # see _file
+        self._opened = 0, 0     # see file_at
         self._lock: sqlite3.Connection | None = None
 
     def __str__(self) -> str:
@@ -3433,7 +3451,7 @@ class SqliteFile:
         short is rolled back."""
         path = self.path
         try:
-            if self.is_running() and self._running_on() not in (0, self._file()[1] % NUMBERS):
+            if self.is_running() and self._running_on() not in (0, file_at(self.path, self._opened)[1] % NUMBERS):
                 raise StorageError(f"database {path}: {self.lost_by}; restart that with the file it shall use")
             found, application, version, sound = read_schema(path, whole=whole)
         except FileNotFoundError:
@@ -3460,15 +3478,15 @@ class SqliteFile:
         """
         del machine
         connection, path = None, self.path
-        if fault := self.fault_of_names():
-            raise fault
+        if fault := fault_of_names(path):      # perhaps a backup's, for a moment
+            log.warning("%s", fault)
         try:
             lock = Path(f"{path}.lock")
             ensure_private(lock)
             with contextlib.suppress(PermissionError):
                 lock.chmod(0o600)       # an earlier version's; whoever could read it could hold a lock, too
             connection = sqlite3.connect(lock, timeout=LOOKED_AT, check_same_thread=False, isolation_level=None)
-            for statement in "PRAGMA journal_mode = MEMORY", "PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE":
+            for statement in "PRAGMA journal_mode = MEMORY", "BEGIN EXCLUSIVE", "PRAGMA locking_mode = EXCLUSIVE":
                 connection.execute(statement)
             self._lock, self._lost = connection, lost or self._lost
             self._note_file()
@@ -3482,24 +3500,19 @@ class SqliteFile:
                                f"another HealthChecker is using database {path}{self._use_as_yet()}") from None
         return contextlib.closing(connection)
 
-    def fault_of_names(self) -> StorageError | None:
-        """Beside each name of a file is another lock, and another log."""
-        names = self.path.stat().st_nlink if os.path.isfile(self.path) else 1
-        return StorageError(f"database {self.path} has {names} names (hard links): leave it one") if names > 1 else None
-
-    def _file(self) -> tuple[int, int]:
-        """Device and number of the file that has the name now."""
-        try:
-            found = self.path.stat()
-        except OSError as error:        # else nobody knows
-            return (0, 0) if isinstance(error, FileNotFoundError | NotADirectoryError) else self._opened
-        return found.st_dev, found.st_ino
+    def _is_other(self) -> bool:
+        """Not for a moment alone: a link that is switched, or a share that was away, is there again."""
+        for _ in range(5):
+            if self._opened in ((0, 0), file_at(self.path, self._opened)):
+                return False
+            time.sleep(LOOKED_AT / 5)
+        return True
 
     def _note_file(self) -> None:
         """Takes down which file is opened now, for who opens it while this service runs."""
-        self._opened = self._file()
+        self._opened = file_at(self.path, self._opened)
         number = self._opened[1] % NUMBERS
-        with contextlib.suppress(sqlite3.ProgrammingError):     # it runs no more
+        with contextlib.suppress(sqlite3.Error):    # it runs no more, or there is no room
             if self._lock and self._lock.execute("PRAGMA user_version").fetchone() != (number,):
                 self._lock.execute(f"PRAGMA user_version = {number}")
 
@@ -3565,7 +3578,7 @@ class SqliteFile:
     def _require_file(self, end: Callable[[], object] = lambda: None) -> None:
         """Raises StorageError where the file that is open has its name no more. What is in its log is to go there at
         the `end`, or it would be played into the file that has the name by now; and that is not opened beside it."""
-        if self._opened != self._file():
+        if self._is_other():
             self._lost()
             with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
                 end()
@@ -11169,14 +11182,6 @@ def retold(session: Session, turns: Sequence[dict[str, Any]], since: float) -> l
 awake_clock: Callable[[], float] = float if sys.platform == "win32" else time.monotonic
 
 
-def move_over(session: Session, moves: Iterable[tuple[float, float, float]]) -> None:
-    """Has what was over when the clock was set move with the time in which it was watched: from, to, by how much."""
-    for from_at, to_at, seconds in moves:
-        session.execute(sqlalchemy.update(Incident).where(
-            Incident.end != "", Incident.from_at.between(from_at, to_at)).values(
-            from_at=Incident.from_at + seconds, to_at=Incident.to_at + seconds))
-
-
 class IncidentLog:
     """What lasts and what is over. What was not written yet is kept, and written whole: all is repeatable."""
 
@@ -11190,7 +11195,6 @@ class IncidentLog:
         self._over: collections.deque[Incident | WatchedTime] = collections.deque(maxlen=2 * PRUNE_ROWS[1])
         self._watched: WatchedTime | None = None
         self._numbered: list[Incident | WatchedTime] = []       # since what was written last is safe
-        self._moves: list[tuple[float, float, float]] = []      # see move_over
         self._given: set[str] = set()       # groups of which an incident has what was counted since the last look
         self._before = self._now = counted()
         self._ends, self._takes_over, self._begun, self._speaks, self._waits = False, False, False, True, False
@@ -11221,12 +11225,11 @@ class IncidentLog:
         self._before, self._now = self._now, self._counted()
         self._given.clear()
         self.follow_clock()
-        self._note_gap(now_mono)
         for at, is_open, why, name in transitions:
             if is_open:
                 self._complete(name, at, why)
             elif name not in self._lasting:
-                self._begin(name, max(at, self._watched.from_at if self._watched else at), why)
+                self._begin(name, at, why)
         closed = closed_groups(self._aggregator, self._lasting)
         if closed is None and now_mono - self._begun_mono >= START_PATIENCE:
             closed = {SITE: self._aggregator.groups(site=True)[0].why}
@@ -11257,7 +11260,7 @@ class IncidentLog:
         self._speaks, self._waits = speaks, waits
         if not speaks:
             self._over.clear()
-            self._watched, self._moves = None, []
+            self._watched = None
             self.begin_anew()
 
     def _begin_to_write(self, session: Session) -> None:
@@ -11307,7 +11310,6 @@ class IncidentLog:
         self._numbered.clear()
         if not self._begun:
             self._begin_to_write(session)
-        move_over(session, self._moves)
         rows = [*self._over, *self._lasting.values(), *filter(None, [self._watched])]
         add_actors(session, self._aggregator, [one for one in rows if isinstance(one, Incident)])
         for row in rows:
@@ -11321,8 +11323,8 @@ class IncidentLog:
         """What write() was given is safe."""
         for one in self._lasting.values():
             one.written = (one.id, one.refused, one.would_refuse) if one.id else one.written
-        for kept in self._over, self._numbered, self._moves:
-            kept.clear()
+        self._over.clear()
+        self._numbered.clear()
         self._begun, self._written_mono = self._speaks, self._clock()
 
     def _standing(self, since: Callable[[str], float]) -> str:
@@ -11338,15 +11340,16 @@ class IncidentLog:
         return json.dumps({"mono": self._clock(), "mode": self._aggregator.lease.mode, "gates": gates,
                            "resources": counts, "others": others})
 
-    def follow_clock(self) -> None:
-        """A clock that was set makes nothing longer or shorter that lasts."""
+    def follow_clock(self) -> float:
+        """A clock that was set makes nothing longer or shorter that lasts. Since when all is seen without a gap."""
         moved = (zero_at := self._wall() - self._clock()) - self._zero_at
         if abs(moved) > CLOCK_DRIFT:
             self._zero_at, self._begun_at = zero_at, self._begun_at + moved
-            self._moves += [(one.from_at, one.to_at, moved) for one in filter(None, [self._watched])]
-            for one in list[Any]([*self._over, *self._lasting.values(), *filter(None, [self._watched])]):
+            for one in list[Any]([*self._lasting.values(), *filter(None, [self._watched])]):
                 one.from_at, one.to_at = one.from_at + moved, one.to_at + moved
             self.changed_at.update({name: at + moved for name, at in self.changed_at.items()})
+        self._note_gap(self._clock())
+        return self._watched.from_at if self._watched else -math.inf
 
     def _note_gap(self, now_mono: float) -> None:
         """Of the time of a suspended machine nothing is known. Workers of a process that was hung went on."""
@@ -11790,6 +11793,12 @@ def prune_all(session: Session, retention: Retention, now: float) -> None:
     session.execute(sqlalchemy.delete(Setting).where(Setting.name.startswith(LOGINS), Setting.value < now - DAY))
 
 
+def turned_since(aggregator: HealthAggregator, seen_from: float) -> list[tuple[float, bool, str, str]]:
+    """What opened or closed: of the time before, of a suspended machine, nothing is known."""
+    found = [aggregator.transitions.get() for _ in range(aggregator.transitions.qsize())]
+    return [(max(at, seen_from), is_open, why, name) for at, is_open, why, name in found]
+
+
 class Recorder(threading.Thread):
     """The one writer of what polls found: gathers reports for FLUSH_INTERVAL, writes them in one transaction."""
 
@@ -11932,8 +11941,8 @@ class Recorder(threading.Thread):
                 "state": "open" if is_open else "closed"}
 
     def _gather(self, *, speaks: bool) -> None:
-        self.incidents.follow_clock()       # or what turned since it was set would be moved, too
-        transitions = [self._aggregator.transitions.get() for _ in range(self._aggregator.transitions.qsize())]
+        seen_from = self.incidents.follow_clock()   # first, or what turned since it was set would be moved, too
+        transitions = turned_since(self._aggregator, seen_from)
         for at, is_open, why, name in transitions:
             turn = self._turn(at, is_open, why, name)
             log.warning("%s: %s", turn["kind"], turn["text"])
@@ -12118,6 +12127,7 @@ class ResourceLease:
         self.news = News(target.settings, context.aggregator, context.doubts, self.outage)
         self.doubt = self.news.doubt
         self.expires_mono = lease_clock() + delay + target.settings.ttl     # without a report until then it is stale
+        self._lasted_mono = lease_clock()       # when it was last seen that it is not; who looks may be late
         self.lease_mono = 0.0       # until when what was known before it counts
         self.is_of_boot = True      # that was found since the machine booted
         self.ends_mono = 0.0        # until when its last poll may take; 0: it goes on
@@ -12143,6 +12153,8 @@ class ResourceLease:
         has_polled = self.target.settings.is_asked and not self.rests and self.doubt.polled_mono > 0
         if has_polled and self.expires_mono - lease_clock() < self.target.settings.timeout + LEASE_GRACE:
             self.doubt.urge()
+        if lease_clock() < self.expires_mono:
+            self._lasted_mono = lease_clock()
 
     def move(self, seconds: float, begin: float, end: float) -> None:
         """The clock was set by so much: what has begun between these Unix times did so by the one of before, and what
@@ -12383,7 +12395,7 @@ class Poller(ResourceLease, threading.Thread):
             stopped, before = self._stopped, self.standing
             if verdict.cause == "stale" and lease_clock() < self.expires_mono:
                 return Report(self.target, before, before, verdict, at, seconds)
-            at -= lease_clock() - self.expires_mono if verdict.cause == "stale" else 0.0    # of who notes it late
+            at -= lease_clock() - max(self.expires_mono, self._lasted_mono) if verdict.cause == "stale" else 0.0
             after = settle(before, verdict, settings, at)
             if self.counted and not stopped:
                 is_fresh = lease_clock() < self.expires_mono    # or it was not healthy, though nobody has noted it yet
@@ -13239,7 +13251,6 @@ the name of a group or a route.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import json
@@ -13250,7 +13261,6 @@ import os
 import re
 import sys
 import time
-import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -13265,10 +13275,8 @@ OBSERVED = @OBSERVED@
 LOOK_INTERVAL = 0.5  # seconds until another file is seen
 WOULD_REFUSE = ("X-HealthChecker", "would-refuse")
 BODY = b"temporarily unavailable\\n"
-BODY_BYTES = 64 << 20  # of a refused request, which are read and thrown away
 DOTS = re.compile(r"/\\.\\.?([/;]|$)")
 log = logging.getLogger("healthchecker")
-seek, END = os.lseek, os.SEEK_END
 clock = time.monotonic
 if sys.platform != "win32":
     clock = functools.partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
@@ -13285,29 +13293,19 @@ class Table(NamedTuple):
     """A file as it was mapped; the cells change."""
 
     cells: Sequence[float]
-    file: int  # its descriptor
-    length: int  # bytes that were mapped: to touch one that was cut off since would end the process
+    length: int  # bytes that were mapped
     generation: float
     gates: dict[str, int]  # cells of groups and routes; of the whole site: ""
     cells_of: Callable[[str], Sequence[int]]  # of a path, see PathGates
     place: Any
 
 
-CLOSED = Table([0.0] * (SLOTS + 1), -1, 0, 0.0, {"": SLOTS}, PathGates(SLOTS, {}).of, None)
-
-
-def is_cut(table: Table) -> bool:
-    try:
-        return seek(table.file, 0, END) < table.length  # the cheapest look at a size
-    except OSError:  # a daemon may have closed what it did not open
-        return table is not CLOSED
+CLOSED = Table([0.0] * (SLOTS + 1), 0, 0.0, {"": SLOTS}, PathGates(SLOTS, {}).of, None)
 
 
 def read(path: str) -> Table:
     with open(path, "rb") as file:
         memory, status = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), os.fstat(file.fileno())
-        kept = os.dup(file.fileno())
-    weakref.finalize(memory, os.close, kept)
     cells = memoryview(memory).cast("d")
     generation, told = cells[GENERATION], memory[: 8 * GENERATION].rstrip(b"\\0").decode()
     if told != lease_identity():
@@ -13318,7 +13316,7 @@ def read(path: str) -> Table:
     gates = {name.encode().decode("latin-1"): SLOTS + number for number, name in enumerate(names)}
     routes = {name: cell for name, cell in gates.items() if "/" in name}
     place = status.st_dev, status.st_ino
-    return Table(cells, kept, len(memory), generation, gates, PathGates(SLOTS, routes).of, place)
+    return Table(cells, len(memory), generation, gates, PathGates(SLOTS, routes).of, place)
 
 
 class Leases:
@@ -13331,8 +13329,6 @@ class Leases:
     def is_healthy(self, name: str = "") -> bool:
         """Of the whole site, or of a group or a route; raises LookupError."""
         table = self._looked(clock())
-        if is_cut(table):
-            table = self._table = CLOSED
         cell = table.gates[name.encode().decode("latin-1")] if name and table is not CLOSED else SLOTS
         end = table.cells[cell]
         return clock() < end and table.cells[GENERATION] == table.generation
@@ -13341,8 +13337,6 @@ class Leases:
         """0 while a path is open, else the seconds of its Retry-After; -1 where it is closed and refuses nothing."""
         now = clock()
         table = self._table if now < self._look else self._looked(now)
-        if is_cut(table):
-            table = self._table = CLOSED
         cells, found = table.cells, table.cells_of(path)
         end = cells[found[0]]
         if len(found) > 1:  # it can be read in several ways: the strictest counts
@@ -13373,21 +13367,11 @@ class Leases:
         return table
 
 
-def discard(environ: WSGIEnvironment) -> None:
-    """Reads a refused request's body: a server that closes on it, as gunicorn does, would destroy the answer."""
-    with contextlib.suppress(Exception):  # whatever is wrong with it, a refusal is the answer
-        left = int(environ.get("CONTENT_LENGTH") or BODY_BYTES * bool(environ.get("wsgi.input_terminated")))
-        left = min(left, BODY_BYTES)
-        while left > 0 and (part := environ["wsgi.input"].read(min(left, 1 << 16))):
-            left -= len(part)
-
-
 class Gate:
     """WSGI: the application answers while the gate of a request's path is open, otherwise 503."""
 
     def __init__(self, app: WSGIApplication, path: str = LEASE_FILE) -> None:
         self._app, self._leases = app, Leases(path)
-        self._is_healthy = self._leases.is_healthy
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         mount, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO", "")
@@ -13395,9 +13379,8 @@ class Gate:
         if mount and wait <= 0:  # which a client may have sent
             wait = self._leases.wait(path) or wait
         if wait <= 0:
-            environ["healthchecker.is_healthy"] = self._is_healthy
+            environ["healthchecker.is_healthy"] = self._leases.is_healthy
             return self._app(environ, marked(start_response) if wait else start_response)
-        discard(environ)
         headers = [("Retry-After", str(wait)), ("Cache-Control", "no-store"), ("Content-Type", "text/plain")]
         start_response("503 Service Unavailable", [*headers, ("Content-Length", str(len(BODY)))])
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [BODY]
@@ -13535,7 +13518,7 @@ class LeaseFile:
             with trouble.caught():
                 is_there, is_lost = os.path.lexists(self._path), not self._is_ours()
                 is_other = is_there and not os.path.samestat(self._path.stat(), self._found)     # which is followed
-                if is_lost and is_there and any(self._path.read_bytes()[GENERATION * CELL:COUNT * CELL]):
+                if is_lost and self._path.is_file() and any(self._path.read_bytes()[GENERATION * CELL:COUNT * CELL]):
                     raise UsageError("another service writes to this path; give each its own")
                 if is_lost or is_other or not is_there:
                     self._open()
@@ -13596,7 +13579,7 @@ DIGITS = re.compile("[0-9]+")
 QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 CHUNK_LINE = rb"([0-9A-Fa-f]{1,16})(?:;%b+(?:=(?:%b+|%b))?)*\r\n" % (TOKEN, TOKEN, QUOTED)
 FRAMING = re.compile(rb"\r\n(?:%b(\r\n)?)?" % CHUNK_LINE)  # the end of a chunk, the size of the next, the end of all
-IPV6 = "([0-9A-Fa-f:.]+)(?:%[0-9A-Za-z_.-]{1,32})?"     # of a link with its zone, as Apache says it
+IPV6 = "(?=[^%]*:)([0-9A-Fa-f:.]+)(?:%[0-9A-Za-z_.-]{1,32})?"     # of a link with its zone, as Apache says it
 FORWARDED_ADDRESS = re.compile(rf"(?:\[{IPV6}\]|([0-9.]+))(?::[0-9]{{1,5}})?|{IPV6}")
 NAMELESS = ("unix:", "unknown")     # nginx says the first of who comes over a socket of UNIX
 SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}     # Traefik says ws, of a websocket
@@ -14143,7 +14126,8 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
         else:
             patience = KEEP_ALIVE if self.began or request else FIRST_BYTE
             idle = now - (request.begun if request else self._since)
-            if now > self._lingers_until or (idle > (IDLE_PRESSED if pressed else patience) and not self._has_come()):
+            is_over = idle > (IDLE_PRESSED if pressed else patience) and (request is not None or not self._has_come())
+            if now > self._lingers_until or is_over:
                 self.handle_close()
 
     def _has_come(self) -> bool:
@@ -19412,7 +19396,7 @@ class Announcer:
         kind, name = ("problem", "clock") if is_clock else (happened.kind, name)
         self.row.cursor = max(self.row.cursor, happened.id)
         if kind == "maintenance" or kind not in self.settings.on:
-            if happened.state == "over":    # perhaps while no service ran
+            if (happened.kind, happened.state) == ("maintenance", "over"):      # perhaps while no service ran
                 self._end_works(name, happened.text, picture, at)
             return
         if happened.resource and not self._is_mine(picture.tags.get(name, ())):
@@ -20374,6 +20358,8 @@ def require_first(mark: Path, database: Database, why: str) -> None:
     """Raises StorageError where the keys beside it are an earlier start's, perhaps in another folder, unless there
     still is the database of that: without what was added and said in the console, the gate would be open."""
     begun = begun_with(mark)
+    if begun and str(database) not in begun:
+        why = f"{why}, or is new where {', '.join(begun)} is not there"
     if str(database) in begun or (begun and not any("://" in name or Path(name).exists() for name in begun)):
         raise StorageError(f"database {database} of an earlier start {why}; or move inventory and keys away and "
                            f"`restore` a backup; or remove {mark} to begin anew")
@@ -21085,7 +21071,8 @@ def rehearsal(installation: Installation, *, opens: bool = True) -> Iterator[tup
             changes = import_inventory(session, installation.inventory, vault)
             targets = load_targets(session, vault) if opens else {}
             for row in session.scalars(sqlalchemy.select(Resource).where(Resource.origin == "api")):
-                if fault := target_of(row, vault).fault:    # of which a start tells by its state alone
+                target = targets.get(row.name) or target_of(row, vault)
+                if fault := target.fault:   # of which a start tells by its state alone
                     log.warning("%s", fault[1])
             session.rollback()
         yield vault, changes, targets
@@ -21188,7 +21175,7 @@ def check_folders(service: ServiceSettings) -> Iterator[HealthCheckerError]:
     """Which of its folders a start needs and could not write to."""
     found: list[tuple[str, Path, type[HealthCheckerError]]] = []
     if path := service.database_path:
-        yield from filter(None, [SqliteFile(path).fault_of_names()])
+        yield from filter(None, [fault_of_names(path)])
         found.append((f"database {path}: its folder", path.parent, StorageError))
     if not os.path.exists(service.keys / KEY_FILES[0]):     # which is made, and the folder
         place = next(place for place in (service.keys, *service.keys.parents) if os.path.exists(place))

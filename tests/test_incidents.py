@@ -334,8 +334,7 @@ def test_a_process_that_was_hung_knows_that_the_gate_was_closed(bench: Bench, is
     bench.aggregator.set_resource("a", True, ttl=20.0)
     bench.mono.now, bench.wall.now = bench.mono.now + 520, bench.wall.now + 520
     bench.aggregator.set_resource("a", True, ttl=1e6)
-    transitions = [bench.aggregator.transitions.get() for _ in range(bench.aggregator.transitions.qsize())]
-    bench.log.look(transitions)
+    bench.log.look(healthchecker.turned_since(bench.aggregator, bench.log.follow_clock()))
     bench.look()
     seconds = [one.to_at - one.from_at for one in bench.found()]
     assert (seconds, bench.uptime()["day"]) == (
@@ -356,28 +355,6 @@ def test_a_clock_that_is_set(bench: Bench, step: float) -> None:
     [incident] = bench.found()
     assert incident.to_at - incident.from_at == pytest.approx(100) and incident.to_at == bench.wall.now
     assert bench.uptime()["day"] == pytest.approx(75.0)
-
-
-@pytest.mark.parametrize("is_written", [True, False])
-@pytest.mark.parametrize("step", [-7200.0, 7200.0, 200_000.0])
-def test_what_was_over_when_the_clock_was_set(bench: Bench, step: float, is_written: bool) -> None:
-    """It was in the time that is known of, and is, wherever that goes; what was before a start stays where it was."""
-    with bench.store.writing() as session:
-        session.add(Incident(group="", from_at=bench.wall.now - 90, to_at=bench.wall.now - 50, end="opened", refused=0,
-                             **ROW))
-    bench.report(a=True, b=True, c=True)
-    bench.look(300)
-    bench.report(b=False)
-    bench.look(100)
-    bench.report(b=True)
-    if is_written:
-        bench.look(100)
-    bench.wall.now += step
-    bench.look(200 if is_written else 300)
-    over, before = sorted(bench.found(), key=lambda one: -one.id)
-    assert (over.to_at, over.to_at - over.from_at) == (pytest.approx(bench.wall.now - 300), pytest.approx(100))
-    assert before.to_at == bench.wall.now - step - 750
-    assert bench.uptime()["day"] == pytest.approx(100 * (1 - (140 if 0 < step < DAY else 100) / 700))
 
 
 @pytest.mark.parametrize("step", [-7200.0, 7200.0])
