@@ -3572,6 +3572,7 @@ class SqliteFile:
 
     def attach(self, engine: sqlalchemy.Engine) -> None:
         """Has connections and transactions begin as they have to."""
+        event.listen(engine, "do_connect", lambda *_: self._require_file())     # before SQLite would make another one
         event.listen(engine, "connect", self._prepare)
         event.listen(engine, "begin", self._begin)
 
