@@ -3410,7 +3410,7 @@ def fault_of_names(path: Path) -> StorageError | None:
     """Beside each name of a file is another lock, and another log."""
     names = 1
     with contextlib.suppress(OSError):
-        names = path.stat().st_nlink
+        names = path.stat().st_nlink if path.is_file() else 1
     return StorageError(f"database {path} has {names} names (hard links): leave it one") if names > 1 else None
 
 

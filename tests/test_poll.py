@@ -2302,9 +2302,23 @@ def test_what_is_stale_is_so_since_its_lease_ended(house: House, machines: Machi
         wait_for(lambda: house.stored("db1") == ("healthy", ""))
         machines.behaviours["db1"] = machines.hang
         poller = house.poller("db1")
-        poller.expires_mono = healthchecker.lease_clock() - 40
+        with poller._lock:
+            poller.expires_mono = healthchecker.lease_clock() - 40
+            poller._lasted_mono = healthchecker.lease_clock() - 50  # nobody has looked since
         wait_for(lambda: poller.standing.cause == "stale")
         assert time.time() - poller.standing.since_at == pytest.approx(40, abs=5)
+
+
+def test_a_lease_that_was_shortened_ended_when_that_was_seen(house: House, machines: Machines) -> None:
+    """By a reload, or a clock that was set: until then nobody was refused."""
+    house.write("name: db1")
+    with house.watching():
+        wait_for(lambda: house.stored("db1") == ("healthy", ""))
+        machines.behaviours["db1"] = machines.hang
+        poller = house.poller("db1")
+        poller.expires_mono = healthchecker.lease_clock() - 1000
+        wait_for(lambda: poller.standing.cause == "stale")
+        assert time.time() - poller.standing.since_at < 30
 
 
 def test_a_poll_is_due_before_the_lease_ends(house: House, machines: Machines) -> None:
