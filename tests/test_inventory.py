@@ -802,8 +802,12 @@ def test_entries_cost_little_more_than_to_go_through_their_text(folder: Path) ->
 
     path = write(folder, "resources:\n" + entries)
     text, loader = path.read_text(encoding="utf-8"), healthchecker.YAML_LOADER
-    alone = min(seconds(lambda: sum(1 for _ in yaml.parse(text, Loader=loader))) for _ in range(3))
-    assert min(seconds(lambda: load_inventory(path)) for _ in range(3)) < 13 * alone
+
+    def times() -> float:  # of one moment: a processor is not as quick at another
+        alone = seconds(lambda: sum(1 for _ in yaml.parse(text, Loader=loader)))
+        return seconds(lambda: load_inventory(path)) / alone
+
+    assert sorted(times() for _ in range(5))[2] < 13
 
 
 RANGES = {
