@@ -1005,6 +1005,7 @@ def test_users_before_the_first_start(tmp_path: Path) -> None:
         assert local.log_in("alice").api("GET", "users").status == 200
 
 
+@pytest.mark.long
 def test_users_on_the_command_line(running: tuple[Service, Client]) -> None:
     """While the service runs."""
     inventory, console = running[0].inventory, running[0].console

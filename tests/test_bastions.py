@@ -895,6 +895,7 @@ def test_ssh_config_cannot_be_set_through_the_api(tmp_path: Path) -> None:
         assert (answer.status, answer.fields) == (422, {"ssh_config": "can be set in the inventory alone"})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keep", [True, False])
 def test_what_is_said_of_a_password_after_the_poll(
     servers: tuple[Sshd, Sshd, Sshd], tmp_path: Path, keep: bool

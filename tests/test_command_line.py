@@ -60,6 +60,7 @@ def stored(path: Path) -> None:
 
 
 # --- usage ---------------------------------------------------------------------------------------------------
+@pytest.mark.long
 def test_help_of_the_program() -> None:
     program = [sys.executable, str(PROGRAM), "--help"]
     done = subprocess.run(
@@ -467,6 +468,7 @@ def test_a_start_tells_of_a_gate_that_closes_itself(tmp_path: Path) -> None:
         wait_for(lambda: service.get("/").status == 200)
 
 
+@pytest.mark.long
 @POSIX_ONLY
 def test_check_looks_at_who_can_read_secrets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("word", "key", "token", "inventory.yaml")
@@ -855,6 +857,7 @@ def stored_password(path: Path, name: str) -> str:
     return Vault(path.parent / "keys").open(token, "password", *row)
 
 
+@pytest.mark.long
 def test_seal_start_rotate_start(tmp_path: Path, closed_port: int, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole life of a password; it still opens in the end."""
     prepared_keys(tmp_path)

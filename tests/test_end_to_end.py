@@ -35,6 +35,7 @@ class WindowsHost:
         return json.dumps(answer)
 
 
+@pytest.mark.long
 def test_a_full_disk_closes_the_gate_until_it_is_empty(sshd: Sshd | ParamikoSshd, tmp_path: Path) -> None:
     disk = WindowsHost()
     (tmp_path / "known_hosts").write_text(sshd.known_hosts(), encoding="ascii")

@@ -513,6 +513,7 @@ def test_a_disk_that_becomes_full(small_disk: Path) -> None:
     assert service.output.count(f"{small_disk / 'log'} cannot be written") <= 1
 
 
+@pytest.mark.long
 def test_a_full_disk_that_has_room_again(small_disk: Path, tmp_path: Path) -> None:
     """Meanwhile the gate follows the resources and the console says why it changes nothing; afterwards log and history
     go on by themselves, and what happened is told."""

@@ -712,6 +712,7 @@ def test_what_is_too_long_for_a_service_is_cut(hook: Hook) -> None:
     assert 500 < len(got.json["text"]) <= 1000 and "db0: xxx" in got.json["text"]
 
 
+@pytest.mark.long
 def test_a_web_hook_that_hangs(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process is ended at the deadline, whatever it waits for."""
     monkeypatch.setattr(healthchecker, "DELIVERY_TIMEOUT", 3.0)
@@ -1433,6 +1434,7 @@ def test_what_was_told_before_a_cut_hears_its_end(
     assert sum("open again" in title for title in titles) == 1, titles
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", ["told", "refused", "killed"])
 def test_what_is_on_its_way_when_another_one_speaks(tmp_path: Path, store: Store, hook: Hook, end: str) -> None:
     """Who began to send it says what became of that; a try that failed is made up for, and of one who was killed, too,

@@ -354,6 +354,7 @@ def shown_overrides(local: Local) -> list[str]:
     return re.findall(r'name="shown"[^>]* value="(.*?)"', local.ask("GET", "/-/").body)
 
 
+@pytest.mark.long
 def test_a_page_of_before_ends_no_other_override(local: Local) -> None:
     """Somebody closed the gate to work behind it; the button was for what its page showed."""
     with local.store.writing() as session:

@@ -327,6 +327,7 @@ def test_what_was_typed_survives_the_end_of_the_session(page: Page, button: str)
     page.wait_for_url("**/-/")
 
 
+@pytest.mark.long
 def test_a_typed_reason_survives_the_end_of_the_session(page: Page) -> None:
     page.goto(resource("steady"))
     page.locator("summary", has_text="Maintenance").click()
@@ -898,6 +899,7 @@ def test_the_end_of_one_maintenance_moves_the_focus_to_no_other(page: Page) -> N
     assert "work two" in row
 
 
+@pytest.mark.long
 def test_what_begins_meanwhile_takes_nothing_that_is_typed(page: Page) -> None:
     """What is said above the form moves it down."""
     page.goto(resource("steady"))

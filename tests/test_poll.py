@@ -369,6 +369,7 @@ def test_dead_and_hanging_pollers(house: House, machines: Machines) -> None:
         wait_for(lambda: house.state("dying") == ("healthy", ""))
 
 
+@pytest.mark.long
 def test_one_that_dies_again_and_again(house: House, machines: Machines, caplog: pytest.LogCaptureFixture) -> None:
     """One line, one attempt at once, and then at its usual interval."""
     house.write("name: db1")
@@ -1870,6 +1871,7 @@ def maintenance_events(house: House) -> list[str]:
         return [f"{event.resource}: {event.text}" for event in found]
 
 
+@pytest.mark.long
 def test_maintenance(house: House, machines: Machines) -> None:
     """Polled, shown, not counted; it ends by itself at its time, without a poll, and that is told once."""
     house.write("name: db1, interval: 1, fall: 1", "name: db2, interval: 60")
@@ -2726,6 +2728,7 @@ def test_check_now_with_the_settings_of_now(house: House, machines: Machines) ->
 
 
 # --- simulated ---
+@pytest.mark.long
 def test_simulated_outages(house: House) -> None:
     house.write("name: s, platform: simulated, mean_healthy: 0.5, mean_unhealthy: 0.5, seed: 3, interval: 1,"
                 " rise: 1, fall: 1")  # fmt: skip

@@ -196,6 +196,7 @@ except StorageError as error:
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="no mount namespaces")
 def test_a_name_server_that_is_silent_holds_nobody_up(tmp_path: Path) -> None:
     """It is asked for each host of several, and has ten seconds each time."""
@@ -536,6 +537,7 @@ def impatience(seconds: float) -> Iterator[None]:
     PATIENCE.reset(token)
 
 
+@pytest.mark.long
 def test_a_server_that_falls_silent_holds_nobody_up(server: PostgresServer, postgres: Postgres,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Neither who asks nor who connects, and afterwards all is well."""
@@ -777,6 +779,7 @@ def test_errors_quote_no_rows(server: PostgresServer) -> None:
 
 
 # --- a pooler ---
+@pytest.mark.long
 def test_a_pooler_in_front(postgres: Postgres, pgbouncer: Program) -> None:
     """Each transaction on another connection of three, of as many threads as come."""
     server = PostgresServer(postgres.url(postgres.database(), pgbouncer.port), SecretStr(PASSWORD))
@@ -993,6 +996,7 @@ SCHEMA_6 = ("ALTER TABLE status DROP COLUMN read", "ALTER TABLE status DROP COLU
             "UPDATE setting SET value = 6 WHERE name = 'schema'")  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_database_of_schema_6(folder: Path) -> None:
     """`check` says what a start will do and changes nothing; none begins under a living machine of the version before,
     and then one brings it to this schema, with all that is in it."""

@@ -425,6 +425,7 @@ def test_hanging_dfs_do_not_pile_up(tmp_path: Path, mark: str) -> None:
     assert len(stuck) <= 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("shell", "timeout"), [("dash", ""), ("bash", "exit 1")], ids=["timeout(1)", "none"])
 def test_hanging_services_do_not_pile_up(shell: str, timeout: str, tmp_path: Path, mark: str) -> None:
     if Path("/run/systemd/system").exists():

@@ -577,6 +577,7 @@ def stored_states(folder: Path) -> list[str]:
         return [state for (state,) in connection.execute("SELECT state FROM status")]
 
 
+@pytest.mark.long
 def test_a_restart_closes_nothing(tmp_path: Path) -> None:
     """Stored states count on until the first polls (here slow ones) are through: no 503 once listening."""
     slow = "checks: [{name: slow, command: sleep 0.5}]"

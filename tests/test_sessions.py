@@ -185,6 +185,7 @@ def test_when_it_is_due(server: Sshd) -> None:
             assert set(rests) == {math.inf}
 
 
+@pytest.mark.long
 def test_the_cap_of_bytes_is_for_each_poll(server: Sshd) -> None:
     loud = {"name": "loud", "command": "head -c 700000 /dev/zero | tr '\\0' x"}
     watched = on(server, checks=[loud])
@@ -684,6 +685,7 @@ def test_what_happens_during_a_poll(server: Sshd, fault: str) -> None:
     assert logins(server) == 2
 
 
+@pytest.mark.long
 def test_a_slow_way_to_the_host(server: Sshd) -> None:
     """Slower than before is not dead."""
     with Proxy(server) as proxy:

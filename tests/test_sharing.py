@@ -714,6 +714,7 @@ WATCHED = ("the inventory of a is watched; `reload` there, or here with --accept
            "for good\n")  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="no SIGHUP")
 def test_a_difference_is_said_when_it_comes_and_when_it_goes(site: Site) -> None:
     """After a `reload` of the machine whose inventory is watched, once, in the log and on the overview; the other one

@@ -138,6 +138,7 @@ def test_what_was_never_polled_is_of_no_time(tmp_path: Path, capsys: pytest.Capt
             assert [each["since"] for each in told["named"]] == [None] * len(words)
 
 
+@pytest.mark.long
 def test_maintenance_is_no_trouble(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with console(tmp_path, WELL + SICK) as (service, _):
         service.wait_status("/-/readyz", 503)
