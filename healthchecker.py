@@ -9758,13 +9758,15 @@ class FirstResults:
 
 
 def copy_lease(put: Callable[..., None] | None, name: str, lease: Lease, beats: Iterable[float], now: float) -> None:
-    """Elsewhere what needs nothing ends with us, too, as it does in our own workers: we live until the first beat."""
+    """Elsewhere what needs nothing ends with us, too, as it does in our own workers: we live until the first beat. No
+    `put`: it is nowhere else."""
+    if put is None:
+        return
     lives = min(beats, default=now + DEFAULT_TTL)
     end, opens = min(lease.until.value, lives), lease.opens.value
     if lease.observes.value:    # it refuses nothing while we live, whatever runs out meanwhile
         end, opens = lives if end > now else 0.0, lives
-    if put:
-        put(name, end, opens, observes=lease.observes.value and end <= now)
+    put(name, end, opens, observes=lease.observes.value and end <= now)
 
 
 class HealthAggregator:

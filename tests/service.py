@@ -6,6 +6,7 @@ does. `Team` starts worker processes alone: what the main process does with them
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -274,7 +275,10 @@ def _serve(arguments: list[str], folder: str, environ: dict[str, str], output: A
     sys.stdout, sys.stderr = open(1, **lines), open(2, **lines)  # noqa: SIM115
     sys.argv[:] = [str(PROGRAM), *arguments]
     with quick_workers(), few_rounds():
-        sys.exit(healthchecker.main(arguments))
+        try:
+            sys.exit(healthchecker.main(arguments))
+        finally:
+            atexit._run_exitfuncs()  # which what was forked by multiprocessing leaves out: the log's end is one
 
 
 class QuickProcess:
