@@ -13823,10 +13823,13 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
         self._read_framing()
 
     def _read_host(self) -> None:
-        """A second Host header stands in the first one's value by now, after a comma."""
-        host = self.headers.get("HOST")
-        if self.version == "1.1" if host is None else not is_host(host):
+        """A second Host header stands in the first one's value by now, after a comma. One that is empty is of a client
+        which knows no name (RFC 9112, 3.2), as monitors of load balancers are."""
+        host = self.headers.pop("HOST", None)
+        if self.version == "1.1" if host is None else host and not is_host(host):
             raise BadRequest
+        if host:
+            self.headers["HOST"] = host
         connection = self.headers.get("CONNECTION", "")
         if "," in connection:       # waitress knows one option only
             options = {option.strip().lower() for option in connection.split(",")}

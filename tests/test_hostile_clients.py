@@ -169,7 +169,8 @@ REFUSED: dict[str, tuple[bytes, int]] = {
     "no host": (b"GET / HTTP/1.1\r\n\r\n", 400),
     "two hosts": (GET + b"Host: example.com\r\n\r\n", 400),
     "two hosts, HTTP/1.0": (b"GET / HTTP/1.0\r\nHost: a.example.com\r\nHost: b.example.com\r\n\r\n", 400),
-    "host empty": (b"GET / HTTP/1.1\r\nHost:\r\n\r\n", 400),
+    "two hosts, both empty": (b"GET / HTTP/1.1\r\nHost:\r\nHost:\r\n\r\n", 400),
+    "two hosts, one empty": (b"GET / HTTP/1.1\r\nHost:\r\nHost: example.com\r\n\r\n", 400),
     "hosts in one": (b"GET / HTTP/1.1\r\nHost: a.example.com, b.example.com\r\n\r\n", 400),
     "host with a path": (b"GET / HTTP/1.1\r\nHost: example.com/x\r\n\r\n", 400),
     "host with a user": (b"GET / HTTP/1.1\r\nHost: admin@example.com\r\n\r\n", 400),
@@ -331,6 +332,10 @@ LONG = b"X: " + b"x" * (HEADER - len(GET) - 3)  # so that all headers together a
 SERVED: dict[str, tuple[bytes, list[bytes]]] = {
     "plain": (GET, [b"GET example.com / "]),
     "HTTP/1.0": (b"GET /x HTTP/1.0\r\n", [b"GET - /x "]),
+    # the send string of F5's manual for its HTTP monitors, which know no name
+    "host empty": (b"GET /x HTTP/1.1\r\nHost: \r\nConnection: Close\r\n", [b"GET - /x "]),
+    "HTTP/1.0 with an empty host": (b"GET / HTTP/1.0\r\nHost:\r\n", [b"GET - / "]),
+    "absolute, host empty": (b"GET http://example.com/x HTTP/1.1\r\nHost:\r\n", [b"GET example.com /x "]),
     "HTTP/1.0 with a host": (b"GET / HTTP/1.0\r\nHost: example.com:80\r\n", [b"GET example.com:80 / "]),
     "blank lines before": (b"\r\n\r\n\r\n" + GET, [b"GET example.com / "]),
     "host with a port": (b"GET / HTTP/1.1\r\nHost: example.com:8080\r\n", [b"GET example.com:8080 / "]),
@@ -378,7 +383,8 @@ BODIES: dict[str, tuple[bytes, bytes]] = {
     "small chunks": (b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * LIMIT + b"0\r\n\r\n", b"x" * LIMIT),
 }  # fmt: skip
 LAST = b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-ENDS = ("HTTP/1.0", "HTTP/1.0 with a host", "HTTP/1.0 with options", "absolute, HTTP/1.0", "closed among options")
+ENDS = ("HTTP/1.0", "HTTP/1.0 with a host", "HTTP/1.0 with an empty host", "HTTP/1.0 with options",
+        "absolute, HTTP/1.0", "closed among options", "host empty")  # fmt: skip
 
 
 def whole() -> dict[str, tuple[bytes, list[bytes]]]:
