@@ -37,11 +37,15 @@ test test-long: packages $(VENV)/test.stamp
 # are tests of moments (of a kill, of a first poll, of megabytes before a deadline) that wine is too slow to keep, and long
 # ones in which nothing is Windows': they run on Linux. Those in which something is are marked windows, too.
 SLOW := test_kill_during or first_polls_are_paced or every_poll_ends_in_time
-# These start services and commands, for seconds each in wine, only to see what is alike on all systems.
+# These start services and commands, or wait, for seconds each in wine, only to see what is alike on all systems.
 ALIKE := seal_rotate_and_replace or notify_test or who_is_cut_off or told_before_a_cut or on_its_way_when or \
 	apprise_is_missing or follow_a_reload or tags_while_serving or maintenance_opens or check_prints or earlier_start_is_gone or \
 	another_database_begins or reads_the_database_through or removals_are_accepted or default_that_is_stated or \
-	resource_that_is_down
+	resource_that_is_down or not_carried_along or failed_start or log_is_lost_by_a_kill or start_and_stop_are_events or \
+	key_from_another_service or inventory_has_no_more or passwords_in_the_service or password_after_the_poll or \
+	database_that_is_away_is_told or test_slack or receiver_that_is_corrected or wants_to_be_left_alone or \
+	setting_of_the_service or a_flask_application or knows_the_routes or renamed_resource_goes_on or \
+	faulty_inventory_changes or (test_incidents and test_served) or taken_for_an_empty or added_in_the_console_and
 # Three at once: in wine they wait more than they compute.
 WINDOWS := inventory groups endpoints vault storage aggregate evaluate gate hostile_clients proxy poll transport powershell \
 	probes protocols windows_kept windows_local windows_probes wsman_server windows_service workers reload readme middleware push dependencies \
