@@ -192,10 +192,11 @@ def marked(mark: str) -> set[int]:
 
 
 def send(pids: set[int], name: str) -> None:
-    """Send the signal called `name` to each process that still lives."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.Signals[name])
+    """Send the signal called `name` to each process that still lives; none of them sees the end of another."""
+    for number in [signal.SIGSTOP, signal.SIGKILL] if name == "SIGKILL" else [signal.Signals[name]]:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 @contextlib.contextmanager
