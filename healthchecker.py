@@ -11518,6 +11518,7 @@ class Membership:
         self._claim, self._clock = claim, clock
         # of the results that were read, and in which life; before the first ones this machine's are read, too
         self._serial, self._read_epoch = -1, ""
+        self._silent_mono, self.count = -math.inf, 1    # when it was not heard last; machines, as was known before that
 
     @property
     def is_shared(self) -> bool:
@@ -11542,6 +11543,16 @@ class Membership:
     def is_cut_off(self) -> bool:
         """Whether the others take this machine for dead: it does not reach the database."""
         return self._claim is not None and self._clock() - self._claim.company.heard_mono >= CLAIM_LIFE
+
+    def is_heard(self, *, writes: bool) -> bool:
+        """Whether the others know what this machine wrote, and it what they did: not until a while after it could not
+        write or was cut off, for they come back one by one, and write then."""
+        now_mono = self._clock()
+        if self.is_cut_off or not writes:
+            self._silent_mono = now_mono
+        is_heard = now_mono - self._silent_mono >= TAKE_OVER
+        self.count = max(len(self.names), 1 if is_heard else self.count)
+        return is_heard
 
     @property
     def life(self) -> tuple[str, bool]:
@@ -11726,6 +11737,7 @@ class LoginWriter:
         self._store, self._woken, self._ending, self._unwritten = store, woken, ending, unwritten
         self._given: queue.SimpleQueue[tuple[str, GivenRow]] = queue.SimpleQueue()
         self._rows: dict[str, list[GivenRow]] = {}      # the last of each is what is written; others wait, too
+        self.is_late = False    # somebody waited in vain for what is not written yet
         self.hear: Callable[[Mapping[str, Sequence[str]]], None] = lambda others: None    # takes what others wrote
 
     def keep(self, row: str, text: str, patience: float, rows: Collection[str]) -> bool:
@@ -11733,8 +11745,9 @@ class LoginWriter:
         given = GivenRow(text, rows, threading.Event(), [])
         self._given.put((row, given))
         self._woken.set()       # others wait to hear of the end of a login, too
-        if patience and not (self._unwritten.why or self._ending.is_set()):
-            given.is_written.wait(patience)
+        is_waited_for = patience and not (self._unwritten.why or self._ending.is_set())
+        if is_waited_for and not given.is_written.wait(patience):
+            self.is_late = True
         return not given.tried
 
     def gather(self) -> bool:
@@ -11758,6 +11771,7 @@ class LoginWriter:
         for given in itertools.chain.from_iterable(self._rows.values()):
             given.is_written.set()
         self._rows.clear()
+        self.is_late = False
 
 
 def give_back() -> None:
@@ -12578,17 +12592,21 @@ class Exchange:
         """Takes up what was written of logins, also by others, and has it written from now on."""
         with self._store.reading() as session:
             before, others = written_logins(session, self._store.machine)
-        writer, members = self._context.recorder.logins, self._members
+        writer = self._context.recorder.logins
         writer.hear = self._guards.hear
         self._guards.begin(LoginJournal(
-            writer.keep, wall, self._store.wall(), lambda: len(members.names) or 1,
-            lambda: not (members.is_cut_off or self._context.recorder.unwritten)), before)
+            writer.keep, wall, self._store.wall(), lambda: self._members.count, self._is_heard), before)
         self._guards.hear(others)
+
+    def _is_heard(self) -> bool:
+        recorder = self._context.recorder
+        return self._members.is_heard(writes=not recorder.unwritten) and not recorder.logins.is_late
 
     def look(self, pollers: Mapping[str, Poller]) -> None:
         """Takes up what other machines found, and which resources are this one's to poll."""
         if not self._members.is_shared:
             return
+        self._is_heard()    # or nobody would know later that it was not
         try:        # first: this machine may have been cut off, and others know better
             if not self._members.is_cut_off:
                 self._take_found(pollers.values())

@@ -8,14 +8,15 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from types import SimpleNamespace, TracebackType
+from typing import Any, cast
 
 import pytest
 from conftest import wait_for
@@ -23,13 +24,18 @@ from postgres import PASSWORD, Postgres, Program, open_pgbouncer
 from pydantic import SecretStr
 
 from healthchecker import (
+    CLAIM_LIFE,
+    TAKE_OVER,
     Claim,
+    Company,
     ConnectionContext,
     Deadline,
     Exchange,
     Gates,
     HealthAggregator,
     KnownHosts,
+    LoginGuard,
+    LoginJournal,
     LoginRecord,
     Membership,
     Platform,
@@ -98,11 +104,24 @@ class Machine:
         for verdict in verdicts:
             self.pollers[name]._epoch = self.members.epoch
             guard.ask(name)
-            with contextlib.suppress(ProbeError), guard.attempt(name, Deadline(5), LoginRecord()):
+            with contextlib.suppress(ProbeError), self.writing(), guard.attempt(name, Deadline(5), LoginRecord()):
                 if verdict.cause == "auth":
                     raise ProbeError("auth", verdict.reason)
             self.pollers[name]._report(verdict, 0.1, READ if verdict.healthy else None)
         self.recorder.flush()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """What a login waits for is written."""
+        def write() -> None:
+            while not done.wait(0.01):
+                self.recorder.flush()
+
+        done = threading.Event()
+        with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
+            stack.callback(done.set)
+            pool.submit(write)
+            yield
 
     def knows(self, *names: str) -> bool:
         return self.members.names == {*names}
@@ -313,6 +332,39 @@ def test_one_machine_at_a_time_tries_what_is_not_proven(two: Two) -> None:
                 wait_for(lambda: not any(json.loads(text)["unseen"] for (text,) in machines[0].execute(
                     "SELECT text FROM setting WHERE name LIKE 'logins/%%'")))  # fmt: skip
         assert outcomes == ["tried"] * 4, "directories lock at the fifth"
+
+
+@pytest.mark.long
+def test_what_is_not_written_in_time_leaves_each_machine_its_share(two: Two) -> None:
+    """The database has just fallen silent: nobody hears of the others' refusals, and it takes seconds until that is
+    known. Once it is written, even late, all is as ever."""
+    first, second = owned_by("a", 2)
+    a, _ = two(first, second)
+    guard = a.guards.of(a.pollers[first].target)
+    with pytest.raises(ProbeError, match="wrong"), guard.attempt(first, Deadline(1), LoginRecord()):
+        raise ProbeError("auth", "wrong")
+    with pytest.raises(ProbeError, match="not tried: "), guard.attempt(second, Deadline(1), LoginRecord()):
+        raise AssertionError("it has had its share")
+    a.recorder.flush()
+    assert guard.wait(second) == 0
+
+
+def test_who_comes_back_first_waits_for_what_others_were_refused() -> None:
+    """Each had its one attempt while the database was away, and writes of it when it comes back, one by one."""
+    now_mono, company = 1000.0, Company("before", frozenset("abc"), frozenset("abc"), 1000.0)
+    claim = SimpleNamespace(machine="a", company=company)
+    members = Membership(cast(Claim, claim), lambda: now_mono)
+    guard = LoginGuard(lambda: now_mono, journal=LoginJournal(
+        machines=lambda: members.count, is_heard=lambda: members.is_heard(writes=True)))  # fmt: skip
+    assert guard.wait("first") == 0
+    now_mono += CLAIM_LIFE
+    guard.refuse("first")
+    assert guard.wait("second") > 1800, "cut off"
+    alone = frozenset("a")
+    for later, waits in (0.0, True), (TAKE_OVER - 1, True), (TAKE_OVER, False):
+        now_mono = 1000.0 + CLAIM_LIFE + later
+        claim.company = Company("now", alone, alone, now_mono)
+        assert (guard.wait("second") > 1800) is waits, later
 
 
 @pytest.mark.long
