@@ -4898,6 +4898,10 @@ class LoginJournal(NamedTuple):
         """What of so many is this machine's, which cannot know yet what becomes of the others'."""
         return max(1, count // self.machines())
 
+    def pause(self) -> float:
+        """Seconds after a refusal until it is known what became of the logins that others had begun by then."""
+        return JOURNAL_TIME if self.machines() > 1 else 0.0
+
 
 class LoginRows:
     """What a guard has in the journal: refusals that count, and logins whose outcome nobody has seen yet."""
@@ -5039,6 +5043,7 @@ class LoginGuard:
             if own and name not in self._asked:
                 lately = len(own) == 1 and own[0] - self._accepted_mono < ACCEPTED_LATELY
                 ends_mono.append(own[-1] + (AUTH_RETRY if lately else AUTH_BACKOFF))
+            ends_mono += [at + self.rows.journal.pause() for at in wrong[-1:] if name not in self._asked]
             return max(0.0, max(ends_mono, default=-math.inf) - self._clock())
 
     def doubts(self, name: str) -> bool:
@@ -5070,9 +5075,8 @@ class LoginGuard:
             self._asked.add(name)
 
     def _has_room(self) -> bool:
-        most = self.rows.journal.share(REFUSALS)
-        lately = self._clock() - self._accepted_mono < ACCEPTED_LATELY
-        return not self._locks or self._running < (most if lately and not self._wrong else 1)
+        is_proven = self._clock() - self._accepted_mono < ACCEPTED_LATELY and not self._wrong
+        return not self._locks or self._running < (self.rows.journal.share(REFUSALS) if is_proven else 1)
 
     @contextlib.contextmanager
     def attempt(self, name: str, deadline: Deadline, record: LoginRecord) -> Iterator[None]:
@@ -5105,7 +5109,7 @@ class LoginGuard:
 
     def _announce(self, name: str, patience: float) -> None:
         """Writes down that a login begins, unless the credential is proven; what others write may forbid it."""
-        if not self._is_proven or self._clock() - self._accepted_mono >= ACCEPTED_LATELY:
+        if not self._is_proven or self._wrong or self._clock() - self._accepted_mono >= ACCEPTED_LATELY:
             self.rows.tries[name] = self._clock()
             if not self.write(name, patience):
                 raise ProbeError("auth", f"{NOT_TRIED}somebody else logs in with the same credential")

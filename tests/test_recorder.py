@@ -346,7 +346,32 @@ def test_what_is_not_written_in_time_leaves_each_machine_its_share(two: Two) -> 
     with pytest.raises(ProbeError, match="not tried: "), guard.attempt(second, Deadline(1), LoginRecord()):
         raise AssertionError("it has had its share")
     a.recorder.flush()
-    assert guard.wait(second) == 0
+    assert guard.wait(second) <= 1
+
+
+def test_what_others_were_refused_at_that_moment_is_waited_for() -> None:
+    """Each proves the credential and writes nothing before its login; with a second one at once they would be four."""
+    now_mono, begun = 1000.0, list[str]()
+
+    def keep(row: str, text: str, patience: float, rows: object) -> bool:
+        begun.extend([row] * (patience > 0))
+        return True
+
+    def try_it() -> list[str]:
+        begun.clear()
+        with guard.attempt("second", Deadline(5), LoginRecord()):
+            return [*begun]
+
+    guard = LoginGuard(lambda: now_mono, journal=LoginJournal(keep, machines=lambda: 3))
+    guard.rows.of = {"first": "first's", "second": "second's"}
+    assert (try_it(), try_it()) == (["second's"], [])
+    guard.refuse("first")       # elsewhere, as was heard
+    assert 0 < guard.wait("second") <= 1
+    guard.ask("second")
+    assert guard.wait("second") == 0, "who asks for it has another one"
+    guard._asked.clear()
+    now_mono += 1
+    assert guard.wait("second") == 0 and try_it() == ["second's"], "what others begin just now is to be seen"
 
 
 def test_who_comes_back_first_waits_for_what_others_were_refused() -> None:
