@@ -20590,8 +20590,12 @@ class Installation:
 
 
 def not_running(installation: Installation) -> str:
-    """What that means, as the end of a text; nobody knows of one that began before the host was called as it is."""
+    """What that means, as the end of a text: a file is locked by what runs, but what cannot write to a server may run,
+    and nobody knows of one that began before the host was called as it is."""
     service, means = installation.service, f"does not run{installation.place}: the gate is closed"
+    if isinstance(installation.database, PostgresServer):
+        means = (f"was not heard of in the database for {CLAIM_LIFE:.0f} s{installation.place}: it does not run and "
+                 "the gate is closed, or it is cut off from there")
     if service.machine or not service.machine_name or not installation.database.is_running():
         return means
     return f"{means}, unless the host had another name when it began: then set service.machine, and restart it"

@@ -810,7 +810,7 @@ def test_a_machine_that_is_renamed_while_it_serves(site: Site) -> None:
     with Separate(path, env=environ) as service:
         name.write_text("web1", encoding="utf-8")
         for asked in ("status", "gate"):
-            assert "closed, unless the host had another name when it began" in ask(asked)
+            assert "cut off from there, unless the host had another name when it began" in ask(asked)
         replace_in(path, ONE, ONE + TWO)
         assert "not take it over: the inventory of localhost is watched" in ask("check")
         os.kill(service.pid, signal.SIGHUP)

@@ -590,7 +590,7 @@ def test_who_only_looks_leaves_an_older_database_to_its_version(
     assert bench.place.inspect() == 6
     said = capsys.readouterr()
     if command == ["status"]:
-        assert ("the service has not said yet" if is_file else "the service does not run") in said.out
+        assert ("the service has not said yet" if is_file else "the service was not heard of") in said.out
     elif command == ["check"]:
         assert "; a start would make: 0 added, 0 changed, 0 removed, 3 kept\n" in said.out
         assert "a start would bring the database from schema 6 to 7, and no earlier version opens it then" in said.out
