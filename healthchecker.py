@@ -11820,6 +11820,18 @@ def turned_since(aggregator: HealthAggregator, seen_from: float) -> list[tuple[f
     return [(max(at, seen_from), is_open, why, name) for at, is_open, why, name in found]
 
 
+def turn_of(lease: Lease, changed_at: Mapping[str, float], transition: tuple[float, bool, str, str]) -> dict[str, Any]:
+    """The event of what has opened or closed."""
+    at, is_open, why, name = transition
+    since, mode = changed_at.get(name, at), (lease.part(name) or lease).mode
+    before = f"{'closed' if is_open else 'open'} -> " if name in changed_at else ""     # else its first state
+    text = (f"{f'{name}: ' if name else ''}{before}{'open' if is_open else 'closed'}{f' ({why})' if why else ''}"
+            f"{f' after {at - since:.0f} s' if since != at else ''}"
+            f"{'' if is_open or mode == 'enforce' else '; observe: nothing is refused'}")
+    return {"kind": "group" if name else "gate", "text": text, "at": at, "group": name,
+            "state": "open" if is_open else "closed"}
+
+
 class Recorder(threading.Thread):
     """The one writer of what polls found: gathers reports for FLUSH_INTERVAL, writes them in one transaction."""
 
@@ -11847,6 +11859,8 @@ class Recorder(threading.Thread):
         self._keys: dict[int, Report] = {}      # those with a host key that was trusted on first use
         # What anybody tells of; nobody waits until that is written
         self._told: queue.SimpleQueue[tuple[Origin | None, dict[str, Any]]] = queue.SimpleQueue()
+        # What is another machine's to tell, while this one is cut off: that one may be dead by the return
+        self._kept: collections.deque[tuple[Origin | None, dict[str, Any]]] = collections.deque(maxlen=PENDING_ROWS)
         self.logins = LoginWriter(self._store, self._woken, self._ending, self._unwritten)
         self._changed_at = self.incidents.changed_at = {SITE: self.wall()}  # when it, a group or a route last changed
         self._is_heard = not self._members.is_shared    # all that stands otherwise than was told last is told
@@ -11868,10 +11882,13 @@ class Recorder(threading.Thread):
             return
         log.log(logging.INFO if report.standing.healthy else logging.WARNING, "%s: %s", report.target.name,
                 report.transition)
+        told = (origin_of(report), {
+            "kind": "state", "text": report.transition, "at": report.at, "resource": report.target.name,
+            "state": report.standing.state})
         if report.owned:
-            self._told.put((origin_of(report), {
-                "kind": "state", "text": report.transition, "at": report.at, "resource": report.target.name,
-                "state": report.standing.state}))
+            self._told.put(told)
+        elif self._members.is_cut_off:
+            self._kept.append(told)
 
     @property
     def unwritten(self) -> str:
@@ -11903,8 +11920,11 @@ class Recorder(threading.Thread):
                 self._epoch, self._is_heard = epoch, False
                 self.incidents.begin_anew()
             self._is_heard = self._is_heard and speaks
-            self.incidents.speak(speaks=speaks, waits=waits)
+            self.incidents.speak(speaks=speaks or waits, waits=waits)
             self._gather(speaks=speaks)
+            while self._kept and not waits:     # those that live by then have told what is theirs, or will
+                origin, event = self._kept.popleft()
+                self._events += [(origin, event)] * self._members.owns(event.get("resource", SITE))
             if (logins := self.logins.gather()) or self._latest or self._events or self.incidents.due:
                 turns = [event for origin, event in self._events if origin == TURN and self._members.is_shared]
                 with self._store.writing(fleeting=not (logins or self._events or self.incidents.due)) as session:
@@ -11951,30 +11971,22 @@ class Recorder(threading.Thread):
         """Adds an event to what is written next; the arguments are those of record_event."""
         self._told.put((None, {"kind": kind, "text": text, "at": at} | about))
 
-    def _turn(self, at: float, is_open: bool, why: str, name: str) -> dict[str, Any]:
-        """The event of what has opened or closed."""
-        since, mode = self._changed_at.get(name, at), (self._aggregator.lease.part(name) or self._aggregator.lease).mode
-        before = f"{'closed' if is_open else 'open'} -> " if name in self._changed_at else ""   # else its first state
-        text = (f"{f'{name}: ' if name else ''}{before}{'open' if is_open else 'closed'}{f' ({why})' if why else ''}"
-                f"{f' after {at - since:.0f} s' if since != at else ''}"
-                f"{'' if is_open or mode == 'enforce' else '; observe: nothing is refused'}")
-        return {"kind": "group" if name else "gate", "text": text, "at": at, "group": name,
-                "state": "open" if is_open else "closed"}
-
     def _gather(self, *, speaks: bool) -> None:
         seen_from = self.incidents.follow_clock()   # first, or what turned since it was set would be moved, too
         transitions = turned_since(self._aggregator, seen_from)
         for at, is_open, why, name in transitions:
-            turn = self._turn(at, is_open, why, name)
+            turn = turn_of(self._aggregator.lease, self._changed_at, (at, is_open, why, name))
             log.warning("%s: %s", turn["kind"], turn["text"])
-            self._events += [(TURN, turn)] * speaks
+            if speaks or self._members.is_cut_off:
+                (self._events if speaks else self._kept).append((TURN, turn))
             self._changed_at[name] = at
         if speaks and not self._is_heard and closed_groups(self._aggregator, ()) is not None:
             self._is_heard = True       # who spoke before may have died before it told how everything stands
             for each in (*self._aggregator.groups(site=True), *self._aggregator.groups()):
                 is_open = each.state != "unhealthy"
                 at, why = self.changed_at(each.name), "" if is_open else each.why
-                self._events.append((None, self._turn(at, is_open, why, each.name)))
+                self._events.append((None, turn_of(
+                    self._aggregator.lease, self._changed_at, (at, is_open, why, each.name))))
         self.incidents.look(transitions)
         for report in (self._reports.popleft() for _ in range(len(self._reports))):
             self._latest[report.target.id] = report

@@ -554,6 +554,45 @@ def test_what_the_gate_does_while_the_speaker_is_cut_off(what: str, postgres: Po
         assert all(end <= begin for (_, end), (begin, _) in pairwise(seen))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("dies", [True, False], ids=["it died", "it lives"])
+def test_what_is_found_while_nobody_reaches_the_database(dies: bool, postgres: Postgres) -> None:
+    """Of the site, and of a resource of its own, the speaker tells; the other one does where that one is dead by the
+    return. Once."""
+    quiet, speaking = sorted("ab", key=lambda name: owner_of("", frozenset("ab")) == name)
+    database, [host] = postgres.prepared(), owned_by(speaking, 1)
+    with open_pgbouncer(postgres) as bouncer, contextlib.ExitStack() as stack:
+        far = postgres.url(database, bouncer.port)
+        other, speaker = (stack.enter_context(Machine(name, far, (host,), fall=1, rise=1))
+                          for name in (quiet, speaking))  # fmt: skip
+        wait_for(lambda: other.knows("a", "b") and speaker.knows("a", "b"), 60)
+        for _ in range(2):
+            other.look()
+            other.recorder.flush()
+            speaker.find(host, GOOD)
+        other.look()
+        other.find(host, GOOD)      # as it does every few seconds, it writes something
+        with other.store.writing() as session:      # what was found last does not count any more when it falls
+            session.connection().exec_driver_sql("UPDATE result SET found_at = found_at - 3600")
+        told = events(speaker, "gate", "state")
+        assert events(speaker, "gate")[-1][1] == "open"
+        epoch = other.members.epoch
+        bouncer.end()
+        wait_for(lambda: speaker.members.is_cut_off and other.members.is_cut_off, 60)
+        for verdict in (DOWN, GOOD):
+            for machine in (other, speaker):
+                machine.find(host, verdict)
+        if dies:
+            speaker.stack.close()
+        bouncer.begin()
+        wait_for(lambda: other.members.epoch != epoch and other.knows(*(quiet if dies else "ab")), 60)
+        for machine in (other, other) if dies else (other, speaker) * 2:
+            machine.recorder.flush()
+        found = sorted(events(other, "gate", "state")[len(told):], key=lambda event: event[1])
+        assert [state for _, state in found] == ["closed", "healthy", "open", "unhealthy"]
+        assert other.execute("SELECT \"group\", \"end\" FROM incident") == [("", "opened")]
+
+
 def polls(machine: Machine) -> str:
     return "".join(poll for (poll,) in machine.execute("SELECT poll FROM sample ORDER BY at"))
 
