@@ -11016,7 +11016,7 @@ class MaintenanceKeeper:
 # days: one resource that flaps pushes the others out. In come transitions and what the workers count; rows go out. In
 # the recorder's thread; any thread reads. The start waits for first results and is no incident if the gate opens then.
 # Gives: gate_strip, Incident, IncidentLog, incidents, IncidentsQuery, IncidentView, PartView, prune_incidents,
-# refusals, retold, ServiceView, STANDING, told_by_service, UptimeQuery, UPTIMES, uptime, UptimeView
+# refusals, retold, SEEN_AGAIN, ServiceView, STANDING, told_by_service, UptimeQuery, UPTIMES, uptime, UptimeView
 WATCH_INTERVAL = 5.0            # seconds after which what lasts is written again
 SEEN_AGAIN = 2 * WATCH_INTERVAL     # seconds within which a machine that lives has done so
 WATCH_GAP = 60.0                # seconds of a suspended machine: of those nothing is known
@@ -11659,20 +11659,35 @@ def origin_of(report: Report) -> Origin | None:
     return Origin(report.epoch, report.target.id, report.at) if report.verdict.cause in UNSURE else None
 
 
+def is_said(event: dict[str, Any], near: Sequence[tuple[float, str]]) -> bool:
+    """Whether of the same thing, of which `near` has times and states, the event just before or just after it says
+    so: another machine saw it a moment earlier or later. Another cause is news."""
+    at, state = event["at"], event.get("state", "")
+    before = max((one for one in near if at - SEEN_AGAIN < one[0] <= at), default=None)
+    after = min((one for one in near if at < one[0] < at + SEEN_AGAIN), default=None)
+    return not event["text"].startswith(f"{state} -> ") and state in {said for _, said in filter(None, (before, after))}
+
+
 def unsaid(session: Session, events: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Without that something is open, closed or healthy where the last event says so already: another machine's, or
-    that before those which were refuted."""
+    that before those which were refuted. And without what another machine has told of the same moment."""
     if not events:
         return      # most times; it takes longer the more events there are
-    keys = Event.kind, Event.group, Event.resource
-    last = sqlalchemy.select(func.max(Event.id)).where(Event.kind.in_(("gate", "group", "state"))).group_by(*keys)
+    keys, times = (Event.kind, Event.group, Event.resource), [event["at"] for event in events]
+    near = collections.defaultdict[tuple[str, ...], list[tuple[float, str]]](list)
+    is_turn = Event.kind.in_(("gate", "group", "state"))
+    for row in session.execute(sqlalchemy.select(*keys, Event.at, Event.state).where(
+            is_turn, Event.at.between(min(times) - SEEN_AGAIN, max(times) + SEEN_AGAIN))):
+        near[row.kind, row.group, row.resource].append((row.at, row.state))
+    last = sqlalchemy.select(func.max(Event.id)).where(is_turn).group_by(*keys)
     said = {(*key,): state for *key, state in session.execute(
         sqlalchemy.select(*keys, Event.state).where(Event.id.in_(last)))}
     for event in events:
         key, state = (event["kind"], event.get("group", ""), event.get("resource", "")), event.get("state", "")
-        if state not in ("open", "closed", "healthy") or said.get(key) != state:
+        if not is_said(event, near[key]) and (state not in ("open", "closed", "healthy") or said.get(key) != state):
             yield event
-        said[key] = state
+            said[key] = state
+            near[key].append((event["at"], state))
 
 
 def upserts(database: Database) -> tuple[Any, ...]:

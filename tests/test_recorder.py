@@ -23,6 +23,7 @@ from conftest import wait_for
 from postgres import PASSWORD, Postgres, Program, open_pgbouncer
 from pydantic import SecretStr
 
+import healthchecker
 from healthchecker import (
     CLAIM_LIFE,
     TAKE_OVER,
@@ -591,6 +592,24 @@ def test_what_is_found_while_nobody_reaches_the_database(dies: bool, postgres: P
         found = sorted(events(other, "gate", "state")[len(told):], key=lambda event: event[1])
         assert [state for _, state in found] == ["closed", "healthy", "open", "unhealthy"]
         assert other.execute("SELECT \"group\", \"end\" FROM incident") == [("", "opened")]
+
+
+def test_what_two_machines_saw_a_moment_apart_is_told_once(tmp_path: Path) -> None:
+    """Whichever of them writes first. What falls again, or for another cause, is told again."""
+    store = Store(tmp_path / "db")
+    for kind, word, good, bad in (("gate", "closed", "open", "closed"), ("state", "unhealthy", "healthy", "unhealthy")):
+        for seen in (([0.4, bad], [6.3, good]), ([0.0, bad], [6.0, good]), ([0.5, bad], [6.5, good], [8.0, bad])):
+            with store.writing() as session:
+                rows = [{"kind": kind, "state": state, "at": 1e9 + at, "text": f"other -> {state}"}
+                        for at, state in seen]  # fmt: skip
+                for row in healthchecker.unsaid(session, rows):
+                    healthchecker.record_event(session, **row)
+        with store.writing() as session:
+            again = {"kind": kind, "state": word, "at": 1e9 + 9, "text": f"{word} -> {word} (limit)"}
+            assert bool([*healthchecker.unsaid(session, [again])]) is (kind == "state")
+            told = [row.at - 1e9 for row in healthchecker.events(session, kind=kind)]
+        assert told[::-1] == pytest.approx([0.4, 6.3, 8.0], abs=1e-3)
+    store.close()
 
 
 def polls(machine: Machine) -> str:
