@@ -1691,9 +1691,10 @@ def short_route(value: object) -> object:
 
 
 Routes = dict[Annotated[str, matching(
-    r"(?!/-(/|$))(/(?!\.\.?(/|$))[^/?#;%\\\x00-\x1f\x7f]+)+",
-    "must be a path such as /reports, not below /-/, without a last slash or what could be read in two ways: "
-    "// . .. % ; \\ ? #", 1024)], Annotated[RouteSettings, BeforeValidator(short_route)]]
+    r"(?!/-(/|$))(/(?!\.\.?(/|$)|:)[^/?#;%\\*<>{}()|$^\x00-\x1f\x7f]+)+",
+    "must be a path such as /reports, which holds for all below it, and no pattern; not below /-/, without a last "
+    "slash or what could be read in two ways: // . .. % ; \\ ? #", 1024)],
+    Annotated[RouteSettings, BeforeValidator(short_route)]]
 
 
 class GroupSettings(Settings):
@@ -1873,7 +1874,7 @@ def circles(service: ServiceSettings, gates: Gates, resources: Sequence[Resource
         host, path = settings.hostname, read_url(settings.url or "").target.partition("?")[0]
         is_any = not listen.strip("0.:") or (listen in LOOPBACK and "localhost" in (host, listen))
         route, spans = gates.route(path, gates.routes), (span.split("-") for span in settings.expect.status or ())
-        passes = (path.startswith("/-/") or route.needs == () or (route.mode or service.mode) == "observe"
+        passes = (path == "/-/livez" or route.needs == () or (route.mode or service.mode) == "observe"
                   or any(span[0] <= "503" <= span[-1] for span in spans))
         if str(settings.port) == port and (host == listen or (host in LOOPBACK and is_any)) and not passes:
             yield (f"{settings.name} is asked through the gate that it closes, which never opens again then: write "
@@ -9559,15 +9560,19 @@ class GroupTree:
     def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]], known: Collection[str],
                 parents: Mapping[str, Sequence[str]]) -> None:
         """Groups and routes from now on. Of routes only those that are `known` to the workers: one that was not there
-        when they began counts for nothing yet, and one that is gone is as what is around it. No circle in `parents`."""
+        when they began counts for nothing yet, nor does what is new and only there, or what is tried out would close
+        the whole site. One that is gone is as what is around it. No circle in `parents`."""
         routes = {path: gates.route(path, known).needs for path in known if path.startswith("/")}
         members = {group: tuple(inside) for group, inside in gates.in_groups(tagged).items()}
         order = [*graphlib.TopologicalSorter({**members, **parents}).static_order()]
         members |= {path: () if needs == () else tuple(dict.fromkeys((*(needs or ()), SITE)))
                     for path, needs in routes.items()}
+        later = {name for path, route in gates.routes.items() if path not in known for name in route.needs or ()}
+        new = {name: () for name in later
+               if self._above.get(name) == () or name not in self._own.keys() | self.groups.keys()}
         self.groups = {SITE: Group(), **{group.name: Group(group.healthy, group.warn) for group in gates.groups},
                        **{path: Group() for path in routes}}
-        self._above = {name: () for name in (SITE, *routes)} | inverse(members)
+        self._above = {name: () for name in (SITE, *routes)} | new | inverse(members)
         self.members, self.parents, self._children, self.spans = members, parents, {}, {}
         for name in dict.fromkeys((*order, *self._own)):    # each after what it depends on: so each goes up once
             self._settle(name)
@@ -9820,10 +9825,10 @@ class HealthAggregator:
             if self._arranged != (gates, tagged, parents):
                 self._arranged = gates, tagged, parents
                 self._tree.arrange(gates, tagged, self.lease.parts, parents)
+                self._open = {name: self._open[name] for name in self._open.keys() & self._tree.groups}  # gone: anew
                 self._first.look_again()
                 for name, lease in self.lease.parts.items():
-                    mode = gates.route(name, self.lease.parts).mode or self.lease.mode
-                    lease.observes.value = mode == "observe"
+                    lease.observes.value = (gates.route(name, self.lease.parts).mode or self.lease.mode) == "observe"
                 self._publish()
 
     def overrule(self, override: Override | None, until: float) -> None:

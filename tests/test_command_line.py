@@ -421,6 +421,8 @@ CIRCLES = {     # where it listens, the row, more of the inventory; whether the 
     "another host": ("127.0.0.1", "url: 'http://127.0.0.2:PORT/'", "", False),
     "does not count": ("127.0.0.1", "critical: false, url: 'http://127.0.0.1:PORT/'", "", False),
     "ours": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/-/livez'", "", False),
+    "our readiness": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/-/readyz'", "", True),
+    "our health": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/-/health'", "", True),
     "a refusal is good": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/', expect: {status: [200-599]}", "", False),
     "a path that is free": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/ping/a'", "routes: {/ping: []}", False),
     "a path that is not": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/pings'", "routes: {/ping: []}", True),

@@ -115,7 +115,7 @@ FAULTS = {
     "a route to a route": ("routes:\n  /a: [db1]\n  /b: [^/a]", "routes./b[0]: must be 1 to 253 characters"),
     **{path: (f"routes:\n  {path}: ^[]", f"routes.{path}: must be a path such as /reports") for path in (
         "/", "/-", "/-/gate", "reports", "/reports/", "/a//b", "/a/../b", "/a/..", "/./a", "/a%20b", "/a?b=1", "/a;b",
-        "/a\\b", "//a")},
+        "/a\\b", "//a", "/a/*", "/a/**", "/a/<id>", "/a/{id}", "/a/:id", "/a(/|$)")},
     "a route that is a name": ("routes:\n  /a: ^db1", "routes./a: must be a list"),
     "a long route to nobody": ("routes:\n  /a: {needs: [db1, ^warehose]}",
                                "routes./a.needs[1]: no resource or group has this name; did you mean warehouse?"),
@@ -523,6 +523,42 @@ def test_what_the_workers_cannot_know_waits() -> None:
     assert not is_open(aggregator), "through the new group"
     aggregator.arrange(before, {})
     assert [is_open(aggregator, name) for name in ("", "old", "/old", "/s")] == [True, True, False, True]
+
+
+def test_what_is_new_for_a_route_that_waits_closes_nothing() -> None:
+    """A trial, as README recommends it, closed the whole site until the restart that it demands."""
+    before = gates_with([], {"/old": ["b"]})
+    aggregator, _ = make(before)
+    for name in "ab":
+        aggregator.register(name)
+    aggregator.start()
+    for name in "ab":
+        aggregator.set_resource(name, True)
+    for after in ({"/old": ["b"], "/try": ["new"]}, {"/old": ["b"], "/try": ["new", "a"]}):
+        aggregator.arrange(gates_with([], after), {})
+        aggregator.register("new")
+        aggregator.set_resource("new", False, "down")
+        assert is_open(aggregator) and is_open(aggregator, "/old")
+    aggregator.set_resource("a", False, "down")
+    assert not is_open(aggregator), "what the site needed before it does still"
+    aggregator.set_resource("a", True)
+    aggregator.arrange(before, {})
+    assert not is_open(aggregator), "in no route it is the site's"
+
+
+def test_a_group_that_comes_back_begins_anew() -> None:
+    """It had been closed since it was gone, in incidents and uptime."""
+    group = gates_with([{"name": "g", "members": ["a"]}])
+    aggregator, clock = make(group)
+    aggregator.register("a")
+    aggregator.start()
+    aggregator.set_resource("a", True)
+    aggregator.arrange(gates_with([]), {})
+    clock.now += 300
+    aggregator.set_resource("a", True)
+    told(aggregator)
+    aggregator.arrange(group, {})
+    assert [(name, is_open) for name, is_open, _ in told(aggregator)] == [("g", True)]
 
 
 def test_a_route_that_is_gone_is_as_what_is_around_it() -> None:
