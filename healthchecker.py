@@ -15509,6 +15509,8 @@ class LoginThrottle:
 # by which login. Each change is noted with who made it. Any thread of the console, and the command line.
 # Gives: ConsoleContext, offered_key, Principal, TRIAL_TIMEOUT, utc_time
 TRIAL_TIMEOUT = 30.0            # seconds of a poll with settings that are not stored
+HOSTS_ASKED = 4                 # requests that wait for hosts; the console's other threads are for what waits for none
+ASKING_WAIT = 2.0               # seconds that one more waits for its turn
 
 
 def offered_key(target: Target, access: ConnectionContext) -> str:
@@ -15537,6 +15539,7 @@ class ConsoleContext:
     clock: Callable[[], float] = time.time      # Unix time
     throttle: LoginThrottle = dataclass_field(default_factory=LoginThrottle)
     counters: Counters = dataclass_field(default_factory=lambda: Counters(1))   # of the workers
+    asking: threading.Semaphore = dataclass_field(default_factory=lambda: threading.Semaphore(HOSTS_ASKED))
     notes_at: float = 0.0       # when requests are noted as sessions' last ones again
     trouble: Trouble = dataclass_field(default_factory=lambda: Trouble("a request to the console failed"))
 
@@ -15558,11 +15561,22 @@ class ConsoleContext:
         """Requests that would have been refused."""
         return int(sum(map(self.counters.total, self.counters.routes.values())))
 
+    @contextlib.contextmanager
+    def asking_host(self) -> Iterator[None]:
+        """Around what waits for a host, which may hang: the rest, such as a push, must not wait behind it."""
+        if not self.asking.acquire(timeout=ASKING_WAIT):
+            raise ApiError(f"{HOSTS_ASKED} others wait for hosts; try again in a moment", 429, retry=ASKING_WAIT)
+        try:
+            yield
+        finally:
+            self.asking.release()
+
     def offered_key(self, name: str) -> tuple[Target, str]:
         """What was asked, which may be another host by now, and its key."""
         with self.store.reading() as session:
             target = target_of(find_resource(session, name), self.vault)
-        return target, offered_key(target, self.connections)
+        with self.asking_host():
+            return target, offered_key(target, self.connections)
 
 
 @dataclass(frozen=True)
@@ -16384,6 +16398,7 @@ def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Do
     """Changes what is given; null stands for the default. Another host, port or username needs the password again; so
     do others that lead through it. `shown`: the digest of what is meant to be changed, if that is to be the same still.
     """
+    who.context.monitor.flush()     # or what a push just said, written later, would be of settings that are over
     with who.context.store.writing() as session:
         row, inventory = changeable(who, session, name), who.context.imported
         if shown and shown != row.settings_digest:
@@ -16432,7 +16447,8 @@ def test_settings(who: Principal, body: Mapping[str, Any], form: Document | None
     begun_mono = time.monotonic()
     trial = replace(who.context.connections, is_trial=True, keeps=False, records={})
     connection = CONNECTIONS[target.settings.platform](target, trial.guard_of(target), trial)
-    verdict, _ = poll_once(target, connection, None)
+    with who.context.asking_host():
+        verdict, _ = poll_once(target, connection, None)
     learned = None if connection.host_key == target.host_key else connection.host_key
     return TrialView(**vars(verdict), seconds=time.monotonic() - begun_mono, host_key=learned)
 
@@ -16451,7 +16467,8 @@ def poll_now(who: Principal, name: str) -> CheckView:
         find_resource(session, name)
     if not who.context.monitor.catch_up():
         raise ApiError("the settings as they are now are not watched yet; try again", 504)
-    report = who.context.monitor.poll_now(name, POLL_NOW_TIMEOUT)
+    with who.context.asking_host():
+        report = who.context.monitor.poll_now(name, POLL_NOW_TIMEOUT)
     if report is None:
         raise ApiError(f"there is no result after {POLL_NOW_TIMEOUT:.0f} s; the poll goes on", 504)
     return CheckView(**vars(report.verdict), seconds=report.seconds, kept=report.kept)
@@ -16499,14 +16516,15 @@ def begin_maintenance(who: Principal, name: str, body: Mapping[str, Any]) -> Res
 
 
 def end_maintenance(who: Principal, name: str) -> None:
-    """Lets a resource count again, and cancels what is planned for it by its name."""
+    """Lets a resource count again; one that does is no longer planned not to, by its name."""
     with who.context.store.writing() as session:
         find_resource(session, name)
         ended = end_works(who, session, scope := Scope(resources=(name,)), "begun")
         other = None if ended else remarks(session, who.context.clock()).maintenance.get(name)
         if other:
             raise ApiError(f"{name} is in maintenance with others ({other.chosen}); end that, number {other.id}", 409)
-        end_works(who, session, scope, "planned")
+        if not ended:
+            end_works(who, session, scope, "planned")
 
 
 def acknowledge_resource(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
@@ -17564,7 +17582,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% elif not empty %}
 <p class="empty">No resource matches. <a href="/-/">Show all</a></p>
 {% else %}
-<p class="empty">No resource is watched: the gate is open whatever happens.
+<p class="empty">No resource is watched{% if is_open %}: the gate is open whatever happens{% endif %}.
 {% if admin %}<a href="/-/add">Add the first one</a>{% endif %}</p>
 {% endif %}
 """, "resource.html": """<header class="title" id="title">
@@ -18130,6 +18148,7 @@ PAGE_SCRIPT = r"""
 const PERIOD = 2000, PATIENCE = 10000, SENDING = 90000;      // milliseconds
 const [main, lost] = ["main", "lost"].map(id => document.getElementById(id));
 let attended = true;    // somebody is here: only that keeps a session alive
+let heard = Date.now(); // the last answer
 let aged = false;       // title and icon show no state
 let turn = 0;           // counts questions; the answer to an earlier one than the last is dropped
 
@@ -18197,7 +18216,13 @@ async function ask(url, options) {
   attended = false;
   const answer = await fetch(url, { headers, signal: AbortSignal.timeout(PATIENCE), ...options });
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  heard = Date.now();
   return { answer, page, late: mine !== turn };
+}
+
+// The address of what is shown: a form may have been sent to elsewhere.
+function settle() {
+  if (main.dataset.refresh) history.replaceState(null, "", main.dataset.refresh);
 }
 
 function show(page, sent) {
@@ -18207,6 +18232,7 @@ function show(page, sent) {
   const icon = head => head.querySelector("link[rel=icon]");
   if (icon(document).href !== icon(page).href) icon(document).href = icon(page).href;
   morph(main, page.querySelector("main"), sent);
+  settle();
   if (focused !== document.activeElement && focused.isConnected) focused.focus({ preventScroll: true });     // it moved
 }
 
@@ -18234,17 +18260,17 @@ async function refresh() {
     if (!late) show(page);
     lost.hidden = true;
   } catch {
-    if (lost.hidden || !aged) age(`No answer since ${serverTime(Date.now() / 1000 + skew)}.`);
+    if (lost.hidden || !aged) age(`No answer since ${serverTime(heard / 1000 + skew)}.`);
   }
 }
 
 const isDue = () => !document.hidden && !main.querySelector("button:disabled") && "refresh" in main.dataset;
 
-// A busy server is asked less often: the pause is ten times as long as the answer took.
+// A busy server is asked less often: the pause is ten times as long as the answer took, within what nobody misses.
 async function watch() {
   const begin = performance.now();
   if (isDue()) await refresh();
-  setTimeout(watch, Math.max(PERIOD, 10 * (performance.now() - begin)));
+  setTimeout(watch, Math.max(PERIOD, Math.min(15000, 10 * (performance.now() - begin))));
 }
 
 // Sends a form without leaving the page, which stays as it was but for what the answer changes.
@@ -18252,13 +18278,15 @@ async function send(form, button) {
   const body = new URLSearchParams(new FormData(form, button));
   const to = form.getAttribute("action") || location.href;      // form.action may be an input of that name
   attended = true;
-  button.disabled = true;
+  const buttons = [button, ...form.querySelectorAll("button:enabled")];     // of two answers the later would be shown
+  for (const each of buttons) each.disabled = true;
   try {
     const { answer, page } = await ask(to, { method: "POST", body, signal: AbortSignal.timeout(SENDING) });
     if (answer.redirected && new URL(answer.url).pathname !== location.pathname) return location.assign(answer.url);
     if (answer.status === 401) return form.submit();     // the login, which brings what was typed back
     lost.hidden = true;
-    if (!answer.ok && !page.querySelector("main [data-keep]")) return warn(page.querySelector("main p").textContent);
+    if (!answer.ok && !page.querySelector("main [data-keep]"))
+      return warn(page.querySelector("main p")?.textContent || `Refused: ${answer.status} ${answer.statusText}.`);
     const panel = answer.ok && form.closest("details");
     if (panel) {
       panel.open = false;
@@ -18269,7 +18297,7 @@ async function send(form, button) {
   } catch {
     age("No answer: it may not have been done.");
   } finally {
-    button.disabled = false;    // which took the focus away
+    for (const each of buttons) each.disabled = false;      // which took the focus away
     if (document.activeElement === document.body) (button.isConnected ? button : main).focus({ preventScroll: true });
   }
 }
@@ -18291,7 +18319,7 @@ addEventListener("input", event => {
 
 for (const kind of ["keydown", "pointerdown", "pointermove", "wheel"])
   addEventListener(kind, () => { attended = true; }, { passive: true });
-if (main.dataset.refresh) history.replaceState(null, "", main.dataset.refresh);     // a form was sent to elsewhere
+settle();
 document.addEventListener("visibilitychange", () => { if (isDue()) refresh(); });    // timers wait in the background
 setTimeout(watch, PERIOD);
 """
@@ -18911,7 +18939,8 @@ def error_page(error: ApiError) -> Answer:
     """What a browser gets instead of the page; those who have to log in are led there and back."""
     is_form = flask.request.method not in SAFE_METHODS
     if error.status == 401:
-        after = quote(flask.request.full_path.rstrip("?"))
+        query = flask.request.query_string.decode("latin-1")
+        after = quote(quote(flask.request.path) + f"?{query}" * bool(query))
         return login_again() if is_form else flask.redirect(f"/-/login?next={after}", 303)
     who: Principal | None = flask.g.get("principal")
     if who and who.operator and who.restricted and error.status == 403 and not is_form:

@@ -131,6 +131,14 @@ def test_session_ends_after_half_an_hour_without_a_request(local: Local) -> None
     assert (reply.status, reply.headers["location"]) == (303, "/-/login?next=/-/")
 
 
+@pytest.mark.parametrize("path", ["/-/resources/a%3Fb%23c%2541%2Bd%26e", "/-/resources/50%2525?range=day&x=%23"])
+def test_the_way_back_after_a_login(path: str, local: Local) -> None:
+    """Whatever the name of what was asked for."""
+    location = local.ask("GET", path).headers["location"]
+    login = {"username": NAME, "password": PASSWORD}
+    assert local.form(location, login).headers["location"] == path
+
+
 @pytest.mark.long
 def test_session_goes_on_with_requests_but_no_longer_than_eight_hours(local: Local) -> None:
     local.open_session()

@@ -7,9 +7,11 @@ import contextlib
 import datetime
 import functools
 import importlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -128,6 +130,24 @@ def test_changes_take_effect_at_once(service: Service, client: Client) -> None:
     service.wait_status("/-/readyz", 503)
     client.api("DELETE", "resources/one")
     service.wait_status("/-/readyz", 200)
+
+
+@pytest.mark.long
+def test_who_waits_for_hosts_that_hang_holds_up_nothing_else(service: Service, client: Client) -> None:
+    """Pages, health and pushes, which close the gate where they come late, share the console's threads with them."""
+    names = [f"hung{number}" for number in range(8)]
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(8) as pool:
+        about = {"platform": "http", "url": f"https://127.0.0.1:{silent.getsockname()[1]}/", "critical": False,
+                 "timeout": 5, "interval": 300}  # fmt: skip
+        assert {client.api("POST", "resources", {"name": name, **about}).status for name in names} == {201}
+        checks = [pool.submit(client.api, "POST", f"resources/{name}/check") for name in names]
+        done, hanging = concurrent.futures.wait(checks, 4)
+        assert client.api("GET", "resources/hung0").status == 200
+        assert len(hanging) == healthchecker.HOSTS_ASKED, "each waits for the five seconds of its host"
+        assert {(check.result().status, check.result().headers["retry-after"]) for check in done} == {(429, "2")}
+        assert {check.result().status for check in hanging} == {200}
+    for name in names:
+        client.api("DELETE", f"resources/{name}")
 
 
 def test_a_check_waits_for_the_settings_or_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

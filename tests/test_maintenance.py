@@ -628,6 +628,16 @@ def test_the_end_of_what_others_have_cancels_nothing_that_is_planned(console: Lo
     assert {work["reason"] for work in console.api("GET", "maintenance").json} == {"disks", "kernel"}
 
 
+def test_the_end_of_what_holds_cancels_nothing_that_is_planned(console: Local) -> None:
+    """Next week's was lost with it, without a word; without any that holds, it is what one means."""
+    console.api("POST", "resources/b/maintenance", {"for": "1h", "reason": "disks"})
+    console.api("POST", "resources/b/maintenance", {"start": clock_at(7 * DAY), "for": "1h", "reason": "kernel"})
+    assert console.api("DELETE", "resources/b/maintenance").status == 204
+    assert [work["reason"] for work in console.api("GET", "maintenance").json] == ["kernel"]
+    assert console.api("DELETE", "resources/b/maintenance").status == 204
+    assert console.api("GET", "maintenance").json == []
+
+
 def test_maintenance_again_is_in_place_of_the_first(console: Local) -> None:
     for reason in ("x", "y"):
         reply = console.api("POST", "resources/b/maintenance", {"for": "1h", "reason": reason})

@@ -356,6 +356,23 @@ def test_enter_saves(page: Page) -> None:
     page.wait_for_url("**/-/")
 
 
+def test_a_token_that_is_shown_once_stays_until_it_is_read(page: Page) -> None:
+    """The page that shows it is the resource's, also for its own refresh."""
+    page.goto("/-/add")
+    page.get_by_label("Platform").select_option("push")
+    field(page, "name").fill("pushed")
+    field(page, "critical").uncheck()
+    page.get_by_role("button", name="Save").click()
+    page.wait_for_url("**/resources/pushed")
+    with page.expect_response(lambda answer: answer.url.endswith("/resources/pushed") and answer.ok):
+        pass
+    page.locator("h1", has_text="pushed").wait_for()
+    page.get_by_text("which is not shown again").wait_for()
+    page.locator("summary", has_text="Remove").click()
+    page.get_by_role("button", name="Remove pushed").click()
+    page.wait_for_url("**/-/")
+
+
 # === Without a browser =======================================================
 @pytest.fixture(scope="module")
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:

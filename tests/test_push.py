@@ -231,6 +231,19 @@ def test_the_newest_word_holds_whatever_is_changed(local: Local) -> None:
     assert local.context.monitor.pollers["job"].standing.state == "unhealthy"
 
 
+def test_a_report_that_is_not_written_yet_outlives_a_change(local: Local) -> None:
+    """Of a job that reports once a day: a restart would close the gate until the next one."""
+    local.log_in()
+    new = {"name": "job", "platform": "push", "password": TOKEN, "interval": 86400}
+    assert local.api("POST", "resources", new).status == 201
+    wait_for(lambda: push(local, "job", healthy=True).status == 204)
+    assert local.api("PATCH", "resources/job", {"tags": ["t"]}).status == 200
+    assert shown(local, "job")[0] == "healthy"
+    with local.context.store.reading() as session:
+        row = session.scalars(sqlalchemy.select(healthchecker.Resource).filter_by(name="job")).one()
+        assert session.get_one(healthchecker.Status, row.id).settings_digest == row.settings_digest
+
+
 def test_a_check_asks_nothing_and_changes_nothing(local: Local) -> None:
     push(local, healthy=True)
     found = local.log_in().api("POST", "resources/backup/check").json
