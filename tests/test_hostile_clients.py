@@ -425,6 +425,7 @@ def outcome(pieces: Iterable[bytes]) -> tuple[str, int]:
             count = parser.received(piece)
             assert 0 < count <= len(piece)
             piece, taken = piece[count:], taken + count
+        taken += len(piece) if parser.unread else 0  # nothing behind it is read
     parser.close()
     if parser.error:
         return parser.error.status, 0
