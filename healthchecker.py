@@ -13879,11 +13879,11 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
     def _read_host(self) -> None:
         """A second Host header stands in the first one's value by now, after a comma. One that is empty is of a client
         which knows no name (RFC 9112, 3.2), as monitors of load balancers are."""
-        host = self.headers.pop("HOST", None)
+        host = self.headers.get("HOST")
         if self.version == "1.1" if host is None else host and not is_host(host):
             raise BadRequest
-        if host:
-            self.headers["HOST"] = host
+        if host == "":
+            del self.headers["HOST"]
         connection = self.headers.get("CONNECTION", "")
         if "," in connection:       # waitress knows one option only
             options = {option.strip().lower() for option in connection.split(",")}
@@ -16519,12 +16519,11 @@ def end_maintenance(who: Principal, name: str) -> None:
     """Lets a resource count again; one that does is no longer planned not to, by its name."""
     with who.context.store.writing() as session:
         find_resource(session, name)
-        ended = end_works(who, session, scope := Scope(resources=(name,)), "begun")
-        other = None if ended else remarks(session, who.context.clock()).maintenance.get(name)
-        if other:
+        if end_works(who, session, scope := Scope(resources=(name,)), "begun"):
+            return
+        if other := remarks(session, who.context.clock()).maintenance.get(name):
             raise ApiError(f"{name} is in maintenance with others ({other.chosen}); end that, number {other.id}", 409)
-        if not ended:
-            end_works(who, session, scope, "planned")
+        end_works(who, session, scope, "planned")
 
 
 def acknowledge_resource(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:

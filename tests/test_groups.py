@@ -179,6 +179,15 @@ def make(gates: Gates, tagged: Mapping[str, Sequence[str]] | None = None) -> tup
     return aggregator, clock
 
 
+def begin(aggregator: HealthAggregator, names: str) -> None:
+    """The start, with resources of one letter each, which are all healthy."""
+    for name in names:
+        aggregator.register(name)
+    aggregator.start()
+    for name in names:
+        aggregator.set_resource(name, True)
+
+
 def gates_with(groups: Sequence[Mapping[str, Any]], routes: Mapping[str, Sequence[str]] | None = None) -> Gates:
     return Gates.model_validate({"groups": groups, "routes": routes or {}})
 
@@ -241,11 +250,7 @@ def test_a_group_of_nobody_who_counts_is_no_healthy_member() -> None:
     """Neither while its own members are in maintenance, nor before the first result of new ones."""
     parts = [{"name": "x", "members": ["a", "b"]}, {"name": "y", "members": ["c"]}]
     aggregator, _ = make(gates_with([{"name": "main", "members": ["x", "y"], "healthy": "any"}, *parts]))
-    for name in "abc":
-        aggregator.register(name)
-    aggregator.start()
-    for name in "abc":
-        aggregator.set_resource(name, True)
+    begin(aggregator, "abc")
     for name in "ab":
         aggregator.deregister(name)
     assert aggregator.is_healthy()
@@ -508,11 +513,7 @@ def test_what_the_workers_cannot_know_waits() -> None:
     """A route that was added counts as if it were not there; one that is gone is like the site; a group is closed."""
     before = gates_with([{"name": "old", "members": ["a"]}], {"/old": ["b"], "/s": []})
     aggregator, _ = make(before)
-    for name in "abc":
-        aggregator.register(name)
-    aggregator.start()
-    for name in "abc":
-        aggregator.set_resource(name, True)
+    begin(aggregator, "abc")
     assert all(is_open(aggregator, name) for name in ("", "old", "/old", "/s"))
     aggregator.arrange(gates_with([{"name": "new", "members": ["b"]}], {"/new": ["c"], "/free": []}), {})
     assert [is_open(aggregator, name) for name in ("", "old", "/old", "/s")] == [True, False, True, True]
@@ -529,11 +530,7 @@ def test_what_is_new_for_a_route_that_waits_closes_nothing() -> None:
     """A trial, as README recommends it, closed the whole site until the restart that it demands."""
     before = gates_with([], {"/old": ["b"]})
     aggregator, _ = make(before)
-    for name in "ab":
-        aggregator.register(name)
-    aggregator.start()
-    for name in "ab":
-        aggregator.set_resource(name, True)
+    begin(aggregator, "ab")
     for after in ({"/old": ["b"], "/try": ["new"]}, {"/old": ["b"], "/try": ["new", "a"]}):
         aggregator.arrange(gates_with([], after), {})
         aggregator.register("new")
@@ -563,11 +560,7 @@ def test_a_group_that_comes_back_begins_anew() -> None:
 
 def test_a_route_that_is_gone_is_as_what_is_around_it() -> None:
     aggregator, _ = make(gates_with([], {"/a": ["w"], "/a/b": [], "/a/b/c": ["v"], "/static": [], "/static/x": ["v"]}))
-    for name in "wv":
-        aggregator.register(name)
-    aggregator.start()
-    for name in "wv":
-        aggregator.set_resource(name, True)
+    begin(aggregator, "wv")
     aggregator.arrange(gates_with([], {"/a": ["w"], "/static": []}), {})
     aggregator.set_resource("w", False, "down")
     names = ("", "/a", "/a/b", "/a/b/c", "/static", "/static/x")
