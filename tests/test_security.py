@@ -1135,6 +1135,7 @@ def test_console_without_descriptors(caplog: pytest.LogCaptureFixture) -> None:
 def test_console_whose_loop_breaks(caplog: pytest.LogCaptureFixture) -> None:
     """As poll(2) does that has no memory, or more descriptors than there may be: it is tried again, and said once."""
     resource: Any = importlib.import_module("resource")
+    caplog.set_level(logging.ERROR, "waitress.queue")   # as in a service: a thread may be late
     caplog.set_level(logging.INFO)
     with no_leaks():
         sock = socket.create_server(("127.0.0.1", 0))
@@ -1323,6 +1324,7 @@ def test_console_waits_for_nobody_who_takes_no_answer() -> None:
 def test_console_ends_who_sends_an_urgent_byte(begin: bytes, caplog: pytest.LogCaptureFixture) -> None:
     """At once and without a word: its loop would turn for it without a pause, and say so each time."""
     caplog.set_level(logging.ERROR, "waitress.queue")   # as in a service: a thread may be late
+    caplog.set_level(logging.WARNING)
     sock = socket.create_server(("127.0.0.1", 0))
     server = ConsoleServer(alive, [sock], ServiceSettings())
     server.start()
