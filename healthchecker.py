@@ -1662,8 +1662,9 @@ class ResourceSettings(Settings):
 # `groups` and `routes`, and what can be wrong between them. Pure; the aggregator counts by them, the gate of each
 # worker sorts paths by them.
 # Gives: by_tag, circles, dependency_faults, gate_lines, Gates, group_faults, GroupSettings, inverse, Quorum, quorum_of,
-# Routes, RouteSettings, unknown_name, usable_parents
+# reached, Routes, RouteSettings, SITE, unknown_name, usable_parents
 DEPTH = 8                       # groups in groups in groups
+SITE = ""                       # the whole site among groups and routes
 CHAIN = 32                      # resources and groups of which each depends on the next
 Quorum = Annotated[str, matching(r"all|any|[1-9][0-9]{0,5}|(100|[1-9][0-9]?)%",
                                  "must be all, any, a number or a percentage such as 50%")]
@@ -1726,8 +1727,21 @@ class Gates(Settings):
         """What holds for a route, or for one that is gone: what holds for the route around it, of those `known`."""
         if path in self.routes:
             return self.routes[path]
-        around = [other for other in self.routes if other in known and path.startswith(f"{other}/")]
-        return self.routes[max(around, key=len)] if around else RouteSettings()
+        return self.routes.get(self.around(path, known), RouteSettings())
+
+    def around(self, path: str, known: Collection[str]) -> str:
+        """The longest route, of those `known`, that a path is below; "": it is the whole site's."""
+        return max((other for other in self.routes if other in known and path.startswith(f"{other}/")), key=len,
+                   default="")
+
+    def asked(self, path: str) -> set[str]:
+        """What has to be open for a request of a path, by name: the route, the group, and "", the whole site."""
+        named = re.sub(r"/-/(readyz|gate)/", "", path)
+        if named in {group.name for group in self.groups}:
+            return {named}
+        path = f"/{named.lstrip('/')}" if named != path else path
+        route = path if path in self.routes else self.around(path, self.routes)
+        return set() if path == "/-/livez" or self.route(route, self.routes).needs == () else {route, SITE}
 
 
 def inverse(inside: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
@@ -1737,6 +1751,14 @@ def inverse(inside: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
         for member in members:
             found[member].append(name)
     return {member: tuple(names) for member, names in found.items()}
+
+
+def reached(name: str, onward: Callable[[str], Iterable[str]]) -> set[str]:
+    """A name and all that is found from it, step by step."""
+    found, level = {name}, {name}
+    while level := {each for known in level for each in onward(known)} - found:
+        found |= level
+    return found
 
 
 def by_tag(resources: Iterable[ResourceSettings]) -> dict[str, tuple[str, ...]]:
@@ -1866,17 +1888,31 @@ def gate_lines(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[
         yield f"behind {parent}: {', '.join(names)}"
 
 
+def surely_closed(gates: Gates, resources: Iterable[ResourceSettings]) -> Callable[[str], set[str]]:
+    """What a resource or group closes alone, whatever others say: routes, and "", the whole site."""
+    members, quorums = gates.members(by_tag(resources)), {group.name: group.healthy for group in gates.groups}
+    above = inverse(members)
+
+    def onward(name: str) -> Iterator[str]:
+        for place in above.get(name, () if name.startswith("/") else (SITE,)):
+            count = len([*members.get(place, ())])
+            if quorum_of(quorums.get(place, "all"), count) == count:
+                yield place
+
+    return lambda name: reached(name, onward)
+
+
 def circles(service: ServiceSettings, gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[str]:
     """What certainly is asked through the gate that it closes: it would stay closed."""
     address, _, port = service.listen.rpartition(":")
-    listen, inside = address.strip("[]"), {*inverse(gates.members(by_tag(resources)))}
-    for settings in (each for each in resources if each.scheme == "http" and each.critical and each.name not in inside):
+    listen, closed = address.strip("[]"), surely_closed(gates, resources)
+    for settings in (each for each in resources if each.scheme == "http" and each.critical):
         host, path = settings.hostname, read_url(settings.url or "").target.partition("?")[0]
         is_any = not listen.strip("0.:") or (listen in LOOPBACK and "localhost" in (host, listen))
         route, spans = gates.route(path, gates.routes), (span.split("-") for span in settings.expect.status or ())
-        passes = (path == "/-/livez" or route.needs == () or (route.mode or service.mode) == "observe"
-                  or any(span[0] <= "503" <= span[-1] for span in spans))
-        if str(settings.port) == port and (host == listen or (host in LOOPBACK and is_any)) and not passes:
+        passes = (route.mode or service.mode) == "observe" or any(span[0] <= "503" <= span[-1] for span in spans)
+        if (str(settings.port) == port and (host == listen or (host in LOOPBACK and is_any)) and not passes
+                and closed(settings.name) & gates.asked(path)):
             yield (f"{settings.name} is asked through the gate that it closes, which never opens again then: write "
                    "`critical: false`, let a path need nothing (`routes: {/ping: []}`) and ask that, or ask /-/livez")
 
@@ -9409,13 +9445,12 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
 # with the clock: of the whole site, of each route and of each group. Reports come from any thread; under one lock a
 # changed one goes up the groups it is in and down to what depends on it, as far as it changes them, and then the leases
 # of groups are written. What opens or closes is announced in `transitions`, which the recorder empties.
-# Gives: closed_groups, counting_on, gates_of, GroupState, HealthAggregator, Lease, Override, reached, SITE
+# Gives: closed_groups, counting_on, gates_of, GroupState, HealthAggregator, Lease, Override
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 OVERRIDE_TTL = 30.0             # seconds for which the gate is opened by hand, unless that is said again
 # Monotonic times: until when something is healthy, and, negative, when it can be so again. The greater one is better.
 Span = tuple[float, float]
 WAITED_FOR: Span = (0.0, 0.0)   # of what has no result yet, at the start
-SITE = ""                       # the whole site among groups and routes
 # The site waits for it until all have a result. No resource has a slash in its name, no route two of them.
 START = "//start"
 TOP = (SITE,)
@@ -9517,14 +9552,6 @@ class Group:
         good = len(self._spans) - bisect.bisect_right(self._spans, (now, math.inf))
         hoped = good - bool(member and member[0] > now) + more
         return bool(more) and hoped >= quorum_of(self._quorum, len(self._spans) + (member is None) + more)
-
-
-def reached(name: str, onward: Callable[[str], Iterable[str]]) -> set[str]:
-    """A name and all that is found from it, step by step."""
-    found, level = {name}, {name}
-    while level := {each for known in level for each in onward(known)} - found:
-        found |= level
-    return found
 
 
 class GroupTree:
@@ -13057,7 +13084,8 @@ class RequestCounters:
 # The application's door, as WSGI: asks the lease on every request, and answers 503 before the application runs unless
 # it holds, or the mode is observe. `route` sorts a request by its path, without blocking; the server runs on its loop
 # what never blocks, and `admit`, the application, in the pool, where the lease is asked once more.
-# Gives: Gate, marked, PathGates, respond, Reply, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER, Way, WELCOME
+# Gives: Gate, HANDLER, HEALTH, marked, METRICS_PATH, NO_STORE, PathGates, PREFIX, READINGS, Reply, respond, Way,
+# WELCOME
 RETRY_AFTER_MAX = 3600          # seconds
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><body style="font:1.1rem system-ui;margin:15vh auto;max-width:32rem;padding:1rem">
@@ -13084,6 +13112,7 @@ Reply = tuple[str, Headers, bytes]     # status line, headers, body
 Way = tuple[Callable[["WSGIEnvironment", "StartResponse", Sequence[Lease]], Iterable[bytes]], Sequence[Lease]]
 UNAVAILABLE = "503 Service Unavailable"
 DOTS = re.compile(r"/\.\.?([/;]|$)")
+READINGS = 3                    # of a path that is decoded again and again; one with more may lead anywhere
 
 
 def respond(environ: WSGIEnvironment, start_response: StartResponse, answer: Reply) -> Iterable[bytes]:
@@ -13116,15 +13145,26 @@ class PathGates:
 
     def of(self, path: str) -> Sequence[Any]:
         """That of the longest route that a path is in, else the site's; where it can be read in two ways, of both:
-        which is the strictest may be another one a moment later."""
+        which is the strictest may be another one a moment later. All, where it may lead anywhere."""
         if not self._routes:
             return self._site
-        if "\\" in path or "%" in path or ("/." in path and DOTS.search(path)):  # it may lead anywhere
-            return self._all
-        if "//" in path or ";" in path:
-            found, other = self._longest(path), self._longest(re.sub("//+", "/", re.sub(";[^/]*", "", path)))
-            return (found,) if found == other else (found, other)
+        if "%" in path or "//" in path or ";" in path or "\\" in path or "/." in path:
+            found = {self._longest(each) for each in self._readings(path)}
+            return tuple(found) if 0 < len(found) <= 2 else self._all
         return (self._longest(path),)
+
+    @staticmethod
+    def _readings(path: str) -> list[str]:
+        """What others may take it for; none: it may lead anywhere."""
+        readings = [path]
+        while "%" in path and (read := unquote(path, "latin-1")) != path:   # by who decodes it once more
+            path = read
+            readings.append(path)
+            if len(readings) > READINGS:
+                return []
+        if "\\" in path or ("/." in path and DOTS.search(path)) or ("%" in path and "%u" in path.lower()):
+            return []
+        return readings + [re.sub("//+", "/", re.sub(";[^/]*", "", each)) for each in readings]
 
     def _longest(self, path: str) -> Any:
         parts = path.split("/", self._depth)[: self._depth]
@@ -13319,6 +13359,7 @@ import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13333,6 +13374,7 @@ LOOK_INTERVAL = 0.5  # seconds until another file is seen
 WOULD_REFUSE = ("X-HealthChecker", "would-refuse")
 BODY = b"temporarily unavailable\\n"
 DOTS = re.compile(r"/\\.\\.?([/;]|$)")
+READINGS = @READINGS@
 log = logging.getLogger("healthchecker")
 clock = time.monotonic
 if sys.platform != "win32":
@@ -13475,7 +13517,7 @@ class AsgiGate:
 def middleware_text(path: Path) -> str:
     """The module that reads a file of leases, in any server."""
     parts = {"PATH": ascii(str(path)), "IDENTITY": json.dumps(IDENTITY),
-             "CELLS": f"{GENERATION}, {COUNT}, {SLOTS}", "OBSERVED": str(OBSERVED),
+             "CELLS": f"{GENERATION}, {COUNT}, {SLOTS}", "OBSERVED": str(OBSERVED), "READINGS": str(READINGS),
              "SHARED": "\n\n".join(inspect.getsource(each) for each in (lease_identity, PathGates, marked))}
     return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], READER)
 

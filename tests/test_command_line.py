@@ -428,6 +428,16 @@ CIRCLES = {     # where it listens, the row, more of the inventory; whether the 
     "a path that is not": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/pings'", "routes: {/ping: []}", True),
     "observed": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/'", "observe", False),
     "for a route alone": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/'", "routes: {/ping: [shop]}", False),
+    "a route of its own": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/ping/a?b'", "routes: {/ping: [shop]}", True),
+    "the route in another": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/p/q'", "routes: {/p: [shop], /p/q: []}", False),
+    "a group": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/'", "groups: [{name: g, members: [shop]}]", True),
+    "one of two": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/'",
+                   "groups: [{name: g, members: [shop, other], healthy: any}]", False),
+    "the group's health": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/-/readyz/g'",
+                           "groups: [{name: g, members: [shop, other]}]\nroutes: {/x: [g]}", True),
+    "the route's health": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/-/gate/x'", "routes: {/x: [shop]}", True),
+    "another's health": ("127.0.0.1", "url: 'http://127.0.0.1:PORT/-/gate/y'",
+                         "routes: {/x: [shop], /y: [other]}", False),
 }
 
 
@@ -438,7 +448,7 @@ def test_check_looks_for_a_gate_that_closes_itself(case: str, tmp_path: Path, ca
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     mode = "  mode: observe\n" if more == "observe" else ""
-    rows = f"  - {{name: shop, platform: http, {row.replace('PORT', port)}}}\n"
+    rows = f"  - {{name: shop, platform: http, {row.replace('PORT', port)}}}\n  - {{name: other, platform: local}}\n"
     path = write_inventory(tmp_path, rows, f"{mode}  listen: {host}:{port}")
     path.write_text(path.read_text(encoding="utf-8") + ("" if mode else more), encoding="utf-8")
     assert main(["--inventory", str(path), "check"]) == 0

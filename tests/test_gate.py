@@ -459,7 +459,7 @@ def test_a_path_that_may_lead_anywhere_costs_no_more_than_others() -> None:
     for each in (lease, *lease.parts.values()):
         each.until.value = NOW + 1
     gate = Gate(hello, lease, lambda: NOW)
-    for path in ("/100%", "/part1/../part2", "/x\\y"):
+    for path in ("/%25252525", "/part1/../part2", "/x\\y"):
         gate.route(path)
         calls.clear()
         sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_name) if event == "call" else None)
@@ -467,13 +467,13 @@ def test_a_path_that_may_lead_anywhere_costs_no_more_than_others() -> None:
             way = gate.route(path)
         finally:
             sys.setprofile(None)
-        assert way[0] == gate.admit and len(way[1]) == 101 and len(calls) < 10, calls
+        assert way[0] == gate.admit and len(way[1]) == 101 and len(calls) < 20, calls     # not one for each
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, NOW, NOW + 1, math.inf]), st.booleans())))
 def test_the_strictest_of_all_is_another_as_soon_as_that_changes(changes: list[tuple[int, float, bool]]) -> None:
     lease = Lease(["/r", "/s", "group"])
-    found = Gate(hello, lease, lambda: NOW).leases_of("/%")
+    found = Gate(hello, lease, lambda: NOW).leases_of("/..")
     assert [each.name for each in found] == ["", "/r", "/s"]
     for place, until, observes in changes:
         one = (lease, *lease.parts.values())[place]
