@@ -10278,10 +10278,11 @@ def prune_events(session: Session, retention: Retention, now: float) -> None:
 
 
 def known_since(session: Session, resource_id: int) -> float | None:
-    """Unix time of the first of what is known of a resource."""
-    first = [session.scalar(sqlalchemy.select(func.min(table.c.at)).where(table.c.resource_id == resource_id))
-             for table in (SAMPLES, AVERAGES)]
-    return min((at for at in first if at is not None), default=None)
+    """Unix time of the first of what is known of a resource; once its first polls are gone, of their quarter."""
+    first: list[float | None] = [session.scalar(sqlalchemy.select(func.min(table.c.at)).where(
+        table.c.resource_id == resource_id)) for table in (SAMPLES, AVERAGES)]
+    poll, quarter = first
+    return poll if quarter is None or (poll is not None and poll < quarter + QUARTER) else quarter
 
 
 def availability(session: Session, resource_id: int, now: float) -> dict[str, float | None]:
@@ -15677,7 +15678,7 @@ def utc_time(at: float) -> datetime.datetime | None:
 # requests come in, rows and events go out; the monitor follows within a second. What a tag or a group chooses is looked
 # at again whenever resources change: it holds for who has the tag then.
 # Gives: cancel_work, CANCELLED, chosen_moment, end_acknowledgement, end_works, forget_seen, leave_works, list_work,
-# MaintenanceView, Order, plan_work, Seen, start_work, Term
+# MaintenanceView, Order, plan_work, Seen, start_work, Term, works_of
 LATE = 60.0                     # seconds by which a beginning may be past
 PLANNED_COUNT = 200             # that run or are ahead, planned here; each is looked at again and again
 CANCELLED = "maintenance cancelled"     # in the event of what ended before it began
@@ -15781,10 +15782,15 @@ def end_work(who: Principal, session: Session, row: Maintenance) -> None:
     revise(session)
 
 
+def works_of(session: Session, scope: Scope, *states: str) -> list[Maintenance]:
+    """What was planned here for exactly this."""
+    return [row for row in session.scalars(sqlalchemy.select(Maintenance).filter_by(plan=""))
+            if row.state in states and row.scope == scope.scope_json]
+
+
 def end_works(who: Principal, session: Session, scope: Scope, *states: str) -> bool:
     """Ends what was planned here for exactly this; says whether there was any."""
-    rows = [row for row in session.scalars(sqlalchemy.select(Maintenance).filter_by(plan=""))
-            if row.state in states and row.scope == scope.scope_json]
+    rows = works_of(session, scope, *states)
     for row in rows:
         end_work(who, session, row)
     return bool(rows)
@@ -16551,7 +16557,12 @@ def begin_maintenance(who: Principal, name: str, body: Mapping[str, Any]) -> Res
     term, scope = validated(Term, body), Scope(resources=(name,))
     with who.context.store.writing() as session:
         find_resource(session, name)
-        if term.times(now := who.context.clock())[0] <= now:    # in place of what holds now
+        start, until = term.times(now := who.context.clock())
+        if start <= now:    # in place of what holds now
+            for row in works_of(session, scope, "begun"):
+                if row.actor != who.name and until < row.until_at:
+                    raise ApiError(f"{row.actor} needs it until {written(row.until_at)} ({row.reason}); say a later "
+                                   "end, or end that first", 409)
             end_works(who, session, scope, "begun")
         plan_work(who, session, scope, term)
     return show_resource(who, name)
@@ -18578,22 +18589,29 @@ def members_of(rows: Iterable[ResourceRow], by: str, groups: Iterable[GroupState
     return found
 
 
+def first_names(rows: Iterable[ResourceRow], inside: Mapping[str, Iterable[ResourceRow]]) -> set[str]:
+    """The worst of some rows, as many as are shown at once: each as often as it stands in a part."""
+    times = collections.Counter(row.name for members in inside.values() for row in members)
+    worst = sorted(rows, key=lambda row: row.sort_key)
+    counts = itertools.accumulate(times[row.name] for row in worst)
+    return {row.name for row, count in zip(worst, counts, strict=True) if count <= ROWS_SHOWN}
+
+
 def sections_of(rows: list[ResourceRow], wanted: Mapping[str, str],
                 groups: Iterable[GroupState]) -> list[dict[str, Any]]:
     """Rows as they are shown, with a heading where there is a title: where there are many, what is well is folded away,
     and of the rest a part is shown; `href` shows or folds those that are hidden."""
-    is_many, left = len(rows) > ROWS_SHOWN, ROWS_SHOWN
+    is_many = len(rows) > ROWS_SHOWN
     by = wanted["by"] or ("tag" if is_many else "none")
     key = COLUMNS.get(wanted["sort"].removeprefix("-"), COLUMNS[""])[1]
     rows = sorted(rows, key=key, reverse=wanted["sort"].startswith("-")) if key else rows
     if by == "none" and not is_many:
         return [{"title": "", "rows": rows}]
-    made = []
-    for title, members in sorted(members_of(rows, by, groups).items()):
+    made, inside = [], members_of(rows, by, groups)
+    first = first_names([row for row in rows if wanted["state"] or row.shown_state in TROUBLE], inside)
+    for title, members in sorted(inside.items()):
         is_whole = not is_many or wanted["unfold"] == title
-        troubled = [row for row in members if row.shown_state in TROUBLE]
-        shown = members if is_whole else (members if wanted["state"] else troubled)[:left]
-        left -= 0 if is_whole else len(shown)
+        shown = members if is_whole else [row for row in members if row.name in first]
         counts = collections.Counter(row.shown_state for row in members)
         href = query_of({**wanted, "unfold": "" if is_whole else title})
         hidden = len(members) - len(shown)

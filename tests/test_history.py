@@ -43,6 +43,7 @@ from healthchecker import (
     chart,
     events,
     filesystem_charts,
+    known_since,
     samples,
 )
 
@@ -317,6 +318,19 @@ def test_availability(polls: str, seconds: int, percent: float | None, rolled: b
         notebook.tidy(now + 10)
         assert notebook.count(AVERAGES) or seconds < QUARTER or not polls
     assert notebook.available(now) == {"day": percent, "week": percent, "month": percent}
+
+
+def test_what_is_known_begins_with_the_first_poll(notebook: Notebook) -> None:
+    """And not with its quarter: a new resource was said to be watched before it was there."""
+    begin = START + QUARTER - 60
+    end = notebook.polls("h" * 30, begin)
+    notebook.tidy(end + QUARTER)
+    assert notebook.count(AVERAGES)
+    with notebook.store.reading() as session:
+        assert known_since(session, notebook.id) == begin
+    notebook.execute("DELETE FROM sample WHERE at < :at", at=START + QUARTER)
+    with notebook.store.reading() as session:
+        assert known_since(session, notebook.id) == START   # once they are gone
 
 
 # --- averages and charts ---

@@ -545,6 +545,7 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
         wait_for(lambda: stored_state(made, "a") == "unhealthy" and stored_state(made, "b") == "healthy")
         with made.store.writing() as session:
             session.add(make_user("viewer", role="viewer"))
+            session.add(make_user("colleague"))
         made.log_in()
         yield made
 
@@ -644,6 +645,21 @@ def test_maintenance_again_is_in_place_of_the_first(console: Local) -> None:
         assert (reply.status, reply.json["maintenance"]["reason"]) == (200, reason)
     assert [work["reason"] for work in console.api("GET", "maintenance").json] == ["y"]
     assert [event[0] for event in told(console, limit=3)] == ["begun", "over", "begun"]
+
+
+def test_nobody_cuts_the_time_that_another_needs(console: Local) -> None:
+    """Not unawares: the resource would count while that one works on it."""
+    def begin(hours: int) -> Any:
+        return console.api("POST", "resources/b/maintenance", {"for": f"{hours}h", "reason": str(hours)})
+
+    begin(3)
+    console.log_in_as("colleague", "token")
+    reply = begin(1)
+    assert reply.status == 409 and f"{NAME} needs it until 2" in reply.json["detail"] and "(3)" in reply.json["detail"]
+    assert [work["reason"] for work in console.api("GET", "maintenance").json] == ["3"]
+    assert begin(4).status == 200       # who worked first has at least as long
+    assert begin(2).status == 200       # one's own
+    assert [work["reason"] for work in console.api("GET", "maintenance").json] == ["2"]
 
 
 def test_one_resource_does_not_end_what_is_of_others_too(console: Local) -> None:

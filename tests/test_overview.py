@@ -273,6 +273,16 @@ def test_what_is_well_is_folded(many: Local) -> None:
     assert "away1" in gzip.decompress(packed.data).decode()
 
 
+@pytest.mark.long
+def test_what_the_gate_depends_on_is_not_folded_behind_what_it_does_not(
+    many: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts were filled in the order of their titles."""
+    monkeypatch.setattr(healthchecker, "ROWS_SHOWN", 1)
+    assert rows_of(many, "") == ["away1"]
+    assert rows_of(many, "?by=group&sort=-name") == ["away1"]
+
+
 @pytest.mark.parametrize(
     ("query", "names"),
     [
