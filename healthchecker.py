@@ -9445,7 +9445,7 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
 # with the clock: of the whole site, of each route and of each group. Reports come from any thread; under one lock a
 # changed one goes up the groups it is in and down to what depends on it, as far as it changes them, and then the leases
 # of groups are written. What opens or closes is announced in `transitions`, which the recorder empties.
-# Gives: closed_groups, counting_on, gates_of, GroupState, HealthAggregator, Lease, Override
+# Gives: closed_groups, counting_on, gates_of, GroupState, HealthAggregator, Lease, Override, stand_in
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 OVERRIDE_TTL = 30.0             # seconds for which the gate is opened by hand, unless that is said again
 # Monotonic times: until when something is healthy, and, negative, when it can be so again. The greater one is better.
@@ -10020,6 +10020,15 @@ def counting_on(aggregator: HealthAggregator, name: str, closed: bool = False) -
     those that are `closed` now."""
     with aggregator._lock:
         return aggregator._tree.counting_on(name, aggregator._clock() if closed else math.inf)
+
+
+def stand_in(aggregator: HealthAggregator, name: str, before: str) -> None:
+    """Until its first result a resource is as bad as what it takes the place of."""
+    with aggregator._lock:
+        span, reason = aggregator._tree._own.get(before, (None, None))
+        if span and span[0] <= aggregator._clock() and name in aggregator._first.pending:
+            aggregator._tree.put(name, span, reason)
+            aggregator._publish()
 
 
 def gates_of(aggregator: HealthAggregator, name: str) -> set[str]:
@@ -12581,6 +12590,15 @@ def is_same_place(before: ResourceSettings, settings: ResourceSettings) -> bool:
         "platform", "hostname", "connect_port", "url", "hops", "username", "key_file", "secrets"))
 
 
+def let_go(aggregator: HealthAggregator, gone: Mapping[str, Poller], new: Sequence[Target]) -> None:
+    """Those that are `gone` count no more; what is `new` in the place of one may be that, renamed without a word."""
+    for name, poller in gone.items():
+        for target in new:
+            if is_same_place(poller.target.settings, target.settings):
+                stand_in(aggregator, target.name, name)
+        aggregator.deregister(name)
+
+
 def sample_before(before: Poller | None, stored: Stored | None, target: Target) -> Sample | None:
     """What the next poll of the same place has to know of the last one."""
     if before and is_same_place(before.target.settings, target.settings):
@@ -12957,8 +12975,7 @@ class Monitor(threading.Thread):
         with self.aggregator.at_once():    # what has another name neither opens nor closes in between
             self.aggregator.arrange(gates, by_tag(everything), usable_parents(gates, everything))
             self._recount(covered)
-            for name in gone:
-                self.aggregator.deregister(name)
+            let_go(self.aggregator, gone, [targets[name] for name in fresh if not found[name]])
         start_new(self.pollers.values() if self.is_alive() else ())
         with self._followed:
             self._revision, self._looked_mono, self.targets = current, lease_clock(), targets

@@ -485,6 +485,20 @@ def test_another_machine_has_to_show_that_it_is_well(house: House, machines: Mac
         wait_for(lambda: not house.aggregator.is_healthy())
 
 
+def test_who_is_down_is_so_under_another_name(house: House, machines: Machines) -> None:
+    """Renamed without `was`: it is another resource, but the gate does not open until that is known to be well."""
+    house.write("name: old, fall: 1")
+    machines.behaviours["old"] = unreachable
+    with house.watching():
+        wait_for(lambda: house.stored("old")[0] == "unhealthy")
+        machines.behaviours["new"] = machines.takes(60)
+        house.write("name: new, fall: 1")
+        wait_for(lambda: machines.moments("new"))
+        assert not house.aggregator.is_healthy() and house.state("new")[0] == "unknown"
+        machines.ended.set()
+        wait_for(house.aggregator.is_healthy)
+
+
 @pytest.mark.parametrize("interval", [50.0, 60.0], ids=["with a change", "renamed alone"])
 def test_who_takes_the_name_of_a_removed_one_is_still_down(house: House, machines: Machines, interval: float) -> None:
     """Both between two looks of the monitor: what the removed one found is not news of the other."""
