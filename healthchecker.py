@@ -9585,18 +9585,20 @@ class GroupTree:
         return tree
 
     def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]], known: Collection[str],
-                parents: Mapping[str, Sequence[str]]) -> None:
+                parents: Mapping[str, Sequence[str]], there: Collection[str] = ()) -> None:
         """Groups and routes from now on. Of routes only those that are `known` to the workers: one that was not there
-        when they began counts for nothing yet, nor does what is new and only there, or what is tried out would close
-        the whole site. One that is gone is as what is around it. No circle in `parents`."""
+        when they began counts for nothing yet, nor does what is only there and did not count for the site, or what is
+        tried out would close that. One that is gone is as what is around it. No circle in `parents`; `there`: names of
+        resources that were there before, also if they count for nothing now."""
         routes = {path: gates.route(path, known).needs for path in known if path.startswith("/")}
         members = {group: tuple(inside) for group, inside in gates.in_groups(tagged).items()}
         order = [*graphlib.TopologicalSorter({**members, **parents}).static_order()]
         members |= {path: () if needs == () else tuple(dict.fromkeys((*(needs or ()), SITE)))
                     for path, needs in routes.items()}
         later = {name for path, route in gates.routes.items() if path not in known for name in route.needs or ()}
-        new = {name: () for name in later
-               if self._above.get(name) == () or name not in self._own.keys() | self.groups.keys()}
+        old = {*self._own, *self.groups, *there}
+        new = {name: () for name in later if not any(
+            SITE in self.gates(each) for each in reached(name, lambda group: members.get(group, ())) & old)}
         self.groups = {SITE: Group(), **{group.name: Group(group.healthy, group.warn) for group in gates.groups},
                        **{path: Group() for path in routes}}
         self._above = {name: () for name in (SITE, *routes)} | new | inverse(members)
@@ -9845,13 +9847,13 @@ class HealthAggregator:
                 self._publish()
 
     def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]],
-                parents: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
+                parents: Mapping[str, Sequence[str]] = MappingProxyType({}), there: Collection[str] = ()) -> None:
         """Groups and routes from now on, as far as the workers know them; `tagged`: names of resources by tag,
-        `parents`: what resources depend on, without a circle."""
+        `parents`: what resources depend on, without a circle; `there`: those that were there before."""
         with self._lock:
             if self._arranged != (gates, tagged, parents):
                 self._arranged = gates, tagged, parents
-                self._tree.arrange(gates, tagged, self.lease.parts, parents)
+                self._tree.arrange(gates, tagged, self.lease.parts, parents, there)
                 self._open = {name: self._open[name] for name in self._open.keys() & self._tree.groups}  # gone: anew
                 self._first.look_again()
                 for name, lease in self.lease.parts.items():
@@ -12973,7 +12975,8 @@ class Monitor(threading.Thread):
         everything = [target.settings for target in targets.values()]
         covered = self.maintenance.covered(lease_clock() + self._zero_at)
         with self.aggregator.at_once():    # what has another name neither opens nor closes in between
-            self.aggregator.arrange(gates, by_tag(everything), usable_parents(gates, everything))
+            self.aggregator.arrange(gates, by_tag(everything), usable_parents(gates, everything),
+                                    {name for name, target in targets.items() if target.id in known})
             self._recount(covered)
             let_go(self.aggregator, gone, [targets[name] for name in fresh if not found[name]])
         start_new(self.pollers.values() if self.is_alive() else ())

@@ -543,6 +543,38 @@ def test_what_is_new_for_a_route_that_waits_closes_nothing() -> None:
     assert not is_open(aggregator), "in no route it is the site's"
 
 
+def test_what_counted_for_the_site_does_so_beside_a_new_route() -> None:
+    """Behind a group that is new, in maintenance, or with another name: a reload opened a gate that was closed."""
+    aggregator, _ = make(gates_with([]))
+    begin(aggregator, "abc")
+    aggregator.set_resource("a", False, "down")
+    groups = [{"name": "g", "members": ["a"]}, {"name": "h", "members": ["b"]}]
+    aggregator.arrange(gates_with(groups, {"/try": ["g", "h", "new"]}), {})
+    assert not is_open(aggregator)
+    aggregator.deregister("a")      # maintenance begins
+    assert is_open(aggregator)
+    aggregator.arrange(gates_with([], {"/try": ["a", "b", "renamed", "new"]}), {}, {}, {"a", "b", "renamed"})
+    for name in ("a", "renamed", "b", "new"):
+        aggregator.register(name)
+        aggregator.set_resource(name, True)
+        aggregator.set_resource(name, False, "down")
+        assert is_open(aggregator) is (name == "new"), name
+        aggregator.set_resource(name, True)
+
+
+def test_what_moves_to_a_new_route_closes_nothing_else() -> None:
+    """It counted for another route, which is gone: the whole site was closed instead."""
+    aggregator, _ = make(gates_with([{"name": "g", "members": ["b"]}], {"/old": ["a", "g"]}))
+    begin(aggregator, "abc")
+    for name in "ab":
+        aggregator.set_resource(name, False, "down")
+    assert is_open(aggregator) and not is_open(aggregator, "/old")
+    aggregator.arrange(gates_with([{"name": "g", "members": ["b"]}], {"/new": ["a", "g"]}), {})
+    assert is_open(aggregator)
+    aggregator.set_resource("c", False, "down")
+    assert not is_open(aggregator)
+
+
 def test_a_group_that_comes_back_begins_anew() -> None:
     """It had been closed since it was gone, in incidents and uptime."""
     group = gates_with([{"name": "g", "members": ["a"]}])
