@@ -1692,7 +1692,7 @@ def short_route(value: object) -> object:
 
 
 Routes = dict[Annotated[str, matching(
-    r"(?!/-(/|$))(/(?!\.\.?(/|$)|:)[^/?#;%\\*<>{}()|$^\x00-\x1f\x7f]+)+",
+    r"(?!/-(/|$))(?!.*(\(/\||\$$))(/(?!\.\.?(/|$)|:)[^/?#;%\\*<>{}^\x00-\x1f\x7f]+)+",
     "must be a path such as /reports, which holds for all below it, and no pattern; not below /-/, without a last "
     "slash or what could be read in two ways: // . .. % ; \\ ? #", 1024)],
     Annotated[RouteSettings, BeforeValidator(short_route)]]
@@ -4847,8 +4847,8 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline, *,
 # Asked before every login with a password and told what came of it; answers with permission, a wait, or ProbeError
 # `auth`. The threads of the pollers share a guard for each credential; what it has to know after a restart and on other
 # machines goes out to a journal, before a login whose end nobody may live to see. Its times are LOGIN_CLOCK's.
-# Gives: ANSWER_TIME, AUTH_BACKOFF, LateLogin, LOCKOUT_WINDOW, log_in_beside, NOT_TRIED, LoginGuard, LoginJournal,
-# LoginRecord, Guards
+# Gives: ANSWER_TIME, AUTH_BACKOFF, Guards, JOURNAL_TIME, LateLogin, LOCKOUT_WINDOW, log_in_beside, LoginGuard,
+# LoginJournal, LoginRecord, NOT_TRIED
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
 SAME_REFUSAL = 5.0              # seconds between two times that may be told of one refusal, as clocks are adjusted
 AUTH_RETRY = 60.0               # seconds until the second attempt where the credential was accepted lately
@@ -12468,7 +12468,7 @@ class Poller(ResourceLease, threading.Thread):
         self.previous = sample or self.previous
         seconds, not_tried = lease_clock() - begun_mono, verdict.reason.startswith(NOT_TRIED)
         if self._epoch != self._context.members.epoch or (not_tried and not (
-                wait > 0 and self.standing.state == "unknown")):
+                wait > JOURNAL_TIME and self.standing.state == "unknown")):
             # no result, or one of a life that is over: the standing holds, and a sibling's success may free this one
             report = Report(self.target, self.standing, self.standing, verdict, self._context.recorder.wall(), seconds)
             return min(wait or settings.retry, settings.interval), report

@@ -115,7 +115,8 @@ FAULTS = {
     "a route to a route": ("routes:\n  /a: [db1]\n  /b: [^/a]", "routes./b[0]: must be 1 to 253 characters"),
     **{path: (f"routes:\n  {path}: ^[]", f"routes.{path}: must be a path such as /reports") for path in (
         "/", "/-", "/-/gate", "reports", "/reports/", "/a//b", "/a/../b", "/a/..", "/./a", "/a%20b", "/a?b=1", "/a;b",
-        "/a\\b", "//a", "/a/*", "/a/**", "/a/<id>", "/a/{id}", "/a/:id", "/a(/|$)")},
+        "/a\\b", "//a", "/a/*", "/a/**", "/a/<id>", "/a/{id}", "/a/:id", "/a(/|$)",
+        "/a$")},
     "a route that is a name": ("routes:\n  /a: ^db1", "routes./a: must be a list"),
     "a long route to nobody": ("routes:\n  /a: {needs: [db1, ^warehose]}",
                                "routes./a.needs[1]: no resource or group has this name; did you mean warehouse?"),
@@ -177,6 +178,11 @@ def make(gates: Gates, tagged: Mapping[str, Sequence[str]] | None = None) -> tup
     aggregator = HealthAggregator(Lease(gates.members({})), clock)
     aggregator.arrange(gates, tagged or {})
     return aggregator, clock
+
+
+@pytest.mark.parametrize("path", ["/odata/$batch", "/wiki/Foo_(bar)", "/a|b", "/größe", "/a:b", "/.well-known"])
+def test_a_route_may_be_any_real_path(path: str) -> None:
+    assert gates_with([], {path: []}).routes[path].needs == ()
 
 
 def begin(aggregator: HealthAggregator, names: str) -> None:

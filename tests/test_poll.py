@@ -46,6 +46,7 @@ from healthchecker import (
     KnownHosts,
     LateLogin,
     LoginGuard,
+    LoginJournal,
     LoginRecord,
     Monitor,
     NotAllowed,
@@ -2774,6 +2775,23 @@ def events(house: House) -> list[tuple[str, str]]:
     with house.store.reading() as session:
         rows = session.scalars(sqlalchemy.select(healthchecker.Event).order_by(healthchecker.Event.id))
         return [(row.resource, row.text.partition(" after ")[0]) for row in rows if row.kind == "state"]
+
+
+def test_what_is_not_tried_for_a_moment_is_no_result(
+    house: House, machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a refusal several machines wait for what the others had begun: resources that were added then closed the
+    gate, and healthy hosts were told as refused."""
+    monkeypatch.setattr(healthchecker, "JOURNAL_TIME", 3.0)
+    house.write("name: a, critical: false, timeout: 10")
+    machines.behaviours |= {name: machines.login(name, refused if name == "a" else None) for name in "ab"}
+    with house.watching():
+        house.poller("a")._guard.rows.journal = LoginJournal(machines=lambda: 2)
+        wait_for(lambda: house.state("a") == ("unhealthy", "auth"))
+        house.write("name: a, critical: false, timeout: 10", "name: b, timeout: 10")
+        wait_for(lambda: "b" in house.monitor.pollers and house.state("b")[0] != "unknown")
+        assert ("b", "unknown -> healthy") in events(house) and house.aggregator.is_healthy()
+    assert machines.logins == ["a", "b"]
 
 
 CHILDREN = [f"h{number}" for number in range(5)]
