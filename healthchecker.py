@@ -3570,7 +3570,7 @@ class SqliteFile:
 
     def is_running(self, machine: str = "") -> bool:
         """Whether a service is on the database, as far as can be told without a change; `machine`: there is no other.
-        Any number may ask."""
+        Any number may ask. Raises StorageError."""
         del machine
         lock = Path(f"{self.path}.lock").absolute()
         if not lock.exists():
@@ -3579,6 +3579,8 @@ class SqliteFile:
             with contextlib.closing(sqlite3.connect(f"{lock.as_uri()}?mode=ro", timeout=0, uri=True)) as connection:
                 connection.execute("SELECT * FROM sqlite_master").fetchall()
         except sqlite3.Error as error:
+            if "unable to open" in str(error):      # or one would stop what serves
+                raise StorageError(f"{lock}: {denial(lock, 'read')}") from None
             return "locked" in str(error)
         return False
 
@@ -21603,17 +21605,22 @@ def typed_password() -> str:
     return password
 
 
+def revoke_token_of(who: Principal, given: argparse.Namespace) -> None:
+    found = [row.id for row in list_tokens(who) if (row.user, row.name) == (given.name, given.token)]
+    revoke_token(who, found[0] if found else "")
+
+
 def make_token_of(who: Principal, given: argparse.Namespace) -> None:
     """Prints a new token, and nothing else where a script reads it."""
     new = validated(NewToken, {"name": given.token, "role": given.role, "expires": given.expires})
     with who.context.store.reading() as session:
         user = find_user(session, given.name)
-    print(issue_token(who, user, new).token)
-
-
-def revoke_token_of(who: Principal, given: argparse.Namespace) -> None:
-    found = [row.id for row in list_tokens(who) if (row.user, row.name) == (given.name, given.token)]
-    revoke_token(who, found[0] if found else "")
+    token = issue_token(who, user, new).token
+    try:
+        print(token, flush=True)
+    except OSError as error:
+        revoke_token_of(who, given)
+        raise UsageError(f"no token is made: the output cannot be written: {error.strerror}") from error
 
 
 def show_tokens(who: Principal, _: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ from service import PROGRAM, Program, Service, command, environment, prepared_ke
 from sshd import ParamikoSshd, make_key, write_private
 
 import healthchecker
-from healthchecker import UsageError, Vault, binding, load_inventory, main
+from healthchecker import FIRST_USER, UsageError, Vault, binding, load_inventory, main
 
 LOCAL = "  - {name: here, platform: local}\n"
 CALM = "  - {name: calm, platform: simulated, mean_healthy: 100000}\n"
@@ -1296,3 +1296,29 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
             command(write_inventory(tmp_path, CALM), "--help"), stdout=full, stderr=subprocess.PIPE, encoding="utf-8",
             env=environment({"PYTHONUNBUFFERED": ""}), check=False, timeout=120)  # fmt: skip
     assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "cannot be written" in done.stderr, done
+
+
+@POSIX_ONLY
+def test_who_may_not_see_whether_the_service_runs_is_told_so(tmp_path: Path) -> None:
+    """And not that another program has its port, which one would stop."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"  listen: 127.0.0.1:{taken.getsockname()[1]}"
+        path, lock = write_inventory(tmp_path, LOCAL, listen), tmp_path / "healthchecker.db.lock"
+        stored(path)
+        lock.touch(0)
+        code, output = run_cheaply("--inventory", str(path), "check", unprivileged=True)
+    assert code == 4 and "may not read it; run" in output and "uses that port" not in output
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is of Linux")
+def test_a_token_that_nobody_could_read_is_none(tmp_path: Path) -> None:
+    prepared_database(tmp_path)
+    path = write_inventory(tmp_path, CALM)
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            command(path, "user", "token", "add", FIRST_USER[0], "nightly"), stdout=full, stderr=subprocess.PIPE,
+            encoding="utf-8", env=environment(), check=False, timeout=120)  # fmt: skip
+    assert done.returncode == 2 and "no token is made" in done.stderr and done.stderr.count("\n") == 1, done
+    code, output = run_cheaply("--inventory", str(path), "user", "token", "list")
+    assert code == 0 and "nightly" not in output
