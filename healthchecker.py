@@ -11062,11 +11062,13 @@ class MaintenanceKeeper:
 # days: one resource that flaps pushes the others out. In come transitions and what the workers count; rows go out. In
 # the recorder's thread; any thread reads. The start waits for first results and is no incident if the gate opens then.
 # Gives: gate_strip, Incident, IncidentLog, incidents, IncidentsQuery, IncidentView, PartView, prune_incidents,
-# refusals, retold, SEEN_AGAIN, ServiceView, STANDING, told_by_service, UptimeQuery, UPTIMES, uptime, UptimeView
+# refusals, retold, SEEN_AGAIN, ServiceView, STANDING, told_by_service, UNSERVED_TIME, UptimeQuery, UPTIMES, uptime,
+# UptimeView
 WATCH_INTERVAL = 5.0            # seconds after which what lasts is written again
 SEEN_AGAIN = 2 * WATCH_INTERVAL     # seconds within which a machine that lives has done so
 WATCH_GAP = 60.0                # seconds of a suspended machine: of those nothing is known
 START_PATIENCE = 60.0           # seconds for which a start may wait for first results
+UNSERVED_TIME = 5.0             # seconds without a worker that is ready, which are no replacement as any other
 CAUSES = 900.0, 3               # seconds before an incident in which changes may have led to it; how many are told
 HISTORY_DAYS = 90               # for which incidents are kept at least
 UPTIMES = {"day": 1, "week": 7, "month": 30, "90 days": HISTORY_DAYS}
@@ -11231,6 +11233,20 @@ def retold(session: Session, turns: Sequence[dict[str, Any]], since: float) -> l
     return found
 
 
+def all_standing(aggregator: HealthAggregator, since: Callable[[str], float],
+                 standings: Iterable[tuple[str, Standing, bool]]) -> dict[str, Any]:
+    """How everything stands, for ServiceView; `since`: when a group last opened or closed."""
+    gates = [{"name": each.name, "state": each.state, "why": each.why, "since": since(each.name)}
+             for each in (*aggregator.groups(site=True), *aggregator.groups())]
+    counts, others = collections.Counter(dict.fromkeys((*get_args(State), "maintenance"), 0)), []
+    for name, standing, counted in standings:
+        state = standing.state if counted else "maintenance"
+        counts[state] += 1
+        if state != "healthy":
+            others.append({"name": name, "state": state, "why": standing.why, "since": standing.since_at or None})
+    return {"mode": aggregator.lease.mode, "gates": gates, "resources": counts, "others": others}
+
+
 # Counts no time of a suspended machine. On Windows there is no such clock: who has not looked, was suspended.
 awake_clock: Callable[[], float] = float if sys.platform == "win32" else time.monotonic
 
@@ -11271,23 +11287,27 @@ class IncidentLog:
         """The service ends: the next thing that is written says so."""
         self._ends = True
 
-    def look(self, transitions: Iterable[tuple[float, bool, str, str]]) -> None:
+    def look(self, transitions: Iterable[tuple[float, bool, str, str]], *, alone: bool = True) -> None:
         """Takes up what has closed or opened, one by one and then as it stands: what opens or closes with the first
-        decision is no transition."""
+        decision is no transition. Not `alone`: clients of whom no worker takes care have another machine."""
         now_mono, now_at = self._clock(), self._wall()
         self._before, self._now = self._now, self._counted()
         self._given.clear()
-        self.follow_clock()
+        seen_from, unserved = self.follow_clock(), self.unserved() if alone else ""
         for at, is_open, why, name in transitions:
-            if is_open:
-                self._complete(name, at, why)
-            elif name not in self._lasting:
+            if not is_open and name not in self._lasting:
                 self._begin(name, at, why)
+            elif is_open and (name != SITE or not unserved):
+                self._complete(name, at, why)
         closed = closed_groups(self._aggregator, self._lasting)
         if closed is None and now_mono - self._begun_mono >= START_PATIENCE:
             closed = {SITE: self._aggregator.groups(site=True)[0].why}
         if closed is not None:
-            self._compare(closed, now_at)
+            if unserved and not {SITE} & (closed.keys() | self._lasting):
+                turned_at = max(seen_from, self.changed_at.get(SITE, self._begun_at))
+                self._begin(SITE, max(turned_at, now_at - UNSERVED_TIME), unserved)
+                self._lasting[SITE].mode = "enforce"    # nobody could let a request pass
+            self._compare(closed | ({SITE: unserved} if unserved else {}), now_at)
 
     def _compare(self, closed: Mapping[str, str], now_at: float) -> None:
         """Takes up how everything stands now."""
@@ -11351,7 +11371,12 @@ class IncidentLog:
         """Writes how everything stands to the Setting `name`, within the caller's transaction; `since`: when a group
         last opened or closed; not `changed`: only after a while."""
         if changed or self._ends or self._clock() - self._said_mono >= WATCH_INTERVAL:
-            session.merge(Setting(name=name, value=0, text="" if self._ends else self._standing(since)))
+            told = all_standing(self._aggregator, since, self.standings())
+            if why := self.unserved():
+                begun_at = self._lasting[SITE].from_at if SITE in self._lasting else None
+                told["gates"][0] |= {"state": "unhealthy", "why": why, "since": begun_at}
+            text = "" if self._ends else json.dumps({"mono": self._clock(), **told})
+            session.merge(Setting(name=name, value=0, text=text))
             self._said_mono = self._clock()
 
     def write(self, session: Session) -> None:
@@ -11379,19 +11404,6 @@ class IncidentLog:
         self._over.clear()
         self._numbered.clear()
         self._begun, self._written_mono = self._speaks, self._clock()
-
-    def _standing(self, since: Callable[[str], float]) -> str:
-        gates = [{"name": each.name, "state": each.state, "why": each.why, "since": since(each.name)}
-                 for each in (*self._aggregator.groups(site=True), *self._aggregator.groups())]
-        gates[0] |= {"state": "unhealthy", "why": why} if (why := self.unserved()) else {}
-        counts, others = collections.Counter(dict.fromkeys((*get_args(State), "maintenance"), 0)), []
-        for name, standing, counted in self.standings():
-            state = standing.state if counted else "maintenance"
-            counts[state] += 1
-            if state != "healthy":
-                others.append({"name": name, "state": state, "why": standing.why, "since": standing.since_at or None})
-        return json.dumps({"mono": self._clock(), "mode": self._aggregator.lease.mode, "gates": gates,
-                           "resources": counts, "others": others})
 
     def follow_clock(self) -> float:
         """A clock that was set makes nothing longer or shorter that lasts. Since when all is seen without a gap."""
@@ -12048,7 +12060,7 @@ class Recorder(threading.Thread):
                 at, why = self.changed_at(each.name), "" if is_open else each.why
                 self._events.append((None, turn_of(
                     self._aggregator.lease, self._changed_at, (at, is_open, why, each.name))))
-        self.incidents.look(transitions)
+        self.incidents.look(transitions, alone=len(self._members.names) < 2)
         for report in (self._reports.popleft() for _ in range(len(self._reports))):
             self._latest[report.target.id] = report
             self._samples.append((origin_of(report), report.sample_row))
@@ -14791,7 +14803,6 @@ HANG_TIME = 10.0                # seconds without a turn of its loop after which
 HANG_SPACING = 2.0              # seconds between two such replacements, so that never all are gone at once
 READY_TIME = 60.0               # seconds to import the application after which a replacement is replaced, at least
 READY_MOST = 960.0              # seconds that this becomes where they are not, doubled each time
-UNSERVED_TIME = 5.0             # seconds without a worker that is ready, which are no replacement as any other
 START_NEWS = 5.0                # seconds between two lines about a start that takes long
 WORKER_LIFE = 10.0              # seconds of serving after which a worker's end is no sign that it can never run
 WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)  # seconds before the 1st, 2nd, … replacement of short-lived workers
@@ -15604,6 +15615,7 @@ class ConsoleContext:
     clock: Callable[[], float] = time.time      # Unix time
     throttle: LoginThrottle = dataclass_field(default_factory=LoginThrottle)
     counters: Counters = dataclass_field(default_factory=lambda: Counters(1))   # of the workers
+    unserved: Callable[[], str] = str           # why clients have no answer, whatever the lease says
     asking: threading.Semaphore = dataclass_field(default_factory=lambda: threading.Semaphore(HOSTS_ASKED))
     notes_at: float = 0.0       # when requests are noted as sessions' last ones again
     trouble: Trouble = dataclass_field(default_factory=lambda: Trouble("a request to the console failed"))
@@ -15619,7 +15631,7 @@ class ConsoleContext:
 
     @property
     def is_healthy(self) -> bool:
-        return lease_clock() < self.lease.until.value
+        return lease_clock() < self.lease.until.value and not self.unserved()
 
     @property
     def passed(self) -> int:
@@ -16340,8 +16352,10 @@ class GateView(Settings):
 def show_gate(who: Principal) -> GateView:
     """The gate, who opened or closed it by hand, and whether it refuses at all."""
     context, [site] = who.context, who.context.monitor.aggregator.groups(site=True)
+    unserved = context.unserved()
     return GateView.model_validate({
-        "state": "closed" if site.state == "unhealthy" else "open", "why": site.why, "mode": site.mode,
+        "state": "closed" if unserved or site.state == "unhealthy" else "open", "why": unserved or site.why,
+        "mode": site.mode,
         "would_refuse": context.passed, "override": context.monitor.override.now}, from_attributes=True)
 
 
@@ -16983,6 +16997,8 @@ def health() -> flask.typing.ResponseReturnValue:
             "system", view.state, caused(view.cause, view.reason), time=view.polled and view.polled.isoformat())
             for view in list_resources(who)}
         checks |= {f"{group.name}:state": observed("component", group.state, group.why) for group in list_groups(who)}
+        if unserved := who.context.unserved():
+            checks["gate:workers"] = observed("component", "unhealthy", unserved)
         if override := who.context.monitor.override.now:
             checks["gate:override"] = observed("component", override.action, override.why)
         if who.context.lease.observes.value:
@@ -17032,11 +17048,13 @@ class ServingMetrics:
     lease: Lease
     counters: Counters
     clock: Callable[[], float] = lease_clock
+    unserved: Callable[[], str] = str       # why clients have no answer
 
     def collect(self) -> Iterator[Metric]:
         left = max(0.0, self.lease.until.value - self.clock())
         cells, open_connections = self.counters.totals(), [n for n in self.counters.held if n >= 0]
-        yield gauge("gate_open", "1 while the gate is open: requests reach the application.", float(left > 0))
+        yield gauge("gate_open", "1 while the gate is open: requests reach the application.",
+                    float(left > 0 and not self.unserved()))
         yield gauge("gate_observes", "1 in mode observe: a closed gate refuses nothing.", self.lease.observes.value)
         yield labelled(GaugeMetricFamily, "gate_override", "1 while an operator has opened or closed the gate.",
                        "action", ((action, self.lease.by_hand.value == value)
@@ -18671,7 +18689,9 @@ def overview(**more: Any) -> flask.Response:
         untold = session.execute(sqlalchemy.select(Receiver.name, Receiver.trouble).where(
             Receiver.trouble != "", ours)).all()
     groups = list_groups(current_principal())
-    blockers = [] if is_open else blockers_of(everything, groups)
+    unserved = context.unserved()
+    nobody = [{"name": "service", "reason": unserved}] if unserved else []
+    blockers = nobody or ([] if is_open else blockers_of(everything, groups))
     found = [row for row in everything if row.matches(wanted)]
     rows = [row for row in found if wanted["state"] in ("", row.shown_state)]
     states = collections.Counter(row.shown_state for row in everything)
@@ -20931,16 +20951,16 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
         vault = prepare(installation, store)
         recorder = Recorder(store, aggregator, service.retention, IncidentLog(
             aggregator, supervisor.counters.refusals, wall=store.wall), members)
-        recorder.incidents.unserved = lambda: supervisor.unserved
+        unserved = recorder.incidents.unserved = lambda: supervisor.unserved
         uplink = Uplink(service.uplink, service.hold, access.resolver, wall=store.wall)
         monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random(), uplink, members))
         stack.enter_context(contextlib.closing(monitor)).begin()
         members.heed(lambda: not uplink.cut and recorder.is_well and monitor.is_alive())
         if console:
             context = ConsoleContext(store, inventory, aggregator.lease, vault, monitor, access, store.wall,
-                                     counters=supervisor.counters)
-            metrics = Metrics(ServingMetrics(aggregator.lease, supervisor.counters), store, service.metrics_token_file,
-                              access, monitor)
+                                     counters=supervisor.counters, unserved=unserved)
+            serving = ServingMetrics(aggregator.lease, supervisor.counters, unserved=unserved)
+            metrics = Metrics(serving, store, service.metrics_token_file, access, monitor)
             server = ConsoleServer(build_console(context, metrics), console, service)
             stack.enter_context(contextlib.closing(server)).start()
         notifier = Notifier(store, vault, functools.partial(service_problems, recorder), console_url(service), monitor)

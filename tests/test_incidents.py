@@ -311,6 +311,43 @@ def test_a_service_that_was_away(bench: Bench) -> None:
     assert bench.uptime()["day"] == pytest.approx(95.0)
 
 
+def test_no_worker_answers(bench: Bench, tmp_path: Path) -> None:
+    """Clients had no answer although the gate was open, for the seconds before that is known, too; not where another
+    machine lives, which answers them. What closes the gate meanwhile is the same incident."""
+    bench.report(a=True, b=True, c=True)
+    bench.look(1000)
+    bench.log.changed_at[""] = bench.wall.now - 1000
+    bench.log.unserved = lambda: "no worker is ready"
+    bench.log.look((), alone=False)
+    assert not bench.found()
+    bench.look(10)
+    bench.report(b=False)
+    bench.look(10)
+    bench.report(b=True)
+    bench.look(10)
+    [one] = bench.found()
+    assert (one.end, one.why) == ("", "no worker is ready")
+    assert one.from_at == bench.wall.now - 20 - healthchecker.UNSERVED_TIME
+    with bench.store.writing() as session:
+        bench.log.tell(session, lambda _: bench.wall.now - 1030, "standing")
+        told = healthchecker.ServiceView.model_validate_json(session.get(Setting, "standing").text)  # type: ignore[union-attr]
+    assert told.state == "closed" and told.gates[0].since and told.gates[0].since.timestamp() == one.from_at
+    bench.log.unserved = str
+    bench.look(970)
+    [one] = bench.found()
+    assert (one.end, one.to_at - one.from_at, one.opened_by) == ("opened", 25 + 30, "")
+    assert bench.uptime()["day"] == pytest.approx(100 * (1 - 55 / 2000))
+
+
+def test_where_nobody_answers_nothing_is_observed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "observe")
+    with contextlib.closing(bench.store):
+        bench.report(a=True, b=True, c=True)
+        bench.log.unserved = lambda: "no worker is ready"
+        bench.look(10)
+        assert [one.mode for one in bench.found()] == ["enforce"]
+
+
 def test_a_suspended_machine(bench: Bench) -> None:
     """Of the time nothing is known, and what lasted ends with the last look."""
     bench.report(a=True, b=False, c=True)

@@ -373,6 +373,13 @@ def test_gate_and_requests(store: Store) -> None:
     assert (closed["healthchecker_gate_open",], closed["healthchecker_lease_seconds",]) == (0, 0)
 
 
+def test_a_gate_behind_which_nobody_answers_is_not_open(store: Store) -> None:
+    lease = Lease()
+    lease.until.value = 107.5
+    serving = ServingMetrics(lease, Counters(1), lambda: 100.0, lambda: "no worker process is ready")
+    assert series(ask(Metrics(serving, store, None, access())))["healthchecker_gate_open",] == 0
+
+
 HOSTILE = 'a"b\\n\\\\c{d="e"}é☃ # 1'
 
 

@@ -309,6 +309,20 @@ def test_what_is_not_known_is_not_green(tmp_path: Path, monkeypatch: pytest.Monk
         assert word(local) == "unknown" and ".unknown.svg" in reply.body and ".healthy.svg" not in reply.body
 
 
+def test_where_no_worker_answers_nothing_says_open(tmp_path: Path) -> None:
+    with page(tmp_path) as local:
+        wait_for(lambda: word(local) == "open")
+        why = "no worker process is ready"
+        local.context.unserved = lambda: why
+        assert word(local) == "closed" and "since" not in shown(local).body
+        assert (local.ask("GET", "/-/health").status, local.ask("GET", "/-/health").json) == (503, {"status": "fail"})
+        local.log_in()
+        gate, health = local.api("GET", "gate").json, local.ask("GET", "/-/health").json
+        assert (gate["state"], gate["why"], health["checks"]["gate:workers"][0]["output"]) == ("closed", why, why)
+        local.open_session()
+        assert "Gate closed" in (body := local.ask("GET", "/-/").body) and why in body
+
+
 def basic(password: str) -> str:
     return f"Basic {base64.b64encode(f'wall:{password}'.encode()).decode()}"
 

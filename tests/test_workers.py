@@ -568,6 +568,8 @@ def test_no_worker_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         next(iter(workers(service.pid).values())).kill()
         wait_for(lambda: capsys.readouterr() and healthchecker.main(words) == 2, BACK)
         assert "CLOSED: gate unhealthy (no worker process is ready" in capsys.readouterr().out
+        assert service.get_console("/-/health").status == 503
+        assert "\nhealthchecker_gate_open 0.0\n" in service.get_console("/-/metrics").body
 
 
 @pytest.mark.long
