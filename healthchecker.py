@@ -3659,8 +3659,8 @@ class SqliteFile:
 # What holds the tables: that file, or a database of PostgreSQL that several machines reach. What the two do
 # differently is in their classes, and nowhere else. The main process alone opens it, in any thread: reads see one
 # state, writes wait for each other.
-# Gives: Claim, CLAIM_INTERVAL, CLAIM_LIFE, Database, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, PATIENCE, PostgresServer,
-# Store
+# Gives: Claim, CLAIM_INTERVAL, CLAIM_LIFE, Database, DATABASE_CLOCK, impatient, IMPATIENCE, IS_LIVING, PATIENCE,
+# PostgresServer, Store
 
 # PostgreSQL gives a statement up, and we a connection without a byte of it, after so many seconds: two of these and one
 # try to connect take less time than an open gate outlasts a monitor that waits.
@@ -3676,6 +3676,16 @@ OLDEST_POSTGRES = 14
 REQUIRED = ("; have the server ask for the password by scram-sha-256, or write sslmode=verify-full or what it may ask "
             "by, such as require_auth=md5, into service.database (with libpq 16 or newer)")
 NO_PSYCOPG = "service.database needs psycopg 3: in its environment run `pip install \"psycopg[binary]>=3.3\"`"
+
+
+@contextlib.contextmanager
+def impatient() -> Iterator[None]:
+    """Around what this thread reads for a program that gives up soon, and that has an answer without it, too."""
+    before = PATIENCE.set(IMPATIENCE)
+    try:
+        yield
+    finally:
+        PATIENCE.reset(before)
 
 
 def until_silent(waiting: Generator[Any, Any, Any], seconds: float) -> Generator[Any, Any, Any]:
@@ -16987,13 +16997,11 @@ def observed(kind: str, value: str, output: str, **more: Any) -> list[dict[str, 
              "status": HEALTH_STATUS.get(value, "warn"), **more}]
 
 
-def health() -> flask.typing.ResponseReturnValue:
-    """application/health+json; the resources only for those who are logged in."""
-    who = identify(current_principal().context, flask.request)
-    answer: dict[str, Any] = {"status": "pass" if who.context.is_healthy else "fail"}
+def health_checks(context: ConsoleContext) -> dict[str, Any]:
+    """What health tells besides, for those who are logged in."""
+    who = identify(context, flask.request)
     if who.operator and who.may("viewer") and not who.restricted:
-        answer["releaseId"] = VERSION
-        checks = answer["checks"] = {f"{view.name}:state": observed(
+        checks: dict[str, Any] = {f"{view.name}:state": observed(
             "system", view.state, caused(view.cause, view.reason), time=view.polled and view.polled.isoformat())
             for view in list_resources(who)}
         checks |= {f"{group.name}:state": observed("component", group.state, group.why) for group in list_groups(who)}
@@ -17003,7 +17011,18 @@ def health() -> flask.typing.ResponseReturnValue:
             checks["gate:override"] = observed("component", override.action, override.why)
         if who.context.lease.observes.value:
             checks["gate:mode"] = observed("component", "observe", "nothing is refused")
-    return answer, 200 if who.context.is_healthy else 503, {"Content-Type": "application/health+json"}
+        return {"releaseId": VERSION, "checks": checks}
+    return {}
+
+
+def health() -> flask.typing.ResponseReturnValue:
+    """application/health+json; the gate's word needs no database, which may be away."""
+    context, more = current_principal().context, dict[str, Any]()
+    with context.trouble.caught(), impatient():
+        more = health_checks(context)
+    is_healthy = context.is_healthy
+    return ({"status": "pass" if is_healthy else "fail", **more}, 200 if is_healthy else 503,
+            {"Content-Type": "application/health+json"})
 
 
 def problem(error: ApiError) -> flask.typing.ResponseReturnValue:
@@ -17100,27 +17119,42 @@ RESOURCE_METRICS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def resource_metrics(row: Any, standing: Any, more: Remarks) -> Iterator[tuple[str, tuple[str, ...], float]]:
-    """All of one resource, a row of METRIC_ROWS, and how it stands: keys of RESOURCE_METRICS, with values of the
-    labels. What was not read is left out and never 0; a host may send words where a number belongs."""
+class Unread(NamedTuple):
+    """A resource of which nothing can be read: in place of a row of METRIC_ROWS."""
+
+    name: str
+    polled_at: float = 0.0
+
+
+ResourceMetrics = Iterator[tuple[str, tuple[str, ...], float]]      # keys of RESOURCE_METRICS, values of labels
+
+
+def sample_metrics(text: str) -> ResourceMetrics:
+    """What a poll read; a host may send words where a number belongs."""
+    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):   # of a damaged row
+        sample = from_json(text) or NO_SAMPLE
+        for key, value in (*sample["details"].items(), *sample["metrics"].items()):
+            name, *part = key.split(" ", 1)
+            if len(part) == len(RESOURCE_METRICS.get(name, ())) - 1 and isinstance(value, float):
+                yield name, tuple(part), value
+        for kind in ("service", "check"):
+            for name, outcome in sample[f"{kind}s"].items():
+                yield f"{kind}_good", (name,), outcome["good"]
+
+
+def resource_metrics(row: Any, standing: Any, more: Remarks | None) -> ResourceMetrics:
+    """All of one resource, a row of METRIC_ROWS, and how it stands. What was not read is left out and never 0."""
     for state in get_args(State):
         yield "state", (state,), state == (standing.state or "unknown")
-    yield "maintenance", (), row.name in more.maintenance
-    yield "acknowledged", (), row.name in more.seen
+    if more:
+        yield "maintenance", (), row.name in more.maintenance
+        yield "acknowledged", (), row.name in more.seen
     if standing.cause:
         yield "cause", (standing.cause,), 1.0
     if row.polled_at:
         yield "poll_duration_seconds", (), row.seconds
         yield "last_poll_timestamp_seconds", (), row.polled_at
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):   # of a damaged row
-            sample = from_json(row.sample) or NO_SAMPLE
-            for key, value in (*sample["details"].items(), *sample["metrics"].items()):
-                name, *part = key.split(" ", 1)
-                if len(part) == len(RESOURCE_METRICS.get(name, ())) - 1 and isinstance(value, float):
-                    yield name, tuple(part), value
-            for kind in ("service", "check"):
-                for name, outcome in sample[f"{kind}s"].items():
-                    yield f"{kind}_good", (name,), outcome["good"]
+        yield from sample_metrics(row.sample)
 
 
 METRIC_ROWS = RESOURCES.with_only_columns(Resource.name, Status.state, Status.cause, Status.polled_at, Status.seconds,
@@ -17151,6 +17185,7 @@ class Metrics:
         self._serving, self._store, self._token_file, self._connections = serving, store, token_file, connections
         self._monitor = monitor
         self._complaint = ""        # the last one about the token file
+        self._unread = Trouble("what /-/metrics says of the resources cannot be read")
         self._lock = threading.Lock()       # guards these two, so that who asks meanwhile waits for the same text
         self._made, self._text = -math.inf, b""
 
@@ -17186,11 +17221,14 @@ class Metrics:
             return self._text
 
     def collect(self) -> Iterator[Metric]:
-        with self._store.reading() as session:
-            rows, more = session.execute(METRIC_ROWS).all(), remarks(session, self._store.wall())
-            tokens = session.execute(TOKEN_ROWS).all()
-            receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.is_told)).all()
         known = {name: standing for name, standing, _ in self._monitor.standings()} if self._monitor else {}
+        rows: Sequence[Any] = [*map(Unread, known)]     # where the database is away
+        more, tokens, receivers = None, cast("Sequence[Any]", ()), cast("Sequence[Any]", ())
+        with self._unread.caught(), impatient(), self._store.reading() as session:
+            found = session.execute(METRIC_ROWS).all(), remarks(session, self._store.wall())
+            receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.is_told)).all()
+            tokens, (rows, more) = session.execute(TOKEN_ROWS).all(), found
+        yield gauge("database_up", "1 while the database can be read.", float(more is not None))
         standings = [known.get(row.name) or row for row in rows]    # rows may not be written yet, or cannot be
         states = collections.Counter(standing.state or "unknown" for standing in standings)
         yield labelled(GaugeMetricFamily, "resources", "Resources by state.", "state", (
@@ -17201,6 +17239,15 @@ class Metrics:
             for name, labels, value in resource_metrics(row, standing, more):
                 families[name].add_metric((row.name, *labels), value)
         yield from families.values()
+        yield from self._group_metrics()
+        yield from self._login_metrics()
+        yield labelled(GaugeMetricFamily, "api_token_expires_timestamp_seconds", "Unix time of an API token's end.",
+                       "user token", tokens)
+        yield labelled(CounterMetricFamily, "notifications", "Messages that were delivered, or given up after an hour "
+                       "of tries.", "receiver result", ((row.name, result, getattr(row, result)) for row in receivers
+                                                        for result in ("delivered", "failed")))
+
+    def _group_metrics(self) -> Iterator[Metric]:
         groups = self._monitor.aggregator.groups() if self._monitor else []
         yield labelled(GaugeMetricFamily, "group_healthy", "1 while a group or a route is healthy.", "group", (
             (group.name, group.state != "unhealthy") for group in groups))
@@ -17211,6 +17258,8 @@ class Metrics:
                        "route", ((path, counters.total(cell)) for path, cell in counters.routes.items() if path))
         is_cut = bool(self._monitor and self._monitor.uplink.cut)
         yield gauge("cut_off", "1 while no uplink answers, nor do more than half of the machines.", float(is_cut))
+
+    def _login_metrics(self) -> Iterator[Metric]:
         watched = dict(self._connections.watched)
         yield labelled(CounterMetricFamily, "logins", "Logins by outcome.", "resource outcome", (
             (name, outcome, count) for name, connection in watched.items()
@@ -17220,11 +17269,6 @@ class Metrics:
                        "polls.", "kept", (("true", held), ("false", len(watched) - held)))
         yield CounterMetricFamily("healthchecker_second_tries", "Polls that began again on a new connection.",
                                   sum(record.second_tries for record in list(self._connections.records.values())))
-        yield labelled(GaugeMetricFamily, "api_token_expires_timestamp_seconds", "Unix time of an API token's end.",
-                       "user token", tokens)
-        yield labelled(CounterMetricFamily, "notifications", "Messages that were delivered, or given up after an hour "
-                       "of tries.", "receiver result", ((row.name, result, getattr(row, result)) for row in receivers
-                                                        for result in ("delivered", "failed")))
 
 
 # === Charts ==================================================================

@@ -548,16 +548,47 @@ def test_a_text_is_made_once_a_second(store: Store, metrics: Metrics, monkeypatc
 
 
 def test_a_database_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Or the series of the gate ended with it, and no alarm could tell that it is closed; how a resource stands is
+    known without it. Health says to who is logged in what it says to others."""
+    (tmp_path / "metrics.token").write_text(TOKEN, encoding="ascii")
+    with local_console(tmp_path, "  - {name: r, platform: simulated, mean_healthy: 1000000}\n") as local:
+        metrics = Metrics(ServingMetrics(local.context.lease, Counters(1)), local.store, tmp_path / "metrics.token",
+                          access(), local.context.monitor)  # fmt: skip
+        local.app = build_console(local.context, metrics)
+        wait_for(lambda: local.context.is_healthy)
+        assert series(local.ask("GET", "/-/metrics", headers=BEARER).body)["healthchecker_database_up",] == 1
+        local.log_in()
+        metrics._made = -math.inf
+        with local.store.writing() as session:
+            session.execute(sqlalchemy.text("DROP TABLE status"))
+            session.execute(sqlalchemy.text("DROP TABLE maintenance"))
+        found = series(local.ask("GET", "/-/metrics", headers=BEARER).body)
+        assert (found["healthchecker_database_up",], found["healthchecker_gate_open",]) == (0, 1)
+        assert found["healthchecker_resource_state", "r", "healthy"] == 1
+        assert not {key[0] for key in found} & {f"healthchecker_resource_{name}" for name in (
+            "maintenance", "acknowledged", "last_poll_timestamp_seconds")}, "what is not known is left out"
+        assert re.search("no such table|does not exist", caplog.text)
+        assert "database_up" not in local.ask("GET", "/-/metrics").body
+        assert (local.ask("GET", "/-/health").status, local.ask("GET", "/-/health").json) == (200, {"status": "pass"})
+        local.context.unserved = lambda: "no worker is ready"
+        assert local.ask("GET", "/-/health").status == 503
+
+
+def test_a_database_that_hangs_holds_nobody_up(tmp_path: Path) -> None:
+    """Prometheus gives up after ten seconds, and who asks next may wait behind it."""
     (tmp_path / "metrics.token").write_text(TOKEN, encoding="ascii")
     with local_console(tmp_path) as local:
         metrics = Metrics(ServingMetrics(Lease(), Counters(1)), local.store, tmp_path / "metrics.token", access())
         local.app = build_console(local.context, metrics)
-        with local.store.writing() as session:
-            session.execute(sqlalchemy.text("DROP TABLE status"))
-        reply = local.ask("GET", "/-/metrics", headers=BEARER)
-        assert (reply.status, reply.headers["retry-after"]) == (503, "1")
-        assert "SELECT" not in reply.body and re.search("no such table|does not exist", caplog.text)
-        assert local.ask("GET", "/-/metrics").status == 200, "the totals need no database"
+        local.log_in()
+        waits, here = list[float](), threading.get_ident()
+        sqlalchemy.event.listen(local.store.engine, "before_cursor_execute", lambda *_: waits.extend(
+            [healthchecker.PATIENCE.get()] if threading.get_ident() == here else []))
+        for headers, path in ((BEARER, "/-/metrics"), ({}, "/-/health")):
+            assert local.ask("GET", path, headers=headers).status in (200, 503)
+            assert set(waits) == {healthchecker.IMPATIENCE}
+            waits.clear()
+        assert healthchecker.PATIENCE.get() == healthchecker.ANSWER_TIMEOUT
 
 
 def test_damaged_sample_spoils_nothing(store: Store, metrics: Metrics) -> None:
