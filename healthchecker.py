@@ -12004,10 +12004,10 @@ class Recorder(threading.Thread):
                 self.incidents.begin_anew()
             self._is_heard = self._is_heard and speaks
             self.incidents.speak(speaks=speaks or waits, waits=waits)
-            self._gather(speaks=speaks)
             while self._kept and not waits:     # those that live by then have told what is theirs, or will
                 origin, event = self._kept.popleft()
                 self._events += [(origin, event)] * self._members.owns(event.get("resource", SITE))
+            self._gather(speaks=speaks)     # later than what was kept: how everything stands is said last
             if (logins := self.logins.gather()) or self._latest or self._events or self.incidents.due:
                 turns = [event for origin, event in self._events if origin == TURN and self._members.is_shared]
                 with self._store.writing(fleeting=not (logins or self._events or self.incidents.due)) as session:
