@@ -19730,7 +19730,9 @@ class Announcer:
         return notice
 
     def _begin(self, kind: str, name: str, text: str, since_at: float, times: int) -> None:
-        known = self.notices.get((kind, name))      # it came back before its end was told
+        known = self.notices.get((kind, name))      # it came back before its end was told, or lasts for another reason
+        if known and not known.over_at:
+            times = 0 if known.told_at else max(times - known.times, 0)
         self._put(known._replace(over_at=0.0, ending="", times=known.times + times, text=one_line(text)) if known else
                   NoticeRow(self.row.id, kind, name, one_line(text), "", times, since_at, since_at, 0.0, 0.0))
 

@@ -436,6 +436,21 @@ def test_an_end_that_is_no_recovery(seconds: float, why: str) -> None:
     assert why in desk.said[-1][2]
 
 
+def test_how_often_it_happened() -> None:
+    """What goes on for another reason has not begun again, told before or not."""
+    desk = Desk(on=["state"], remind=0.01)
+    for why in ("check: no answer", "unreachable", "check: no answer", "timeout"):
+        desk.happens(**SICK | {"text": why})
+        desk.until(desk.now - NOON + 15)    # the first of them are told together
+    desk.happens(**WELL)
+    desk.until(100)
+    assert len(desk.said) > 2 and not [body for *_, body in desk.said if " times" in body]
+    for state in (SICK, SICK, WELL, SICK, WELL):
+        desk.happens(**state)
+    desk.until(200)
+    assert ", 2 times" in desk.said[-1][2]
+
+
 def test_a_recovery_is_a_success() -> None:
     desk = Desk(on=["gate", "state"])
     for begin, end in ((CLOSED, OPEN), (SICK, WELL)):
