@@ -20022,7 +20022,7 @@ class Deliveries:
 
     def __init__(self, vault: Vault, ending: threading.Event) -> None:
         self._vault, self._ending = vault, ending
-        self.threads: dict[int, tuple[threading.Thread, str]] = {}      # of what has no result yet, and what that is
+        self.threads: dict[int, tuple[threading.Thread, str, str]] = {}     # of what has no result: what and whereto
         self.results: queue.SimpleQueue[tuple[int, Delivery]] = queue.SimpleQueue()
         self._lock = threading.Lock()       # guards the next, and that none begins after the end
         self.running: dict[int, ChildProcess] = {}
@@ -20035,16 +20035,16 @@ class Deliveries:
         thread = threading.Thread(None, self._send, f"notify {row.name}", (
             row.id, row.url, row.bound, Message(title, body, kind)), daemon=True)
         thread.start()
-        self.threads[row.id] = thread, row.message
+        self.threads[row.id] = thread, row.message, row.url
 
-    def take(self) -> Iterator[tuple[int, str, Delivery]]:
-        """What became of those that are over."""
+    def take(self) -> Iterator[tuple[int, str, str, Delivery]]:
+        """What became of those that are over: receivers, messages, sealed URLs and how it ended."""
         for number, came in (self.results.get() for _ in range(self.results.qsize())):
-            yield number, self.threads.pop(number)[1], came
+            yield number, *self.threads.pop(number)[1:], came
 
     def close(self, deadline: Deadline) -> None:
         """Ends those that are still on their way then."""
-        for thread in (threads := [thread for thread, _ in self.threads.values()]):
+        for thread in (threads := [thread for thread, *_ in self.threads.values()]):
             thread.join(max(0.0, deadline.remaining))
         with self._lock:
             for child in self.running.values():
@@ -20240,9 +20240,11 @@ class Notifier(threading.Thread):
         return True
 
     def _take_results(self, now: float) -> None:
-        for number, letter, came in self._deliveries.take():
+        for number, letter, url, came in self._deliveries.take():
             self._is_kept, self._seen = False, None     # something else may be due by that
             if not (announcer := self._announcers.get(number)) or announcer.row.message != letter:
+                continue
+            if announcer.row.url != url and not came.is_delivered:      # what was corrected meanwhile failed at nothing
                 continue
             name = announcer.row.name
             if not announcer.take_result(came, now):
