@@ -20017,6 +20017,11 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
                    running_works(more, tags))
 
 
+def concerns(row: Receiver, letter: str, url: str, came: Delivery) -> bool:
+    """Whether it is news of a receiver: its message, and no failure at an address that was corrected meanwhile."""
+    return row.message == letter and (came.is_delivered or row.url == url)
+
+
 class Deliveries:
     """Messages on their way, by the receiver's id, each in a thread of its own; none begins once `ending` is set."""
 
@@ -20242,9 +20247,7 @@ class Notifier(threading.Thread):
     def _take_results(self, now: float) -> None:
         for number, letter, url, came in self._deliveries.take():
             self._is_kept, self._seen = False, None     # something else may be due by that
-            if not (announcer := self._announcers.get(number)) or announcer.row.message != letter:
-                continue
-            if announcer.row.url != url and not came.is_delivered:      # what was corrected meanwhile failed at nothing
+            if not (announcer := self._announcers.get(number)) or not concerns(announcer.row, letter, url, came):
                 continue
             name = announcer.row.name
             if not announcer.take_result(came, now):
