@@ -9599,8 +9599,8 @@ class GroupTree:
     def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]], known: Collection[str],
                 parents: Mapping[str, Sequence[str]], there: Collection[str] = ()) -> None:
         """Groups and routes from now on. Of routes only those that are `known` to the workers: one that was not there
-        when they began counts for nothing yet, nor does what is only there and did not count for the site, or what is
-        tried out would close that. One that is gone is as what is around it. No circle in `parents`; `there`: names of
+        when they began counts for nothing yet, nor does what is new and only there, or what is tried out would
+        close the whole site. One that is gone is as what is around it. No circle in `parents`; `there`: names of
         resources that were there before, also if they count for nothing now."""
         routes = {path: gates.route(path, known).needs for path in known if path.startswith("/")}
         members = {group: tuple(inside) for group, inside in gates.in_groups(tagged).items()}
@@ -9610,7 +9610,7 @@ class GroupTree:
         later = {name for path, route in gates.routes.items() if path not in known for name in route.needs or ()}
         old = {*self._own, *self.groups, *there}
         new = {name: () for name in later if not any(
-            SITE in self.gates(each) for each in reached(name, lambda group: members.get(group, ())) & old)}
+            self._above.get(each, TOP) for each in reached(name, lambda group: members.get(group, ())) & old)}
         self.groups = {SITE: Group(), **{group.name: Group(group.healthy, group.warn) for group in gates.groups},
                        **{path: Group() for path in routes}}
         self._above = {name: () for name in (SITE, *routes)} | new | inverse(members)

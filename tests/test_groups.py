@@ -568,19 +568,6 @@ def test_what_counted_for_the_site_does_so_beside_a_new_route() -> None:
         aggregator.set_resource(name, True)
 
 
-def test_what_moves_to_a_new_route_closes_nothing_else() -> None:
-    """It counted for another route, which is gone: the whole site was closed instead."""
-    aggregator, _ = make(gates_with([{"name": "g", "members": ["b"]}], {"/old": ["a", "g"]}))
-    begin(aggregator, "abc")
-    for name in "ab":
-        aggregator.set_resource(name, False, "down")
-    assert is_open(aggregator) and not is_open(aggregator, "/old")
-    aggregator.arrange(gates_with([{"name": "g", "members": ["b"]}], {"/new": ["a", "g"]}), {})
-    assert is_open(aggregator)
-    aggregator.set_resource("c", False, "down")
-    assert not is_open(aggregator)
-
-
 def test_a_group_that_comes_back_begins_anew() -> None:
     """It had been closed since it was gone, in incidents and uptime."""
     group = gates_with([{"name": "g", "members": ["a"]}])
