@@ -12618,8 +12618,11 @@ def is_same_place(before: ResourceSettings, settings: ResourceSettings) -> bool:
 
 def let_go(aggregator: HealthAggregator, gone: Mapping[str, Poller], new: Sequence[Target]) -> None:
     """Those that are `gone` count no more; what is `new` in the place of one may be that, renamed without a word."""
+    there = collections.defaultdict[str, list[Target]](list)    # by host: of thousands each may be renamed
+    for target in new:
+        there[target.settings.hostname].append(target)
     for name, poller in gone.items():
-        for target in new:
+        for target in there.get(poller.target.settings.hostname, ()):
             if is_same_place(poller.target.settings, target.settings):
                 stand_in(aggregator, target.name, name)
         aggregator.deregister(name)
@@ -15721,8 +15724,8 @@ def utc_time(at: float) -> datetime.datetime | None:
 # What operators plan, and say that they have seen, in the console's threads and in the maintenance commands. Bodies of
 # requests come in, rows and events go out; the monitor follows within a second. What a tag or a group chooses is looked
 # at again whenever resources change: it holds for who has the tag then.
-# Gives: cancel_work, CANCELLED, chosen_moment, end_acknowledgement, end_works, forget_seen, leave_works, list_work,
-# MaintenanceView, Order, plan_work, Seen, start_work, Term, works_of
+# Gives: cancel_work, CANCELLED, chosen_moment, end_acknowledgement, end_work, end_works, forget_seen, leave_works,
+# list_work, MaintenanceView, Order, plan_work, Seen, start_work, Term, works_of
 LATE = 60.0                     # seconds by which a beginning may be past
 PLANNED_COUNT = 200             # that run or are ahead, planned here; each is looked at again and again
 CANCELLED = "maintenance cancelled"     # in the event of what ended before it began
@@ -16609,7 +16612,7 @@ def begin_maintenance(who: Principal, name: str, body: Mapping[str, Any]) -> Res
                 if row.actor != who.name and until < row.until_at:
                     raise ApiError(f"{row.actor} needs it until {written(row.until_at)} ({row.reason}); say a later "
                                    "end, or end that first", 409)
-            end_works(who, session, scope, "begun")
+                end_work(who, session, row)
         plan_work(who, session, scope, term)
     return show_resource(who, name)
 
@@ -20017,7 +20020,7 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
                    running_works(more, tags))
 
 
-def concerns(row: Receiver, letter: str, url: str, came: Delivery) -> bool:
+def is_news(row: Receiver, letter: str, url: str, came: Delivery) -> bool:
     """Whether it is news of a receiver: its message, and no failure at an address that was corrected meanwhile."""
     return row.message == letter and (came.is_delivered or row.url == url)
 
@@ -20247,7 +20250,7 @@ class Notifier(threading.Thread):
     def _take_results(self, now: float) -> None:
         for number, letter, url, came in self._deliveries.take():
             self._is_kept, self._seen = False, None     # something else may be due by that
-            if not (announcer := self._announcers.get(number)) or not concerns(announcer.row, letter, url, came):
+            if not (announcer := self._announcers.get(number)) or not is_news(announcer.row, letter, url, came):
                 continue
             name = announcer.row.name
             if not announcer.take_result(came, now):
