@@ -8659,6 +8659,7 @@ class WindowsOutput(Output):
         self._next = 0      # number of the row that is expected
         self._then = "begin"    # what the script does: it begins, runs checks (""), ends by "exit", or waits for "stop"
         self._line = b""        # that is not whole
+        self._unheard = False   # whether a further script ended before its first word
         self._counted = self._before = 0    # the number of a row, and what had come when it was expected first
         has_nonce = settings.endpoint or settings.platform is Platform.LOCAL    # else a pipeline's output is its own
         self._nonce = mark.split(None, 1)[0][1:] if has_nonce else ""
@@ -8699,6 +8700,8 @@ class WindowsOutput(Output):
         if self._then == "exit":
             unknown = {"good": False, "text": "ended by exit, whose code cannot be had"}
             self._add({"number": self._next - 1, **(unknown if code is None else {"code": code})})
+        elif self._then == "begin" and not self._unheard and not self._over:
+            self._unheard = True    # no check is to blame: it is asked again
         elif self._then != "stop" and not (self._then == "begin" and self._over):
             timeout = self._settings.checks[self._next - 1].timeout
             why = "no end when the poll's time was over" if self._over else f"no end in {timeout:g} s"
