@@ -1186,9 +1186,12 @@ def read_url(text: str) -> Url:
     raise ValueError("must be http:// or https://, a host and a path, in ASCII, without user, password or fragment")
 
 
+STATUS_RANGE = re.compile("[1-5][0-9][0-9](-[1-5][0-9][0-9])?")
+
+
 def status_range(text: str) -> str:
     first, _, last = text.partition("-")
-    if not re.fullmatch("[1-5][0-9][0-9](-[1-5][0-9][0-9])?", text) or first > (last or first):
+    if not STATUS_RANGE.fullmatch(text) or first > (last or first):
         raise ValueError("must be a status such as 204, or a range such as 200-299")
     return text
 
@@ -1225,8 +1228,11 @@ def json_text(value: object) -> object:
     return json.dumps(value) if value is None or isinstance(value, (bool, int, float)) else value
 
 
-def short_expect(value: object) -> object:
-    """A text is short for `{contains: text}`, a list for `{addresses: list}`."""
+def short_expect(value: object, info: Any) -> object:
+    """A text is short for `{contains: text}`, a list for `{addresses: list}`. Raises ValueError for what is read as a
+    status by whoever writes it."""
+    if info.data.get("platform") is Platform.HTTP and isinstance(value, str) and STATUS_RANGE.fullmatch(value):
+        raise ValueError(f'{value} is a status or a text: write {{status: ["{value}"]}} or {{contains: "{value}"}}')
     return {"contains": value} if isinstance(value, str) else {"addresses": value} if isinstance(value, list) else value
 
 

@@ -376,6 +376,8 @@ FAULTS: dict[str, tuple[str, str]] = {
     "unknown expectation of JSON": (http("expect: {¦jsno: {a: b}}"), "expect: unknown setting; did you mean json?"),
     "an expectation of another": (tcp("expect: ¦{status: [200]}"), "expect: status has no meaning with platform tcp"),
     "an address of HTTP": (http("expect: ¦[192.0.2.1]"), "expect: addresses has no meaning with platform http"),
+    "a status or a text": (http("expect: ¦200"), 'expect: 200 is a status or a text: write {status: ["200"]} or'),
+    "a range or a text": (http("expect: ¦'200-299'"), "expect: 200-299 is a status or a text: write {status: "),
     "no address": (dns("expect: ¦[192.0.2.1, b]"), "expect.addresses[1]: must be an IP address"),
     "no status": (http("expect: {status: [¦600]}"), "expect.status[0]: must be a status such as 204"),
     "a range from behind": (http("expect: {status: [¦299-200]}"), "expect.status[0]: must be a status"),
