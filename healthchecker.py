@@ -20500,7 +20500,8 @@ def restore(arguments: argparse.Namespace) -> int:
 # locks it, and has the workers load the application: up to here a fault ends the start, and nothing was written. Then
 # it takes the inventory over, stored states open the gate, the console answers, the workers may serve. It ends the
 # other way round: the workers drain while the pollers go on, then console, pollers and database close.
-# Gives: check_files, database_at, first_owner, Installation, installation_of_rows, not_running, reload, serve, silence
+# Gives: check_files, database_at, first_owner, Installation, installation_of_rows, is_in_use, not_running, reload, serve,
+# silence
 RELOAD_END = 2.0                # seconds that the end of the service waits for one
 RELOAD_TRIES = 5                # times that a reload begins while others are faster
 
@@ -21074,6 +21075,27 @@ def serve_with(installation: Installation, console: Sequence[socket.socket], sup
         raise StorageError(f"database {database}: {database.lost_by}")
 
 
+def is_in_use(installation: Installation, fault: UsageError) -> bool:
+    """Whether it is that the service, which runs, has the port, or may have it."""
+    with contextlib.suppress(StorageError):
+        return getattr(fault.__cause__, "errno", 0) == errno.EADDRINUSE and installation.runs
+    return False
+
+
+def open_doors(installation: Installation) -> tuple[list[socket.socket], list[socket.socket]]:
+    """Those of the site, and of the console. Raises UsageError."""
+    service = installation.service
+    try:
+        doors = listen(installation.listen_name, service.listen)
+        return doors, [] if service.console == "off" else listen(
+            "service.console", service.console, other=(installation.listen_name, doors))
+    except UsageError as fault:
+        if is_in_use(installation, fault):
+            raise UsageError(f"the service of {installation.path.name} runs already: `reload` has it take the "
+                             f"inventory over; to start it anew, stop it first ({fault})") from None
+        raise
+
+
 def serve(arguments: argparse.Namespace) -> int:
     """Runs the service until a signal ends it."""
     if arguments.inventory == INVENTORY:
@@ -21084,9 +21106,7 @@ def serve(arguments: argparse.Namespace) -> int:
     set_up_logging(service.log_file)
     for fault in check_files(service):      # what cannot be used ends the start
         raise fault
-    doors = listen(installation.listen_name, service.listen)
-    console = [] if service.console == "off" else listen(
-        "service.console", service.console, other=(installation.listen_name, doors))
+    doors, console = open_doors(installation)
     for sock in handed_over():
         if sock not in (*doors, *console):      # whose clients nobody would answer
             raise UsageError(f"systemd listens on {sock.getsockname()}, which is neither service.listen nor "
@@ -21455,8 +21475,7 @@ def check_doors(installation: Installation) -> Iterator[HealthCheckerError]:
         try:
             doors += listen(setting, value, 0.0, (installation.listen_name, doors)) if value != "off" else ()
         except UsageError as error:
-            in_use = getattr(error.__cause__, "errno", 0) == errno.EADDRINUSE
-            if in_use and installation.runs:
+            if is_in_use(installation, error):
                 print(f"{setting} {value} is in use: by the service that runs, if it is not new there")
             else:
                 yield error

@@ -1639,6 +1639,10 @@ def test_second_service_on_one_database(bench: Bench) -> None:
         code, said = run_cheaply("--inventory", str(path))
         assert code == 4 and len(said.splitlines()) == 1
         assert "another HealthChecker" in said
+        write_inventory(bench.folder, C, f"  listen: 127.0.0.1:{service.port}")  # as it is in life
+        code, said = run_cheaply("--inventory", str(path))
+        assert code == 2 and len(said.splitlines()) == 1
+        assert "the service of inventory.yaml runs already: `reload` has it take the inventory over" in said
         assert service.get("/-/livez").status == 200
         log = re.findall("inventory: .*", service.output)
     assert log == ["inventory: 1 added, 0 changed, 0 removed, 0 kept; added: c"]
