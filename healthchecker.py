@@ -20500,8 +20500,8 @@ def restore(arguments: argparse.Namespace) -> int:
 # locks it, and has the workers load the application: up to here a fault ends the start, and nothing was written. Then
 # it takes the inventory over, stored states open the gate, the console answers, the workers may serve. It ends the
 # other way round: the workers drain while the pollers go on, then console, pollers and database close.
-# Gives: check_files, database_at, first_owner, Installation, installation_of_rows, is_in_use, not_running, reload, serve,
-# silence
+# Gives: check_files, database_at, first_owner, Installation, installation_of_rows, is_in_use, not_running, reload,
+# serve, silence
 RELOAD_END = 2.0                # seconds that the end of the service waits for one
 RELOAD_TRIES = 5                # times that a reload begins while others are faster
 
@@ -21076,10 +21076,8 @@ def serve_with(installation: Installation, console: Sequence[socket.socket], sup
 
 
 def is_in_use(installation: Installation, fault: UsageError) -> bool:
-    """Whether it is that the service, which runs, has the port, or may have it."""
-    with contextlib.suppress(StorageError):
-        return getattr(fault.__cause__, "errno", 0) == errno.EADDRINUSE and installation.runs
-    return False
+    """Whether it is that the service, which runs, has the port, or may have it. Raises StorageError."""
+    return getattr(fault.__cause__, "errno", 0) == errno.EADDRINUSE and installation.runs
 
 
 def open_doors(installation: Installation) -> tuple[list[socket.socket], list[socket.socket]]:
@@ -21090,9 +21088,10 @@ def open_doors(installation: Installation) -> tuple[list[socket.socket], list[so
         return doors, [] if service.console == "off" else listen(
             "service.console", service.console, other=(installation.listen_name, doors))
     except UsageError as fault:
-        if is_in_use(installation, fault):
-            raise UsageError(f"the service of {installation.path.name} runs already: `reload` has it take the "
-                             f"inventory over; to start it anew, stop it first ({fault})") from None
+        with contextlib.suppress(StorageError):     # of which the port is not the reason
+            if is_in_use(installation, fault):
+                raise UsageError(f"the service of {installation.path.name} runs already: `reload` has it take the "
+                                 f"inventory over; to start it anew, stop it first ({fault})") from None
         raise
 
 
