@@ -12690,12 +12690,14 @@ def overruled(name: str, pollers: Mapping[str, Poller], context: PollContext) ->
     return Standing("unhealthy", "parent", f"behind {blocker}", since_at)
 
 
-def blamed(name: str, pollers: Mapping[str, Poller], context: PollContext) -> str | None:
-    """What is told instead of a resource: another one or a group that it is behind; empty: this machine is cut off, or
-    nothing was told yet. None: nothing. For any thread."""
-    if (blocker := context.aggregator.blocker(name)) or not (poller := pollers.get(name)):
-        return blocker or None
-    return "" if poller.outage.is_cut_off or poller.news.told.state != "unhealthy" else None
+def blamed(name: str, pollers: Mapping[str, Poller], context: PollContext) -> Literal["", "other", "this", "untold"]:
+    """What is told instead of a resource: an`other` one or a group that it is behind, or that `this` machine is cut
+    off; `untold`: nothing yet, or it is well by now and the row does not say so yet. For any thread."""
+    if context.aggregator.blocker(name):
+        return "other"
+    if not (poller := pollers.get(name)):
+        return ""
+    return "this" if poller.outage.is_cut_off else "" if poller.news.told.state == "unhealthy" else "untold"
 
 
 class Exchange:
@@ -19490,6 +19492,7 @@ class Lasting(NamedTuple):
     tags: frozenset[str] = frozenset()          # of the resource, or of those that it is of
     closes: frozenset[str] = frozenset([SITE])  # what counts on a resource: the site, groups and routes
     is_blamed: bool = False     # on what it depends on, or on this machine: that is told, and not this
+    is_untold: bool = False     # as far as is known now
 
 
 class Picture(NamedTuple):
@@ -19507,7 +19510,7 @@ class Picture(NamedTuple):
     def keepers(self, closed: Collection[str] = (SITE,)) -> dict[str, Lasting]:
         """What keeps the site, groups or routes closed."""
         return {name: one for name, one in self.unhealthy.items()
-                if not ({*closed}.isdisjoint(one.closes) or one.is_blamed or name in self.excused)}
+                if not ({*closed}.isdisjoint(one.closes) or one.is_blamed or one.is_untold or name in self.excused)}
 
 
 class NoticeRow(NamedTuple):
@@ -19519,7 +19522,7 @@ class NoticeRow(NamedTuple):
     name: str
     text: str
     ending: str
-    times: int
+    times: int          # that it began since it was told; 0: what was told, or need not be if it is over by then
     since_at: float
     taken_at: float
     over_at: float
@@ -19630,6 +19633,7 @@ class Announcer:
         with contextlib.suppress(ValueError, TypeError):    # of a damaged row, which must silence nobody
             self.settings = ReceiverSettings.model_validate({**given, **json.loads(row.settings)})
         self.notices = {(notice.kind, notice.name): notice for notice in notices if notice.kind in WORDS}
+        self._fell = False      # whether, by the events since the last look, something with the receiver's tags did
         try:
             LETTER.validate_json(row.message or NO_LETTER)
         except ValidationError:
@@ -19641,14 +19645,17 @@ class Announcer:
         is_clock, name, at = happened.kind == "clock", happened.resource or happened.group, min(happened.at, now)
         kind, name = ("problem", "clock") if is_clock else (happened.kind, name)
         self.row.cursor = max(self.row.cursor, happened.id)
+        is_mine = not happened.resource or self._is_mine(picture.tags.get(name, ()))
+        self._fell |= happened.kind == "state" and happened.state in BAD_STATES and is_mine
         if kind == "maintenance" or kind not in self.settings.on:
             if (happened.kind, happened.state) == ("maintenance", "over"):      # perhaps while no service ran
                 self._end_works(name, happened.text, picture, at)
             return
-        if happened.resource and not self._is_mine(picture.tags.get(name, ())):
+        if not is_mine:
             return
         if (happened.state in BAD_STATES or is_clock) and not (kind == "state" and name in picture.excused):
-            self._begin(kind, name, happened.text, at, int(STARTING not in happened.text))
+            self._begin(kind, name, happened.text, at, int(STARTING not in happened.text and (
+                self._fell or self._concerns(kind, name, picture))))
         if happened.state not in BAD_STATES and (known := self.notices.get((kind, name))):
             self._end(known, at, "".join(BY_HAND.findall(happened.text)))
 
@@ -19661,12 +19668,16 @@ class Announcer:
         for key, notice in [*self.notices.items()]:
             if max(notice.since_at, notice.taken_at, notice.over_at, notice.told_at) > now:
                 self.notices[key] = notice = notice.timed(lambda at: min(at, now))
+            if not (notice.times or notice.over_at or notice.told_at or STARTING in notice.text
+                    ) and self._concerns(notice.kind, notice.name, picture):
+                notice = self._put(notice._replace(times=1))
             if (ending := self._ending(notice, picture)) is not None:
                 notice = self._end(notice, now, ending)
             if not notice.told_at and self._is_nothing(notice, picture):
                 del self.notices[key]
+        self._fell = False
         self._begin_new("state", {name: one for name, one in picture.unhealthy.items()
-                                  if not one.is_blamed and name not in picture.excused}, now)
+                                  if not (one.is_blamed or one.is_untold or name in picture.excused)}, now)
         self._begin_new("problem", {name: Lasting(now, why, frozenset(self.settings.tags))      # everybody's
                                     for name, why in picture.problems.items() if name != f"receiver {row.name}"}, now)
         self._begin_new("maintenance", picture.works, now)
@@ -19784,15 +19795,14 @@ class Announcer:
             return True
         known = picture.unhealthy.get(notice.name) if notice.kind == "state" else None
         too_short = notice.over_at - notice.since_at < 60 * self.settings.after or not notice.times
-        is_over = notice.over_at > 0 and (too_short or not self._concerns(notice, picture))
-        return is_over or (known is not None and known.is_blamed)
+        return (notice.over_at > 0 and too_short) or (known is not None and known.is_blamed)
 
-    def _concerns(self, notice: NoticeRow, picture: Picture) -> bool:
+    def _concerns(self, kind: str, name: str, picture: Picture) -> bool:
         """Whether the gate or a group, if it is that, closes while something that counts and has the receiver's tags is
         unhealthy, or behind what is."""
-        return (not self.settings.tags or notice.kind not in ("gate", "group")
-                or any(self._is_mine(one.tags) for name, one in picture.unhealthy.items()
-                       if notice.name in one.closes and name not in picture.excused))
+        return (not self.settings.tags or kind not in ("gate", "group")
+                or any(self._is_mine(one.tags) for each, one in picture.unhealthy.items()
+                       if name in one.closes and each not in picture.excused))
 
     def _due(self, picture: Picture, now: float) -> list[NoticeRow]:
         """What a message would say now: ends at once, and troubles together once the first of them has waited."""
@@ -19802,8 +19812,9 @@ class Announcer:
             may_remind = now - notice.told_at >= remind and not is_seen_to(notice, picture)
             if notice.told_at and (notice.over_at or may_remind):
                 ends.append(notice)
-            elif not notice.told_at and (notice.over_at or now - notice.taken_at >= after):
-                begun += [notice] if self._concerns(notice, picture) else []
+            elif not notice.told_at and (notice.over_at or (
+                    now - notice.taken_at >= after and self._concerns(notice.kind, notice.name, picture))):
+                begun.append(notice)
         is_ripe = any(now - notice.taken_at >= after + self.settings.wait for notice in begun)
         return ends + (begun if is_ripe else [])
 
@@ -20015,13 +20026,14 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
         Resource.name, Resource.settings, Status.state, Status.cause, Status.reason,
         Status.since_at, Status.polled_at).outerjoin(Status, Status.resource_id == Resource.id)).all()
     for name, text, state, cause, reason, since_at, polled_at in rows:
-        other = monitor.blames(name)
-        is_bad = state == "unhealthy" or bool(other)
+        blame = monitor.blames(name)
+        is_bad = state == "unhealthy" or blame == "other"
         if is_bad or name in wanted:
             tags[name] = tags_of(text)
         if is_bad:
             unhealthy[name] = Lasting(since_at or now, caused(cause or "", reason or ""), tags[name],
-                                      counting_on(monitor.aggregator, name, closed=True), other is not None)
+                                      counting_on(monitor.aggregator, name, closed=True),
+                                      blame in ("other", "this"), blame == "untold")
         else:
             healthy[name] = polled_at or 0.0
     groups = frozenset(imported_gates(session).members({}))

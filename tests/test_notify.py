@@ -94,8 +94,8 @@ class Alone:
     members, aggregator = Membership(), HealthAggregator()
 
     @staticmethod
-    def blames(_name: str) -> str | None:
-        return None
+    def blames(_name: str) -> str:
+        return ""
 
 
 ALONE = cast("healthchecker.Monitor", Alone)
@@ -168,8 +168,8 @@ class Desk:
             self.unhealthy = {}
         elif what == "sick":
             self.unhealthy = {name: Lasting(since, "limit: disk") for name, since in given.items()}
-        elif what == "blamed":
-            self.unhealthy = {name: one._replace(is_blamed=True) for name, one in self.unhealthy.items()}
+        elif what in ("blamed", "untold"):
+            self.unhealthy = {name: one._replace(**{f"is_{what}": True}) for name, one in self.unhealthy.items()}
         elif what == "minor":
             self.unhealthy = {name: one._replace(closes=frozenset()) for name, one in self.unhealthy.items()}
         elif what == "tags":
@@ -231,6 +231,12 @@ SCENARIOS: dict[str, tuple[dict[str, Any], list[Step], list[tuple[float, str]]]]
         []),
     "what another is to blame for": (
         {"on": ["state"]}, [(0, "event", SICK), (5, "blamed", {"db1": 1})], []),
+    "a recovery that its row does not say yet": (
+        {"on": ["state"]}, [(0, "event", SICK), (5, "untold", {"db1": 1}), (6, "event", WELL)],
+        [(20, "db1 was unhealthy")]),
+    "what is not told anew yet, as after a start": (
+        {"on": ["state"], "after": 1}, [(0, "event", SICK), (40, "untold", {"db1": 1}), (41, "sick", {"db1": NOON})],
+        [(80, "db1 is unhealthy")]),
     "the recovery whose event is missing": (
         {"on": ["state"]}, [(0, "event", SICK), (60, "well", {"db1": 1})],
         [(20, "db1 is unhealthy"), (60, "db1 is healthy again")]),
@@ -246,6 +252,18 @@ SCENARIOS: dict[str, tuple[dict[str, Any], list[Step], list[tuple[float, str]]]]
         {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (1, "event", CLOSED),
                                  (50, "event", OPEN)],
         [(21, "the gate is closed, 1 unhealthy"), (50, "the gate is open again")]),
+    "the gate, with its tags, over before it is told": (
+        {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (1, "event", CLOSED),
+                                 (9, "event", WELL), (10, "event", OPEN)], [(21, "the gate was closed")]),
+    "the gate, with its tags, over before anybody looks": (
+        {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (1, "event", SICK), (1, "event", CLOSED),
+                                 (1, "event", WELL), (1, "event", OPEN)], [(21, "the gate was closed")]),
+    "the gate, with other tags, over before it is told": (
+        {"tags": ["web"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (1, "event", CLOSED),
+                            (9, "event", WELL), (10, "event", OPEN)], []),
+    "a start, with its tags": (
+        {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (1, "event", START),
+                                 (9, "event", WELL), (10, "event", OPEN)], []),
     "the gate, while what has its tags is in maintenance": (
         {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "excused", {"db1": 1}), (0, "event", SICK),
                                  (1, "event", CLOSED), (50, "event", OPEN)], []),
@@ -1893,8 +1911,36 @@ def test_who_is_to_blame(house: House, machines: Machines) -> None:
         poll(house, machines, good, "switch")
         picture = picture_of(house)
         assert picture.unhealthy.keys() == {"web"} and not picture.keepers(), "its next result decides"
+        assert house.monitor.blames("web") == "untold"
         poll(house, machines, unreachable, "web")
         assert picture_of(house).keepers().keys() == {"web"}
+
+
+def test_an_outage_that_is_over_before_its_row_says_so_is_told(house: House, machines: Machines, hook: Hook) -> None:
+    """The notifier looked between a poll and its row, and took what was over for another's fault."""
+    house.write("name: db, fall: 1, rise: 1, interval: 300")
+    path = house.folder / "inventory.yaml"
+    entry = f"notify:\n  - {{name: ops, url: 'json://{hook.place}/x', wait: 30, on: [state]}}\n"
+    path.write_text(path.read_text(encoding="utf-8") + entry, encoding="utf-8")
+    with house.store.writing() as session:
+        import_inventory(session, load_inventory(path), house.vault)
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        notifier = Notifier(house.store, house.vault, dict, "", house.monitor)
+        now = house.store.wall()
+        notifier.look(now)
+        poll(house, machines, unreachable, "db")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(healthchecker.Recorder, "flush", lambda _: None)  # by its thread
+            house.monitor.flush()
+            notifier.look(now + 1)
+            poll(house, machines, good, "db")
+            assert house.stored("db") == ("unhealthy", "unreachable") and house.monitor.blames("db") == "untold"
+            notifier.look(now + 2)
+        house.monitor.flush()
+        look_until(notifier, hook, 1, now + 40)
+        assert hook.requests[0].json["title"] == "HealthChecker: db was unhealthy"
+        notifier.close()
 
 
 # --- the heartbeat
