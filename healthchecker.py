@@ -19918,14 +19918,17 @@ class ChildProcess:
         """The answer, None without one within DELIVERY_TIMEOUT. Ends the process."""
         asked = json.dumps({"urls": urls, "refused": sorted(LOCAL_SERVICES), "seconds": DELIVERY_TIMEOUT,
                             "bytes": ANSWER_BYTES, "memory": CHILD_BYTES, "message": message and message._asdict()})
+        said = b""
         try:
             said = self._process.communicate(asked.encode(), DELIVERY_TIMEOUT)[0]
-            return cast("dict[str, Any]", json.loads(said))
-        except (subprocess.TimeoutExpired, OSError, ValueError):
-            return None
+        except (subprocess.TimeoutExpired, OSError):
+            pass
         finally:
             self.end()
-            self._process.communicate()
+            said = said or self._process.communicate()[0]   # of one that answered while this process stood still
+        with contextlib.suppress(ValueError):
+            return cast("dict[str, Any]", json.loads(said))
+        return None
 
     def end(self) -> None:
         """From any thread."""
@@ -20311,15 +20314,17 @@ class Heartbeat(threading.Thread):
     def run(self) -> None:
         wait = NOTIFY_INTERVAL
         while not self._ending.wait(wait):
-            with self._trouble.caught():
-                self.beat(self._store.wall())
-            wait = HEARTBEAT_INTERVAL
+            wait = NOTIFY_INTERVAL
+            if self._is_well():     # or it is asked as soon as it is
+                wait = HEARTBEAT_INTERVAL
+                with self._trouble.caught():
+                    self.beat(self._store.wall())
 
     def beat(self, now: float) -> None:
         """Asks once, after it was seen that the database can be written. Raises ProbeError where nobody answers."""
         with self._store.reading() as session:
             row = session.scalar(sqlalchemy.select(Receiver).where(Receiver.name == self._store.own(HEARTBEAT)))
-        if not row or not self._is_well():
+        if not row:
             return
         with self._store.writing() as session:
             session.merge(Setting(name="heartbeat", value=int(now)))

@@ -24,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import psutil
 import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
@@ -761,6 +762,34 @@ def test_a_web_hook_that_takes_its_time(hook: Hook) -> None:
     """It was told, and would be again and again for an hour."""
     hook.way = "slow"
     assert deliver(f"json://{hook.place}/x", MESSAGE, ChildProcess()) == Delivery(True)
+    assert len(hook.requests) == 1
+
+
+ASKS = """
+import sys
+sys.path.insert(0, {root!r})
+import healthchecker
+healthchecker.DELIVERY_TIMEOUT = 12.0
+print(healthchecker.deliver({url!r}, healthchecker.Message("t", "b"), healthchecker.ChildProcess()), flush=True)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's: on Windows they are no processes'")
+def test_what_was_told_while_the_service_stood_still_is_known_to_be(hook: Hook) -> None:
+    """A machine that is suspended, or a process that a debugger stops, past the end of a try: it was told again."""
+    hook.way = "slow"
+    script = ASKS.format(root=str(Path(healthchecker.__file__).parent), url=f"json://{hook.place}/x")
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, encoding="utf-8") as service:
+        begin, process = time.monotonic(), psutil.Process(service.pid)
+        try:
+            wait_for(lambda: bool(hook.requests), 60)
+            process.suspend()
+            wait_for(lambda: all(child.status() == psutil.STATUS_ZOMBIE for child in process.children()), 60)
+            wait_for(lambda: time.monotonic() > begin + 25, 60)
+        finally:
+            process.resume()
+        assert service.stdout and service.stdout.read() == f"{Delivery(True)}\n"
     assert len(hook.requests) == 1
 
 
@@ -1947,18 +1976,15 @@ def test_an_outage_that_is_over_before_its_row_says_so_is_told(house: House, mac
 
 
 def test_the_heartbeat(tmp_path: Path, store: Store, hook: Hook) -> None:
-    """Asked while all is well and the database can be written; who does not answer is shown."""
-    access, well = ConnectionContext(KnownHosts(tmp_path / "known_hosts"), Resolver()), [True]
+    """Asked while the database can be written; who does not answer is shown."""
+    access = ConnectionContext(KnownHosts(tmp_path / "known_hosts"), Resolver())
     take_over(store, tmp_path, service=f"  heartbeat: 'http://{hook.place}/ping/s3cret'\n")
-    heart = Heartbeat(store, prepared_vault(tmp_path), access, lambda: well[0])
+    heart = Heartbeat(store, prepared_vault(tmp_path), access, lambda: True)
     heart.beat(NOON)
     assert [got.path for got in hook.requests] == ["/ping/s3cret"]
     with store.reading() as session:
         assert session.get(Setting, "heartbeat").value == NOON
-    well[0] = False
-    heart.beat(NOON + 60)
-    assert len(hook.requests) == 1
-    well[0], hook.status = True, 302
+    hook.status = 302
     hook.headers = {"Location": f"http://{hook.place}/s3cret"}
     with pytest.raises(healthchecker.ProbeError) as error:
         heart.beat(NOON + 120)
@@ -1985,6 +2011,37 @@ def test_a_heart_beats_again_and_again(
     wait_for(lambda: len(hook.requests) > 2)
     heart.close()
     heart.join()
+
+
+def test_a_heart_beats_as_soon_as_all_is_well(
+    tmp_path: Path, store: Store, hook: Hook, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not a minute after a start; and that a failure is over is said of a beat alone."""
+    monkeypatch.setattr(healthchecker, "NOTIFY_INTERVAL", 0.02)
+    caplog.set_level(logging.INFO)
+    take_over(store, tmp_path, service=f"  heartbeat: 'http://{hook.place}/ping'\n")
+    looks, access, well = [0], ConnectionContext(KnownHosts(tmp_path / "known_hosts"), Resolver()), [False]
+
+    def is_well() -> bool:
+        looks[0] += 1
+        return well[0]
+
+    heart = Heartbeat(store, prepared_vault(tmp_path), access, is_well)
+    heart.start()
+    try:
+        wait_for(lambda: looks[0] > 3)
+        assert not hook.requests
+        monkeypatch.setattr(healthchecker, "HEARTBEAT_INTERVAL", 0.02)
+        well[0], hook.status = True, 500
+        wait_for(lambda: "the heartbeat is not told: " in caplog.text)
+        well[0], before = False, looks[0]
+        wait_for(lambda: looks[0] > before + 3)
+        assert "that is over" not in caplog.text
+        well[0], hook.status = True, 200
+        wait_for(lambda: "that is over" in caplog.text)
+    finally:
+        heart.close()
+        heart.join()
 
 
 def test_what_a_heartbeat_says(tmp_path: Path, store: Store) -> None:
