@@ -17410,7 +17410,7 @@ def chart_svg(points: Sequence[Point], limit: LimitValues, span: tuple[float, fl
 # === Words ===================================================================
 # What readings, times and causes are called where people read: values come in, short texts go out, and markup for
 # times, which browsers and scripts can read as well.
-# Gives: amount, cause_text, duration_text, LABELS, local_time, time_tag, unit_of
+# Gives: amount, cause_text, duration_text, LABELS, local_time, share_text, time_tag, unit_of
 LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
           "commit_percent": "Commit charge", "inode_percent": "Inodes", "load_per_cpu": "Load per CPU",
           "response_seconds": "Response time", "certificate_days": "Certificate, days", "seconds": "Duration of a poll"}
@@ -17424,6 +17424,11 @@ def duration_text(seconds: float) -> str:
     if hours > 0:
         return f"{hours} h {minutes % 60} min"
     return f"{minutes} min" if minutes > 0 else f"{max(0, int(seconds))} s"
+
+
+def share_text(percent: float, places: int) -> str:
+    """Percent, rounded down: 100 % is nothing less."""
+    return f"{max(0.0, percent - 0.5 / 10**places + 1e-9):.{places}f} %"
 
 
 def unit_of(metric: str) -> str:
@@ -17815,7 +17820,7 @@ connected since {{ connection.opened.timestamp()|time_tag }}{{ ", and so was the
 {% endif %}
 Availability:
 {% for span, percent in availability %}
-{{ span }} <b>{{ "%.2f %%"|format(percent) if percent is number else "unknown" }}</b>{{ "." if loop.last else "," }}
+{{ span }} <b>{{ percent|share(2) if percent is number else "unknown" }}</b>{{ "." if loop.last else "," }}
 {% endfor %}</p>
 {{ shown.strip }}
 <details id="polls"><summary>Last polls</summary>
@@ -17935,7 +17940,7 @@ else details[name]|duration_text if name == "uptime_seconds" else "%g"|format(de
 <tr><th scope="row"><a href="{{ row.href }}"{% if row.name == group %} aria-current="true"{% endif %}>
 {{- row.name or "The whole site" }}</a></th>
 {% for label, percent in row.uptime.items() %}
-<td data-label="{{ label }}">{{ "%.3f %%"|format(percent) if percent is number else "not known" }}</td>
+<td data-label="{{ label }}">{{ percent|share(3) if percent is number else "not known" }}</td>
 {% endfor %}
 <td>{{ row.strip }}</td><td data-label="Refused">{{ row.refusals[1] }}
 {%- if row.refusals[2] %} <small>{{ row.refusals[2] }} would have been</small>{% endif %}</td></tr>
@@ -17943,17 +17948,19 @@ else details[name]|duration_text if name == "uptime_seconds" else "%g"|format(de
 {% endcall %}
 <p class="soft">Of the time in which the service ran. <a href="/-/api/uptime?format=csv&amp;group={{ group|urlencode
 }}">CSV</a>, <a href="/-/api/uptime?group={{ group|urlencode }}">JSON</a></p>
-<div class="tools"><h2>{{ group or "The whole site" }}: {{ found|length or "none" }} in the last {{ span }}</h2>
+<div class="tools"><h2>{{ group or "The whole site" }}: {{ count or "none" }} in the last {{ span }}</h2>
 <a class="button" href="/-/api/incidents?format=csv&amp;{{ asked }}">CSV</a>
 <a class="button" href="/-/api/incidents?{{ asked }}">JSON</a></div>
-{% call table("Incidents, newest first", ("From", "To", "Why", "Who acted", "Refused", "Changed before"),
+{% call table(("The last " ~ found|length if count > found|length else "Incidents") ~ ", newest first",
+              ("From", "To", "Why", "Who acted", "Refused", "Changed before"),
               "incidents") %}
 {% for one in found %}
 <tr><td>{{ one.from_at|time_tag }}</td>
 <td>{% if not one.end %}<b class="unhealthy">lasts</b>{% else %}{{ one.to_at|time_tag }}
 {%- if one.end == "unseen" %}<p class="soft">seen last; then the service was away</p>{% endif %}{% endif %}
 <p class="soft">{{ (one.to_at - one.from_at)|duration_text }}</p></td>
-<td>{{ one.why }}{% if one.mode == "observe" %} <i>observe: nothing was refused</i>{% endif %}
+<td>{{ one.why }}{% if one.mode == "observe" %}
+ <i>observe: nothing was refused{{ " at first" if one.refused }}</i>{% endif %}
 {%- if one.opened_by %}<p class="soft">{{ one.opened_by }}</p>{% endif %}</td>
 <td data-label="Who acted">{{ one.actor }}</td>
 <td data-label="Refused">{{ one.refused }}
@@ -18514,7 +18521,7 @@ def page_query(path: str) -> Mapping[str, str]:
 def add_template_globals(app: flask.Flask) -> None:
     app.jinja_options = {"loader": jinja2.DictLoader(TEMPLATES), "trim_blocks": True, "lstrip_blocks": True}
     env = app.jinja_env
-    env.filters.update(duration_text=duration_text, time_tag=time_tag, resource_path=resource_path)
+    env.filters.update(duration_text=duration_text, time_tag=time_tag, resource_path=resource_path, share=share_text)
     env.globals.update(cause_text=cause_text,
                        assets={name.partition(".")[2]: f"{PREFIX}static/{name}" for name in ASSETS})
 
@@ -19178,13 +19185,14 @@ def incident_page() -> Answer:
     begin, names = now - UPTIMES[span] * DAY, [SITE, *(each.name for each in list_groups(who))]
     with who.context.store.reading() as session:
         found = incidents(session, group=group, since=begin, limit=EVENTS_SHOWN)
+        count = refusals(session, group, begin)[0]
         rows = [{"name": name, "href": query_of({"span": span, "group": name}), "uptime": uptime(session, name, now),
                  "strip": strip_svg(gate_strip(session, name, span, now), f"Last {span}"),
                  "refusals": refusals(session, name, begin)} for name in names]
     links = [(name, query_of({"span": name, "group": group}), f"Last {name}", None) for name in UPTIMES]
-    asked = urlencode({"group": group, "since": written(begin)})
-    return render_page("incidents", title="Incidents", found=found, rows=rows, span=span, span_links=links,
-                       group=group, asked=asked, refresh="")
+    asked = urlencode({"group": group, "since": written(begin), "limit": 1000})
+    return render_page("incidents", title="Incidents", found=found, count=count, rows=rows, span=span,
+                       span_links=links, group=group, asked=asked, refresh="")
 
 
 def shown_token(header: str) -> bytes:
@@ -21192,7 +21200,7 @@ def told_status(installation: Installation, names: Sequence[str]) -> dict[str, A
 def status(arguments: argparse.Namespace) -> int:
     """Says what the running service says of everything, or of some, with exit codes of Nagios."""
     try:
-        answer = told_status(Installation(arguments.inventory, secrets=False), arguments.names)
+        answer = told_status(installation_of_rows(arguments.inventory), arguments.names)
     except (HealthCheckerError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, ValueError) as error:
         why = one_line(str(getattr(error, "orig", None) or error).replace("\n", "; "))
         answer = {"state": "unknown", "text": f"UNKNOWN: {why}"}

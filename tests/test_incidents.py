@@ -483,7 +483,7 @@ def test_the_page(tmp_path: Path) -> None:
             assert part in page, part
         assert "observe: nothing" not in page and 'href="/-/incidents" aria-current="page"' in page
         old = local.ask("GET", "/-/incidents?span=90+days").body
-        assert "observe: nothing was refused" in old and "seen last" in old and "2 in the last 90 days" in old
+        assert "observe: nothing was refused at first<" in old and "seen last" in old and "2 in the last 90 days" in old
         links = re.findall(r'href="(/-/api/[^"]+)"', page)
         assert len(links) == 4
         for link in links:
@@ -499,6 +499,25 @@ def test_the_page(tmp_path: Path) -> None:
         assert local.api("GET", "uptime?group=none").status == 404
         spans = {row["span"]: row for row in local.api("GET", "uptime").json}
         assert [(spans[name]["incidents"], spans[name]["refused"]) for name in ("day", "90 days")] == [(1, 42), (2, 50)]
+
+
+def test_a_page_of_a_gate_that_flaps(tmp_path: Path) -> None:
+    """It says that there are more than it shows, of which none is left out of what is downloaded."""
+    with local_console(tmp_path, "  []\n") as local:
+        now = local.clock.now
+        with local.store.writing() as session:
+            session.add(WatchedTime(from_at=now - 1000, to_at=now))
+            session.add_all(Incident(group="", from_at=now - 300 + each, to_at=now - 299.999 + each, end="opened",
+                                     refused=0, **ROW) for each in range(120))
+        local.log_in()
+        page = local.ask("GET", "/-/incidents?span=day").body
+        assert "120 in the last day" in page and "The last 100, newest first" in page
+        assert "99.988 %" in page, "99.9880"
+        [link] = re.findall(r'href="(/-/api/incidents[^"]+)"[^>]*>JSON', page)
+        assert len(local.ask("GET", html.unescape(link)).json) == 120
+        with local.store.writing() as session:
+            session.execute(sqlalchemy.delete(Incident).where(Incident.from_at > now - 300))
+        assert "99.999 %" in local.ask("GET", "/-/incidents?span=day").body, "and not 100"
 
 
 @pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", " =1", "\t=1", "\r\n@x", *"\uff1d\uff0b\uff0d\uff20"])

@@ -124,6 +124,12 @@ def test_degraded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for name, expected in (("/reports", 2), ("shop", 0), ("well", 0), ("aside.example.com", 2)):
             assert status(tmp_path, capsys, name)[0] == expected, name
         assert status(tmp_path, capsys, "well", "/reports")[0] == 2
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace("simulated", "simul", 1), encoding="utf-8")  # while it is edited
+        assert healthchecker.main(["--inventory", str(path), "status"]) == 1
+        shown = capsys.readouterr()
+        assert shown.out.startswith("DEGRADED: ") and shown.err.startswith("the inventory is faulty, ")
+        path.write_text(text, encoding="utf-8")
         assert numbers(status(tmp_path, capsys)[1])["groups_closed"] == 1
 
 
