@@ -18302,7 +18302,7 @@ body:has(#lost:not([hidden])) .wall { --state: var(--soft); }
 """
 PAGE_SCRIPT = r"""
 "use strict";
-const PERIOD = 2000, PATIENCE = 10000, SENDING = 90000;      // milliseconds
+const PERIOD = 2000, BEHIND = 30000, PATIENCE = 10000, SENDING = 90000;  // milliseconds; BEHIND: in the background
 const [main, lost] = ["main", "lost"].map(id => document.getElementById(id));
 let attended = true;    // somebody is here: only that keeps a session alive
 let heard = Date.now(); // the last answer
@@ -18405,7 +18405,11 @@ function leave() {
 function age(why) {
   aged = true;
   warn(`${why} What is shown is old.`);
-  document.title = "not known · HealthChecker";
+  unsay("not known · HealthChecker");
+}
+
+function unsay(title) {
+  document.title = title;
   document.querySelector("link[rel=icon]").href = lost.dataset.icon;
 }
 
@@ -18421,7 +18425,8 @@ async function refresh() {
   }
 }
 
-const isDue = () => !document.hidden && !main.querySelector("button:disabled") && "refresh" in main.dataset;
+const isDue = () => "refresh" in main.dataset && !main.querySelector("button:disabled")
+  && !(document.hidden && Date.now() - heard < BEHIND);     // there title and icon are all that one sees
 
 // A busy server is asked less often: the pause is ten times as long as the answer took, within what nobody misses.
 async function watch() {
@@ -18479,6 +18484,9 @@ for (const kind of ["keydown", "pointerdown", "pointermove", "wheel"])
 settle();
 document.addEventListener("visibilitychange", () => { if (isDue()) refresh(); });    // timers wait in the background
 setTimeout(watch, PERIOD);
+setTimeout(() => {      // of a page that is not asked for again
+  if (!("refresh" in main.dataset)) unsay(document.title.replace("gate closed · ", ""));
+}, BEHIND);
 """
 
 

@@ -262,6 +262,32 @@ def test_a_page_that_comes_to_the_front_is_refreshed_at_once(browser: Browser, t
         assert not faults
 
 
+def test_what_a_tab_in_the_background_says_is_true(browser: Browser, tmp_path: Path) -> None:
+    """Its icon was green for hours while the gate was closed; one that is not refreshed says nothing after a while."""
+    with local_console(tmp_path, "", password=PASSWORD, clock=time.time) as local, served(local):
+        context, page, faults = visit(browser, local)
+        enter(page, local)
+        page.add_init_script("Object.defineProperty(document, 'hidden', {get: () => true})")
+        page.clock.install()
+        page.goto("/-/")
+        icon = page.locator("link[rel=icon]")
+        green = icon.get_attribute("href")
+        local.open_session(password=PASSWORD)
+        assert local.form("/-/override", {"action": "close", "reason": "moving"}).status == 303
+        page.clock.fast_forward(20_000)
+        assert icon.get_attribute("href") == green, "it is asked for more seldom"
+        page.clock.fast_forward(11_000)
+        page.get_by_text("Gate closed by SpiceWorks: moving").first.wait_for(state="attached")
+        assert page.title().startswith("gate closed") and icon.get_attribute("href") != green
+        page.goto("/-/users")
+        assert page.title() == "gate closed · Users · HealthChecker"
+        page.clock.fast_forward(31_000)
+        assert page.title() == "Users · HealthChecker"
+        assert icon.get_attribute("href") == page.locator("#lost").get_attribute("data-icon")
+        context.close()
+        assert not faults
+
+
 @pytest.mark.long
 def test_a_changed_host_key_is_shown_before_it_is_trusted(
     browser: Browser, sshd: Sshd | ParamikoSshd, tmp_path: Path
