@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import http.client
 import math
 import os
 import re
 import signal
+import sqlite3
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import pytest
 from browser import PATIENCE, chromium, visit
 from conftest import wait_for
@@ -463,11 +466,23 @@ def test_a_service_that_does_not_answer(
         code, shown = healthchecker.main(["--inventory", str(inventory), *words]), capsys.readouterr()
         return code, shown.out, shown.err
 
+    def is_stopped() -> bool:
+        """Not while it writes, or nobody else could."""
+        os.kill(service.pid, signal.SIGSTOP)
+        wait_for(lambda: psutil.Process(service.pid).status() == psutil.STATUS_STOPPED)
+        try:
+            with contextlib.closing(sqlite3.connect(tmp_path / "healthchecker.db", timeout=0)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            os.kill(service.pid, signal.SIGCONT)
+            return False
+        return True
+
     with Service(inventory) as service:
         service.wait_status("/", 200)
         wait_for(lambda: said("status")[0] == 0)
         monkeypatch.setattr(healthchecker, "STANDING_AGE", 3.0)
-        os.kill(service.pid, signal.SIGSTOP)
+        wait_for(is_stopped)
         try:
             wait_for(lambda: said("status")[0] == 3)
             code, table, error = said("gate")
