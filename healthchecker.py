@@ -21124,7 +21124,7 @@ def open_doors(installation: Installation) -> tuple[list[socket.socket], list[so
         with contextlib.suppress(StorageError):     # of which the port is not the reason
             if is_in_use(installation, fault):
                 raise UsageError(f"the service of {installation.path.name} runs already: `reload` has it take the "
-                                 f"inventory over; to start it anew, stop it first ({fault})") from None
+                                 "inventory over; to start it anew, stop it first") from None
         raise
 
 
