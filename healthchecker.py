@@ -12691,8 +12691,8 @@ def overruled(name: str, pollers: Mapping[str, Poller], context: PollContext) ->
 
 
 def blamed(name: str, pollers: Mapping[str, Poller], context: PollContext) -> Literal["", "other", "this", "untold"]:
-    """What is told instead of a resource: an`other` one or a group that it is behind, or that `this` machine is cut
-    off; `untold`: nothing yet, or it is well by now and the row does not say so yet. For any thread."""
+    """What is told instead of a resource: `other`, one or a group that it is behind; `this`, that this machine is cut
+    off; `untold`, nothing yet, or it is well by now and its row does not say so yet. For any thread."""
     if context.aggregator.blocker(name):
         return "other"
     if not (poller := pollers.get(name)):
@@ -18403,12 +18403,12 @@ function leave() {
 
 // Nor do title and icon show a state that may be over.
 function age(why) {
-  aged = true;
   warn(`${why} What is shown is old.`);
   unsay("not known · HealthChecker");
 }
 
 function unsay(title) {
+  aged = true;
   document.title = title;
   document.querySelector("link[rel=icon]").href = lost.dataset.icon;
 }
@@ -18432,6 +18432,8 @@ const isDue = () => "refresh" in main.dataset && !main.querySelector("button:dis
 async function watch() {
   const begin = performance.now();
   if (isDue()) await refresh();
+  if (!aged && !("refresh" in main.dataset) && Date.now() - heard > BEHIND)     // nor of what nobody asks for again
+    unsay(document.title.replace("gate closed · ", ""));
   setTimeout(watch, Math.max(PERIOD, Math.min(15000, 10 * (performance.now() - begin))));
 }
 
@@ -18484,9 +18486,6 @@ for (const kind of ["keydown", "pointerdown", "pointermove", "wheel"])
 settle();
 document.addEventListener("visibilitychange", () => { if (isDue()) refresh(); });    // timers wait in the background
 setTimeout(watch, PERIOD);
-setTimeout(() => {      // of a page that is not asked for again
-  if (!("refresh" in main.dataset)) unsay(document.title.replace("gate closed · ", ""));
-}, BEHIND);
 """
 
 
@@ -19507,8 +19506,7 @@ class Lasting(NamedTuple):
     why: str
     tags: frozenset[str] = frozenset()          # of the resource, or of those that it is of
     closes: frozenset[str] = frozenset([SITE])  # what counts on a resource: the site, groups and routes
-    is_blamed: bool = False     # on what it depends on, or on this machine: that is told, and not this
-    is_untold: bool = False     # as far as is known now
+    blame: str = ""     # what is told instead, see blamed
 
 
 class Picture(NamedTuple):
@@ -19526,7 +19524,7 @@ class Picture(NamedTuple):
     def keepers(self, closed: Collection[str] = (SITE,)) -> dict[str, Lasting]:
         """What keeps the site, groups or routes closed."""
         return {name: one for name, one in self.unhealthy.items()
-                if not ({*closed}.isdisjoint(one.closes) or one.is_blamed or one.is_untold or name in self.excused)}
+                if not ({*closed}.isdisjoint(one.closes) or one.blame or name in self.excused)}
 
 
 class NoticeRow(NamedTuple):
@@ -19693,7 +19691,7 @@ class Announcer:
                 del self.notices[key]
         self._fell = False
         self._begin_new("state", {name: one for name, one in picture.unhealthy.items()
-                                  if not (one.is_blamed or one.is_untold or name in picture.excused)}, now)
+                                  if not (one.blame or name in picture.excused)}, now)
         self._begin_new("problem", {name: Lasting(now, why, frozenset(self.settings.tags))      # everybody's
                                     for name, why in picture.problems.items() if name != f"receiver {row.name}"}, now)
         self._begin_new("maintenance", picture.works, now)
@@ -19811,7 +19809,7 @@ class Announcer:
             return True
         known = picture.unhealthy.get(notice.name) if notice.kind == "state" else None
         too_short = notice.over_at - notice.since_at < 60 * self.settings.after or not notice.times
-        return (notice.over_at > 0 and too_short) or (known is not None and known.is_blamed)
+        return (notice.over_at > 0 and too_short) or (known is not None and known.blame in ("other", "this"))
 
     def _concerns(self, kind: str, name: str, picture: Picture) -> bool:
         """Whether the gate or a group, if it is that, closes while something that counts and has the receiver's tags is
@@ -20051,8 +20049,7 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
             tags[name] = tags_of(text)
         if is_bad:
             unhealthy[name] = Lasting(since_at or now, caused(cause or "", reason or ""), tags[name],
-                                      counting_on(monitor.aggregator, name, closed=True),
-                                      blame in ("other", "this"), blame == "untold")
+                                      counting_on(monitor.aggregator, name, closed=True), blame)
         else:
             healthy[name] = polled_at or 0.0
     groups = frozenset(imported_gates(session).members({}))
@@ -20861,7 +20858,7 @@ def not_running(installation: Installation) -> str:
 
 
 def installation_of_rows(path: Path) -> Installation:
-    """For what only changes rows of a running service, also where the inventory is being edited. Raises
+    """For what only reads or changes rows of a running service, also where the inventory is being edited. Raises
     HealthCheckerError."""
     try:
         return Installation(path, secrets=False)

@@ -169,8 +169,8 @@ class Desk:
             self.unhealthy = {}
         elif what == "sick":
             self.unhealthy = {name: Lasting(since, "limit: disk") for name, since in given.items()}
-        elif what in ("blamed", "untold"):
-            self.unhealthy = {name: one._replace(**{f"is_{what}": True}) for name, one in self.unhealthy.items()}
+        elif what in ("other", "untold"):
+            self.unhealthy = {name: one._replace(blame=what) for name, one in self.unhealthy.items()}
         elif what == "minor":
             self.unhealthy = {name: one._replace(closes=frozenset()) for name, one in self.unhealthy.items()}
         elif what == "tags":
@@ -231,7 +231,7 @@ SCENARIOS: dict[str, tuple[dict[str, Any], list[Step], list[tuple[float, str]]]]
         {"on": ["state"]}, [(0, "excused", {"db1": 1}), (1, "event", SICK), (50, "event", WELL), (60, "excused", {})],
         []),
     "what another is to blame for": (
-        {"on": ["state"]}, [(0, "event", SICK), (5, "blamed", {"db1": 1})], []),
+        {"on": ["state"]}, [(0, "event", SICK), (5, "other", {"db1": 1})], []),
     "a recovery that its row does not say yet": (
         {"on": ["state"]}, [(0, "event", SICK), (5, "untold", {"db1": 1}), (6, "event", WELL)],
         [(20, "db1 was unhealthy")]),
@@ -272,7 +272,7 @@ SCENARIOS: dict[str, tuple[dict[str, Any], list[Step], list[tuple[float, str]]]]
         {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (0, "minor", {}),
                                  (1, "event", CLOSED), (50, "event", OPEN)], []),
     "the gate, while what has its tags is behind something": (
-        {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (0, "blamed", {}),
+        {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (0, "other", {}),
                                  (1, "event", CLOSED), (50, "event", OPEN)],
         [(21, "the gate is closed"), (50, "the gate is open again")]),
     "a problem": (
@@ -485,7 +485,7 @@ def test_the_lines_of_the_gate_are_what_keeps_it_closed() -> None:
     desk = Desk()
     desk.unhealthy = {"db1": Lasting(NOON, "check: replication"),
                       "beta": Lasting(NOON, "check: no matter", closes=frozenset()),
-                      "behind": Lasting(NOON, "parent: db1", is_blamed=True)}
+                      "behind": Lasting(NOON, "parent: db1", blame="other")}
     desk.happens(**CLOSED)
     desk.until(30)
     ((_, title, body),) = desk.said
@@ -1877,17 +1877,22 @@ def poll(house: House, machines: Machines, behaviour: Any, *names: str) -> None:
         house.poller(name).poll_now().result(60)
 
 
+def notify(house: House, hook: Hook, settings: str) -> None:
+    """Has the inventory name a receiver."""
+    path = house.folder / "inventory.yaml"
+    entry = f"notify:\n  - {{name: ops, url: 'json://{hook.place}/x', {settings}}}\n"
+    path.write_text(path.read_text(encoding="utf-8") + entry, encoding="utf-8")
+    with house.store.writing() as session:
+        import_inventory(session, load_inventory(path), house.vault)
+
+
 @pytest.mark.long
 def test_of_what_is_behind_another_nobody_is_told(house: House, machines: Machines, hook: Hook) -> None:
     """Neither while that is down nor after it, until its own results say something; the lines of the gate are the
     cause's alone, and who has seen that is not reminded."""
     house.write("name: switch, fall: 1, rise: 1, interval: 300", "name: web, depends_on: [switch], fall: 1, rise: 1,"
                 " interval: 300")
-    path = house.folder / "inventory.yaml"
-    entry = f"notify:\n  - {{name: ops, url: 'json://{hook.place}/x', wait: 0, on: [gate, state], remind: 1}}\n"
-    path.write_text(path.read_text(encoding="utf-8") + entry, encoding="utf-8")
-    with house.store.writing() as session:
-        import_inventory(session, load_inventory(path), house.vault)
+    notify(house, hook, "wait: 0, on: [gate, state], remind: 1")
     with house.watching():
         wait_for(house.aggregator.is_healthy)
         notifier = Notifier(house.store, house.vault, dict, "", house.monitor)
@@ -1948,11 +1953,7 @@ def test_who_is_to_blame(house: House, machines: Machines) -> None:
 def test_an_outage_that_is_over_before_its_row_says_so_is_told(house: House, machines: Machines, hook: Hook) -> None:
     """The notifier looked between a poll and its row, and took what was over for another's fault."""
     house.write("name: db, fall: 1, rise: 1, interval: 300")
-    path = house.folder / "inventory.yaml"
-    entry = f"notify:\n  - {{name: ops, url: 'json://{hook.place}/x', wait: 30, on: [state]}}\n"
-    path.write_text(path.read_text(encoding="utf-8") + entry, encoding="utf-8")
-    with house.store.writing() as session:
-        import_inventory(session, load_inventory(path), house.vault)
+    notify(house, hook, "wait: 30, on: [state]")
     with house.watching():
         wait_for(house.aggregator.is_healthy)
         notifier = Notifier(house.store, house.vault, dict, "", house.monitor)

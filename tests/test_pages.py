@@ -283,7 +283,17 @@ def test_what_a_tab_in_the_background_says_is_true(browser: Browser, tmp_path: P
         assert page.title() == "gate closed · Users · HealthChecker"
         page.clock.fast_forward(31_000)
         assert page.title() == "Users · HealthChecker"
-        assert icon.get_attribute("href") == page.locator("#lost").get_attribute("data-icon")
+        grey = page.locator("#lost").get_attribute("data-icon")
+        assert icon.get_attribute("href") == grey
+        page.get_by_text("Add a user").first.click()
+        form = page.locator("form[action='/-/users']")
+        form.get_by_label("Name").fill("guest")
+        form.get_by_label("Password").fill(PASSWORD)
+        form.get_by_role("button", name="Add user").click()
+        page.get_by_role("row", name="guest").wait_for()
+        assert page.title().startswith("gate closed") and icon.get_attribute("href") != grey, "it was heard anew"
+        page.clock.fast_forward(31_000)
+        assert page.title() == "Users · HealthChecker" and icon.get_attribute("href") == grey
         context.close()
         assert not faults
 

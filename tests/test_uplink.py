@@ -191,7 +191,7 @@ def test_nobody_is_told_of_a_machine_while_this_one_is_cut_off(
         house.monitor.flush()
         with house.store.reading() as session:
             picture = take_picture(session, [], {}, time.time(), house.monitor)
-        assert picture.unhealthy.keys() == {*NAMES} and all(one.is_blamed for one in picture.unhealthy.values())
+        assert picture.unhealthy.keys() == {*NAMES} and all(one.blame == "this" for one in picture.unhealthy.values())
         gateway.answer()
         recover(house, machines, *NAMES, polls=1)
         wait_for(lambda: uplink_of(house).cut is None)

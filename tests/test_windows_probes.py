@@ -565,7 +565,7 @@ def test_a_check_that_nobody_saw_end_is_never_good() -> None:
 
 def test_a_powershell_that_ends_before_its_first_word_says_nothing_of_the_check() -> None:
     """One of wine's does so once in some thousands: the check behind an `exit` was bad, though nobody had run it. It
-    is tried again once in a poll, and not without time."""
+    is tried again once in a poll."""
     output = watched(RAN.replace('"then": ""', '"then": "exit"'))
     assert [output.rest(0, None).partition("\n")[0] for _ in range(2)] == ["$first = 2"] * 2
     for row in ('{"number": 1}', RAN.replace('"number": 1, "name": "a"', '"number": 2, "name": "b"')):
