@@ -124,9 +124,13 @@ sys.exit(code if code >= 0 else 128 - code)
     if os.environ.get("LISTEN_PID") == "1":
         os.environ["LISTEN_PID"] = str(os.getpid())
 
-# To import what follows takes a second: a reload that is asked for meanwhile waits until the service can hear of it.
-if __name__ == "__main__" and sys.platform != "win32":
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+# To import what follows takes a second: a reload that is asked for meanwhile waits until the service can hear of it;
+# Ctrl-C ends the process without a word.
+if __name__ == "__main__":
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # glibc gives each of hundreds of pollers an arena and a cache of what it freed, so that memory grows for hours: with
 # 100 hosts by 10 MB an hour, by 1 like this, which takes no more time. It can be said only before a process begins,
@@ -22022,6 +22026,8 @@ def complain(text: str, inventory: Path) -> None:
 def outcome(arguments: argparse.Namespace, inventory: Path) -> int:
     """The exit code of a command, after a line about what ended it."""
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:   # from now on there is something to be left in order
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return int(arguments.run(arguments))
     except HealthCheckerError as error:
         complain(str(error), inventory)

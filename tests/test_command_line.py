@@ -1270,6 +1270,27 @@ def test_interrupt_during_a_command(tmp_path: Path) -> None:
     assert (process.returncode, error) == (130, "")
 
 
+INTERRUPTED = """
+import os, sys
+class Finder:
+    def find_spec(name, *_):
+        if name == "sqlalchemy":
+            os.kill(os.getpid(), 2)
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent to another process there")
+def test_interrupt_of_a_start(tmp_path: Path) -> None:
+    """Ctrl-C while modules are imported ends a command as it ends `cat`, without a word."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED, encoding="utf-8")
+    done = subprocess.run(
+        command(write_inventory(tmp_path, CALM), "check"), capture_output=True, encoding="utf-8", timeout=120,
+        check=False, env=environment({"PYTHONPATH": str(tmp_path)}),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip  # not as a shell's background job
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="there a pipe without a reader is no EPIPE")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
