@@ -100,7 +100,7 @@ def test_polls_and_requests_have_the_same_drain(tmp_path: Path, delay: float, le
             f"  - {{name: win1, platform: windows, hostname: 127.0.0.1, port: {windows.port}, tls: false, auth: ntlm,"
             f" username: monitor, password: correct horse, interval: 1, timeout: 90}}\n"
         )
-        with Service(write_inventory(tmp_path, row, "  drain: 5\n  app: slow:app\n")) as service:
+        with Service(write_inventory(tmp_path, row, "  drain: 8\n  app: slow:app\n")) as service:
             service.wait_status("/-/readyz", 200)
             client.connect((service.host, service.port))
             client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -110,7 +110,7 @@ def test_polls_and_requests_have_the_same_drain(tmp_path: Path, delay: float, le
             wait_for(lambda: windows.polls > polls)
             begun_mono = time.monotonic()
             service.stop(30)
-            assert 5 < time.monotonic() - begun_mono < 9
+            assert 8 < time.monotonic() - begun_mono < 15    # twice the drain is 16, and a busy machine needs some
             assert len(windows.shells) == left
 
 
