@@ -11722,10 +11722,11 @@ class Membership:
 # The one thread that writes what polls found and what the gate did: reports and transitions come from any thread,
 # rows go out, many in one transaction. A database that cannot be written is waited for, within a bounded memory. A loss
 # of power may take who was healthy, who is asked again then, and nothing else.
-# Gives: Recorder, tried_elsewhere, write_logins, written_logins
+# Gives: Recorder, tried_elsewhere, waiting_events, write_logins, written_logins
 FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
 WOKEN_INTERVAL = 0.05           # the same where something falls, for others may fall with it, and of logins
 PENDING_ROWS = 100_000          # rows that wait for a database that cannot be written; older ones are lost
+WAITING_EVENTS = 1000           # of them, at most, the last ones that receivers are told of meanwhile
 QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
 STILL_ROUNDS = 7 * DAY // QUARTER   # of tidying that drop nothing, where the clock may have been set
 TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
@@ -12128,6 +12129,12 @@ class Recorder(threading.Thread):
             self.join(LAST_FLUSH)   # not for ever: another program may hold the database
         else:
             self.flush()
+
+
+def waiting_events(recorder: Recorder) -> list[Event]:
+    """What happened lately and cannot be written now, without an id therefore. For any thread."""
+    return [Event(**{"id": 0, "resource": "", "group": "", "state": "", "actor": "", "address": ""} | event)
+            for _, event in tuple(recorder._events)[-WAITING_EVENTS:]] if recorder.unwritten else []
 
 
 # === Poll ====================================================================
@@ -19640,6 +19647,15 @@ def is_seen_to(notice: NoticeRow, picture: Picture) -> bool:
     return bool(keepers := picture.keepers([notice.name])) and keepers.keys() <= {*picture.acknowledged}
 
 
+def is_repeated(happened: Event, ahead: set[tuple[str, str, str, float]]) -> bool:
+    """Whether it was taken up already: one without an id comes again until it is written, and then once more. `ahead`
+    are those of which that is still to come."""
+    key = happened.kind, happened.resource or happened.group, happened.state, happened.at
+    is_known = key in ahead
+    (ahead.discard if happened.id else ahead.add)(key)
+    return is_known
+
+
 class Announcer:
     """What one receiver is told, and when. Touches nothing but its own rows; times are Unix times, and one of the
     future, of a clock that was set back since, is now."""
@@ -19652,6 +19668,7 @@ class Announcer:
             self.settings = ReceiverSettings.model_validate({**given, **json.loads(row.settings)})
         self.notices = {(notice.kind, notice.name): notice for notice in notices if notice.kind in WORDS}
         self._fell = False      # whether, by the events since the last look, something with the receiver's tags did
+        self._ahead = set[tuple[str, str, str, float]]()    # events that were taken up before they could be written
         try:
             LETTER.validate_json(row.message or NO_LETTER)
         except ValidationError:
@@ -19663,6 +19680,8 @@ class Announcer:
         is_clock, name, at = happened.kind == "clock", happened.resource or happened.group, min(happened.at, now)
         kind, name = ("problem", "clock") if is_clock else (happened.kind, name)
         self.row.cursor = max(self.row.cursor, happened.id)
+        if is_repeated(happened, self._ahead):
+            return
         is_mine = not happened.resource or self._is_mine(picture.tags.get(name, ()))
         self._fell |= happened.kind == "state" and happened.state in BAD_STATES and is_mine
         if kind == "maintenance" or kind not in self.settings.on:
@@ -19842,8 +19861,7 @@ class Announcer:
 # message is delivered at least once, and once where nobody is killed. The Notifier's thread looks every second and
 # waits for nobody: each message is on its way in a thread and a child process of its own, which alone imports apprise.
 # Of these there are a few at a time, and the others wait for their turn.
-# Gives: check_receivers, ChildProcess, deliver, has_apprise, Heartbeat, is_service_well, NO_APPRISE, Notifier,
-# service_problems
+# Gives: check_receivers, ChildProcess, deliver, has_apprise, Heartbeat, is_service_well, NO_APPRISE, Notifier
 NOTIFY_INTERVAL = 1.0           # seconds between two looks at the events
 NOTIFY_IDLE = 30.0              # seconds between two looks at all resources while there is nothing to be said
 NOTIFY_AT_ONCE = 8              # messages on their way, for each of which a process takes 35 MB
@@ -20061,6 +20079,12 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
                    running_works(more, tags))
 
 
+def picture_without_rows(before: Picture, problems: Mapping[str, str], monitor: Monitor) -> Picture:
+    """How everything is while the rows cannot be read: what was unhealthy may be well by now, or another's fault."""
+    unhealthy = {name: one._replace(blame=monitor.blames(name)) for name, one in before.unhealthy.items()}
+    return before._replace(problems={**before.problems, **problems}, unhealthy=unhealthy)
+
+
 def is_news(row: Receiver, letter: str, url: str, came: Delivery) -> bool:
     """Whether it is news of a receiver: its message, and no failure at an address that was corrected meanwhile."""
     return row.message == letter and (came.is_delivered or row.url == url)
@@ -20123,17 +20147,15 @@ class Notifier(threading.Thread):
     in between sends it once more, for one that comes twice is better than one that never comes. Who is cut off from the
     others leaves to them what is in the rows, and tells what only this machine knows: that the database is away."""
 
-    def __init__(self, store: Store, vault: Vault, problems: Callable[[], Mapping[str, str]], console: str,
-                 monitor: Monitor) -> None:
+    def __init__(self, store: Store, vault: Vault, recorder: Recorder, console: str, monitor: Monitor) -> None:
         super().__init__(name="notifier", daemon=True)
         self._members, self._monitor, self._life = monitor.members, monitor, ("", False)    # of which the rows are
-        self._store, self._problems, self._console = store, problems, console
+        self._store, self._recorder, self._console = store, recorder, console
         self._ending, self._trouble = threading.Event(), Trouble("nobody can be told")
         self._deliveries = Deliveries(vault, self._ending)
         self._unread, self._unkept = Trouble("what to tell cannot be read"), Trouble("what was told cannot be kept")
         self._announcers: dict[int, Announcer] = {}     # by the receiver's id; the rows are a copy of them
-        self._saved: dict[int, Kept] = {}
-        self._lost: list[str] = []          # texts of events to be written
+        self._saved, self._lost = dict[int, Kept](), list[str]()    # texts of events to be written
         self._revision, self._looked_at, self._due_at = -1, 0.0, 0.0    # when time alone may make a difference
         self._seen: Picture | None = None       # how everything was then, but for when and why
         self._is_kept = True                # whether the rows are as what they are a copy of
@@ -20160,8 +20182,8 @@ class Notifier(threading.Thread):
                 self._save()
             return
         if (life[1] or not self._tell(now)) and self._picture:  # that the database is away can be told all the same
-            problems = {**self._picture.problems, **self._problems()}
-            self._announce([], self._picture._replace(problems=problems), now)
+            picture = picture_without_rows(self._picture, service_problems(self._recorder), self._monitor)
+            self._announce([] if life[1] else waiting_events(self._recorder), picture, now)
         self._take_results(now)
         rows = self._claim(now)
         if (life[1] or self._save()) and life == self._members.life:    # both may have waited for a silent database
@@ -20229,7 +20251,7 @@ class Notifier(threading.Thread):
         rows = [announcer.row for announcer in self._announcers.values()]
         if not rows:
             return [], None
-        problems = {**self._problems()}
+        problems = service_problems(self._recorder)
         problems |= {f"receiver {row.name}": f"{row.name} cannot be told: {row.trouble}" for row in rows if row.trouble}
         newest = session.scalar(sqlalchemy.select(func.max(Event.id))) or 0
         for row in rows:        # ids come again where the last events were dropped
@@ -20239,6 +20261,7 @@ class Notifier(threading.Thread):
         if idle and abs(now - self._looked_at) < NOTIFY_IDLE:
             return [], None
         found = [*session.scalars(sqlalchemy.select(Event).where(Event.id > cursor).order_by(Event.id))]
+        found += waiting_events(self._recorder)
         session.expunge_all()
         return found, take_picture(session, (each.resource for each in found), problems, now, self._monitor)
 
@@ -20252,7 +20275,7 @@ class Notifier(threading.Thread):
         self._seen, self._is_kept = None, False
         for announcer in self._announcers.values():
             for happened in found:
-                if happened.id > announcer.row.cursor:
+                if not happened.id or happened.id > announcer.row.cursor:
                     announcer.take(happened, picture, now)
             announcer.settle(picture, now)
             announcer.compose(picture, now)
@@ -21061,7 +21084,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
             metrics = Metrics(serving, store, service.metrics_token_file, access, monitor)
             server = ConsoleServer(build_console(context, metrics), console, service)
             stack.enter_context(contextlib.closing(server)).start()
-        notifier = Notifier(store, vault, functools.partial(service_problems, recorder), console_url(service), monitor)
+        notifier = Notifier(store, vault, recorder, console_url(service), monitor)
         stack.enter_context(contextlib.closing(notifier)).start()
         heart = Heartbeat(store, vault, installation.access(), functools.partial(is_service_well, aggregator, recorder))
         stack.enter_context(contextlib.closing(heart)).start()

@@ -361,7 +361,7 @@ def test_what_lasts_while_the_clock_is_set(tmp_path: Path, monkeypatch: pytest.M
                                        at=store.wall() - 1000)
         wall, set_by = store.wall, [0]
         monkeypatch.setattr(store, "wall", lambda: wall() + set_by[-1])
-        notifier = Notifier(store, cast(Any, None), dict, "", ALONE)
+        notifier = Notifier(store, cast(Any, None), calm(store), "", ALONE)
         notifier.start()
         try:
             [announcer] = wait_for(lambda: [one for one in notifier._announcers.values() if one.notices])
@@ -1064,6 +1064,11 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield store
 
 
+def calm(store: Store) -> Recorder:
+    """Of a service that is well."""
+    return Recorder(store, HealthAggregator())
+
+
 def take_over(store: Store, folder: Path, *entries: str, service: str = "") -> list[str]:
     """Has the rows follow the file; gives what changed."""
     with store.writing() as session:
@@ -1139,14 +1144,14 @@ def test_an_event_is_told_once(tmp_path: Path, store: Store, hook: Hook) -> None
     """Also over a restart; what was told is known there, and gets its end."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}")
     happen(store, "gate", "closed", "open -> closed (this: limit)")
-    first = Notifier(store, prepared_vault(tmp_path), dict, "http://console/", ALONE)
+    first = Notifier(store, prepared_vault(tmp_path), calm(store), "http://console/", ALONE)
     look_until(first, hook, 1, NOON + 5)
     first.close()
     said = hook.requests[0].json
     assert said["title"] == "HealthChecker: the gate is closed" and said["message"].endswith("http://console/")
     row = receivers(store)["ops"]
     assert (row.message, row.delivered, row.cursor, row.trouble) == ("", 1, 1, "")
-    second = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
+    second = Notifier(store, prepared_vault(tmp_path), calm(store), "", ALONE)
     second.look(NOON + 10)
     second.look(NOON + 11)
     assert not second._deliveries.threads
@@ -1163,7 +1168,7 @@ def test_no_thread_can_be_started(tmp_path: Path, store: Store, hook: Hook, monk
     """For a while: the message is sent later."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}")
     happen(store, "gate", "closed")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
+    notifier = Notifier(store, prepared_vault(tmp_path), calm(store), "", ALONE)
 
     def refuse(_: object) -> None:
         raise RuntimeError("can't start new thread")
@@ -1185,7 +1190,7 @@ def test_a_damaged_row_silences_nobody(tmp_path: Path, store: Store, hook: Hook)
     with store.writing() as session:
         session.execute(sqlalchemy.text("UPDATE receiver SET settings = '[' WHERE name = 'odd'"))
     happen(store, "gate", "closed")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
+    notifier = Notifier(store, prepared_vault(tmp_path), calm(store), "", ALONE)
     look_until(notifier, hook, 1, NOON)
     look_until(notifier, hook, 2, NOON + 60)
     notifier.close()
@@ -1211,7 +1216,7 @@ def test_nor_does_any_other(damage: str, tmp_path: Path, store: Store, hook: Hoo
                              sample="null"))
         session.execute(sqlalchemy.text(damage))
     happen(store, "gate", "closed")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
+    notifier = Notifier(store, prepared_vault(tmp_path), calm(store), "", ALONE)
     look_until(notifier, hook, 2, NOON)
     notifier.close()
     assert {got.path for got in hook.requests} == {"/ops", "/odd"}
@@ -1227,7 +1232,7 @@ def test_a_receiver_that_hangs_holds_nobody_up(tmp_path: Path, store: Store, hoo
         take_over(store, tmp_path, f"{{name: slow, url: 'json://{stuck.place}/x?rto=60', wait: 0}}",
                   f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}")
         happen(store, "gate", "closed")
-        notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
+        notifier = Notifier(store, prepared_vault(tmp_path), calm(store), "", ALONE)
         notifier.look(NOON + 5)
         wait_for(lambda: bool(hook.requests and stuck.requests))
         notifier.close()
@@ -1249,7 +1254,7 @@ def test_few_are_told_at_a_time(tmp_path: Path, store: Store, hook: Hook) -> Non
     take_over(store, tmp_path, *(
         f"{{name: {name}, url: 'json://{hook.place}/{name}?rto=60', wait: 0}}" for name in names))
     happen(store, "gate", "closed")
-    notifier, hook.way = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE), "hang"
+    notifier, hook.way = Notifier(store, prepared_vault(tmp_path), calm(store), "", ALONE), "hang"
     notifier.look(NOON)
     first = {*notifier._deliveries.threads}
     wait_for(lambda: len(hook.requests) == len(first))
@@ -1280,7 +1285,7 @@ def test_many_that_hang_delay_nobody(tmp_path: Path, store: Store, hook: Hook) -
         with store.writing() as session:    # as it is after their first message
             session.execute(sqlalchemy.update(Receiver).where(Receiver.name != "z").values(trouble="no answer"))
         happen(store, "gate", "closed")
-        notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
+        notifier = Notifier(store, prepared_vault(tmp_path), calm(store), "", ALONE)
         notifier.look(NOON)
         wait_for(lambda: hook.requests and len(stuck.requests) == 3, 10)
         wait_for(lambda: notifier._deliveries.results.qsize() == 1)
@@ -1299,13 +1304,50 @@ def test_many_that_hang_delay_nobody(tmp_path: Path, store: Store, hook: Hook) -
 def test_a_database_that_cannot_be_written_is_told(tmp_path: Path, store: Store, hook: Hook) -> None:
     """Although nothing of it can be kept, and once."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0, on: [problem]}}")
-    notifier = Notifier(store, prepared_vault(tmp_path), lambda: {"database": "it is full"}, "", ALONE)
+    recorder = calm(store)
+    recorder._unwritten.why = "it is full"
+    notifier = Notifier(store, prepared_vault(tmp_path), recorder, "", ALONE)
     with refusing(store.database, "UPDATE ON receiver"):
         look_until(notifier, hook, 1, NOON)
         for second in range(1, 5):
             notifier.look(NOON + second)
         notifier.close()
     assert len(hook.requests) == 1 and "it is full" in hook.requests[0].json["message"]
+
+
+def test_what_cannot_be_written_is_told(tmp_path: Path, store: Store, hook: Hook) -> None:
+    """When it happens, once, and by who hears of the gate alone; what is written again is no news."""
+    take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}",
+              f"{{name: db, url: 'json://{hook.place}/y', wait: 0, on: [state]}}")
+    aggregator = HealthAggregator()
+    recorder = Recorder(store, aggregator)
+    for name in ("this", "that"):
+        aggregator.register(name)
+        aggregator.set_resource(name, True, ttl=1e6)
+    aggregator.start()
+    assert recorder.flush()
+    notifier = Notifier(store, prepared_vault(tmp_path), recorder, "", ALONE)
+    notifier.look(time.time())
+
+    def happens(what: str, count: int) -> None:
+        aggregator.set_resource("this", what == "open", "on fire", ttl=1e6)
+        recorder.note("state", f"it is {what}", time.time(), resource="this",
+                      state="healthy" if what == "open" else "unhealthy")
+        assert recorder.flush() is (what == "again")
+        look_until(notifier, hook, count, time.time())
+
+    with refusing(store.database, "INSERT ON event"):
+        happens("closed", 2)
+        notifier.look(time.time())
+        happens("open", 4)
+    assert recorder.flush() and not healthchecker.waiting_events(recorder)
+    for _ in range(3):
+        notifier.look(time.time())
+    happens("again", 6)
+    notifier.close()
+    told = sorted(request.json["title"].removeprefix("HealthChecker: ") for request in hook.requests)
+    assert told == ["the gate is closed", "the gate is closed", "the gate is open again",
+                    "this is healthy again", "this is unhealthy", "this is unhealthy"]
 
 
 def test_a_look_without_a_change_costs_little(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1330,7 +1372,7 @@ def test_a_look_without_a_change_costs_little(tmp_path: Path, store: Store, monk
 
     real = Announcer.settle
     monkeypatch.setattr(Announcer, "settle", lambda self, picture, now: settled.append(now) or real(self, picture, now))
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
+    notifier = Notifier(store, prepared_vault(tmp_path), calm(store), "", ALONE)
     notifier.look(NOON + 1)
     sqlalchemy.event.listen(store.engine, "before_cursor_execute", note)
     settled.clear()
@@ -1368,7 +1410,7 @@ def test_a_look_with_a_change_costs_a_few_without_one(tmp_path: Path, store: Sto
                                cause="check", reason="", since_at=NOON, polled_at=NOON, good=0, bad=1, seconds=0,
                                sample="null"))  # fmt: skip
             record_event(session, "state", "it is so", state="unhealthy", at=NOON, resource=name)
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
+    notifier = Notifier(store, prepared_vault(tmp_path), calm(store), "", ALONE)
     notifier.look(NOON + 1)
     for second in range(2, 12):
         if changes := second % 2 == 0:
@@ -1428,17 +1470,17 @@ class Lives:
 def test_a_database_that_is_away_is_told(tmp_path: Path, store: Store, hook: Hook, *, begins_again: bool) -> None:
     """Although nothing can be read; and its end, also where others took this machine for dead meanwhile."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0, on: [problem]}}")
-    problems, lives = dict[str, str](), Lives()
-    notifier = Notifier(store, prepared_vault(tmp_path), lambda: problems, "", cast("healthchecker.Monitor", lives))
+    recorder, lives = calm(store), Lives()
+    notifier = Notifier(store, prepared_vault(tmp_path), recorder, "", cast("healthchecker.Monitor", lives))
     notifier.look(NOON)
     for name in ("event", "receiver"):
         execute(store.database, f"ALTER TABLE {name} RENAME TO {name}_away")
-    problems["database"] = "it is away"
+    recorder._unwritten.why = "it is away"
     look_until(notifier, hook, 1, NOON + 1)
     notifier.look(NOON + 2)
     for name in ("event", "receiver"):
         execute(store.database, f"ALTER TABLE {name}_away RENAME TO {name}")
-    problems.clear()
+    recorder._unwritten.why = ""
     lives.epoch = "second" if begins_again else "first"
     look_until(notifier, hook, 2, NOON + 60)
     notifier.close()
@@ -1451,7 +1493,7 @@ def two_machines(folder: Path, store: Store, place: str, **speak: bool) -> Itera
     take_over(store, folder, f"{{name: ops, url: 'json://{place}/x', wait: 0}}")
     for speaks in speak.values():
         lives = Lives(speaks=speaks)
-        yield lives, Notifier(store, prepared_vault(folder), dict, "", cast("healthchecker.Monitor", lives))
+        yield lives, Notifier(store, prepared_vault(folder), calm(store), "", cast("healthchecker.Monitor", lives))
 
 
 @pytest.mark.long
@@ -1462,10 +1504,10 @@ def test_what_was_told_before_a_cut_hears_its_end(
 ) -> None:
     """The database is back while the message that it is away is on its way, or was not looked at again."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 1, on: [gate, problem]}}")
-    problems, lives, others = dict[str, str](), Lives(), Lives(speaks=False)
+    recorder, lives, others = calm(store), Lives(), Lives(speaks=False)
     vault = prepared_vault(tmp_path)
-    one = Notifier(store, vault, lambda: problems, "", cast("healthchecker.Monitor", lives))
-    other = Notifier(store, vault, dict, "", cast("healthchecker.Monitor", others))
+    one = Notifier(store, vault, recorder, "", cast("healthchecker.Monitor", lives))
+    other = Notifier(store, vault, calm(store), "", cast("healthchecker.Monitor", others))
     one.look(NOON)
     happen(store, "gate", "closed")
     look_until(one, hook, 1, NOON + 10)
@@ -1474,12 +1516,12 @@ def test_what_was_told_before_a_cut_hears_its_end(
         with one._unkept.caught():
             raise OSError("its first write failed")
     lives.is_cut_off, hook.way = True, "slow" if hangs else ""
-    problems["database"] = "it is away"
+    recorder._unwritten.why = "it is away"
     one.look(NOON + 20)
     one.look(NOON + 25)
     wait_for(lambda: len(hook.requests) == 2 and one._deliveries.results.qsize() == (not hangs))
     lives.is_cut_off, lives.epoch = False, "second"
-    problems.clear()
+    recorder._unwritten.why = ""
     lives.speaks, others.speaks = speaks == "the same", speaks == "another"
     for now in (26, 27):
         for each in (other, one):
@@ -1553,9 +1595,9 @@ def test_who_speaks_beside_another_one_tells_nothing_twice(tmp_path: Path, store
 def test_who_is_cut_off_leaves_the_rows_to_others(tmp_path: Path, store: Store, hook: Hook, others: str) -> None:
     """What could not be delivered, and what waits; but that the database is away is told. Alone all of it goes on."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 1, on: [gate, problem]}}")
-    problems, lives = dict[str, str](), Lives()
+    recorder, lives = calm(store), Lives()
     lives.names = frozenset("a" + others)
-    notifier = Notifier(store, prepared_vault(tmp_path), lambda: problems, "", cast("healthchecker.Monitor", lives))
+    notifier = Notifier(store, prepared_vault(tmp_path), recorder, "", cast("healthchecker.Monitor", lives))
     notifier.look(NOON)
     with store.writing() as session:
         record_event(session, "gate", "open -> closed", state="closed", at=NOON)
@@ -1567,13 +1609,13 @@ def test_who_is_cut_off_leaves_the_rows_to_others(tmp_path: Path, store: Store, 
         return [" ".join(request.json["title"].split()[1:]) for request in hook.requests]
 
     hook.status, lives.is_cut_off = 200, True
-    problems["database"] = "it is away"
+    recorder._unwritten.why = "it is away"
     notifier.look(NOON + 40)
     closed, away = "the gate is closed", "HealthChecker's database is in trouble"
     wait_for(lambda: titles(NOON + 100)[-1] == away and not notifier._deliveries.threads)
     assert titles(NOON + 101) == ([closed, away] if others else [closed, closed, away])
     lives.is_cut_off = False
-    problems.clear()
+    recorder._unwritten.why = ""
     well = "HealthChecker's database is well again"
     wait_for(lambda: titles(NOON + 200)[-1] == well and not notifier._deliveries.threads)
     notifier.close()
@@ -1585,7 +1627,7 @@ def test_a_database_that_cannot_be_read_is_one_trouble(
 ) -> None:
     """Which is over when it can be, and not with the next step."""
     caplog.set_level(logging.INFO)
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
+    notifier = Notifier(store, prepared_vault(tmp_path), calm(store), "", ALONE)
     execute(store.database, "ALTER TABLE receiver RENAME TO gone")
     notifier.start()
     wait_for(lambda: "receiver" in caplog.text)
@@ -1602,7 +1644,7 @@ def test_what_is_given_up_is_an_event_and_shown(tmp_path: Path, store: Store, ho
     hook.status = 500
     take_over(store, tmp_path, f"{{name: ops, url: 'json://u:s3cret@{hook.place}/x', wait: 0}}")
     happen(store, "gate", "closed")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
+    notifier = Notifier(store, prepared_vault(tmp_path), calm(store), "", ALONE)
     with caplog.at_level(logging.DEBUG):
         look_until(notifier, hook, 1, NOON + 1)
         look_until(notifier, hook, 2, NOON + 2 + RETRY_TIME)
@@ -1625,7 +1667,7 @@ def test_what_is_given_up_is_an_event_and_shown(tmp_path: Path, store: Store, ho
 def test_a_reload_takes_receivers_up(tmp_path: Path, store: Store, hook: Hook) -> None:
     """Without a restart; a new one hears nothing of the past."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/ops', wait: 0}}")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
+    notifier = Notifier(store, prepared_vault(tmp_path), calm(store), "", ALONE)
     happen(store, "gate", "closed")
     look_until(notifier, hook, 1, NOON)
     take_over(store, tmp_path, f"{{name: new, url: 'json://{hook.place}/new', wait: 0}}")
@@ -1643,7 +1685,7 @@ def test_a_receiver_that_is_corrected_is_tried_at_once(late: bool, tmp_path: Pat
     """Not when the pause has passed that its wrong URL brought about, or will yet: it may be asked just then."""
     entry = f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}"
     take_over(store, tmp_path, "{name: ops, url: 'json://127.0.0.1:1', wait: 0}")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
+    notifier = Notifier(store, prepared_vault(tmp_path), calm(store), "", ALONE)
     happen(store, "gate", "closed")
     notifier.look(NOON)
     wait_for(lambda: notifier._deliveries.results.qsize() == 1)
@@ -1695,7 +1737,7 @@ def test_a_receiver_with_a_new_name(tmp_path: Path, store: Store, hook: Hook) ->
     """It has the same URL: what was told under the old name gets its end, once; another URL is another receiver."""
     url = f"json://{hook.place}/x"
     take_over(store, tmp_path, f"{{name: ops, url: '{url}', wait: 0}}", "{name: also, url: 'json://h'}")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
+    notifier = Notifier(store, prepared_vault(tmp_path), calm(store), "", ALONE)
     happen(store, "gate", "closed")
     look_until(notifier, hook, 1, NOON)
     take_over(store, tmp_path, "{name: also, url: 'json://h'}", f"{{name: night, url: '{url}', wait: 0}}")
@@ -1714,7 +1756,7 @@ def test_a_reload_while_a_message_arrives(tmp_path: Path, store: Store, hook: Ho
     """What is taken up anew is what is known by then: the message is not sent again."""
     entry = f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}"
     take_over(store, tmp_path, entry)
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
+    notifier = Notifier(store, prepared_vault(tmp_path), calm(store), "", ALONE)
     happen(store, "gate", "closed")
     notifier.look(NOON)
     wait_for(lambda: notifier._deliveries.results.qsize() == 1)
@@ -1729,7 +1771,7 @@ def test_a_reload_while_a_message_arrives(tmp_path: Path, store: Store, hook: Ho
 def test_a_reload_after_what_could_not_be_kept(tmp_path: Path, store: Store, hook: Hook) -> None:
     entry = f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}"
     take_over(store, tmp_path, entry)
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
+    notifier = Notifier(store, prepared_vault(tmp_path), calm(store), "", ALONE)
     notifier.look(NOON)
     happen(store, "gate", "closed")
     with refusing(store.database, "UPDATE ON receiver", "NEW.message != ''"):
@@ -1895,7 +1937,7 @@ def test_of_what_is_behind_another_nobody_is_told(house: House, machines: Machin
     notify(house, hook, "wait: 0, on: [gate, state], remind: 1")
     with house.watching():
         wait_for(house.aggregator.is_healthy)
-        notifier = Notifier(house.store, house.vault, dict, "", house.monitor)
+        notifier = Notifier(house.store, house.vault, calm(house.store), "", house.monitor)
         now = house.store.wall()
 
         def look(count: int, after: float) -> str:
@@ -1956,7 +1998,7 @@ def test_an_outage_that_is_over_before_its_row_says_so_is_told(house: House, mac
     notify(house, hook, "wait: 30, on: [state]")
     with house.watching():
         wait_for(house.aggregator.is_healthy)
-        notifier = Notifier(house.store, house.vault, dict, "", house.monitor)
+        notifier = Notifier(house.store, house.vault, calm(house.store), "", house.monitor)
         now = house.store.wall()
         notifier.look(now)
         poll(house, machines, unreachable, "db")
@@ -2083,6 +2125,39 @@ def test_a_service_beats(tmp_path: Path, hook: Hook) -> None:
         wait_for(lambda: bool(hook.requests), 60)
 
 
+@pytest.mark.long
+def test_a_service_that_cannot_write_tells_of_its_gate(tmp_path: Path, hook: Hook) -> None:
+    """As where the disk is full: then, and no second time when it can."""
+    prepared_database(tmp_path)
+    door = socket.create_server(("127.0.0.1", 0))
+    place = door.getsockname()
+    path = write_inventory(tmp_path, f"  - {{name: web, platform: tcp, hostname: 127.0.0.1, port: {place[1]}, "
+                                     "interval: 1, retry_interval: 1, timeout: 1, rise: 1, fall: 1}\n")
+    entry = f"notify: [{{name: ops, url: 'json://{hook.place}/x', wait: 0}}]\n"
+    path.write_text(path.read_text(encoding="utf-8") + entry, encoding="utf-8")
+    with contextlib.ExitStack() as stack:
+        service, store = stack.enter_context(Service(path, deadline=60)), Store(database_in(tmp_path))
+        stack.enter_context(contextlib.closing(store))
+        service.wait_status("/", 200)
+
+        def last_event() -> int:
+            with store.reading() as session:
+                return max([event.id for event in events(session, kind="gate")], default=0)
+
+        before = wait_for(last_event)
+        with refusing(store.database, "INSERT ON event"):
+            door.close()
+            service.wait_status("/", 503)
+            wait_for(lambda: hook.requests)
+            stack.enter_context(socket.create_server(place))
+            service.wait_status("/", 200)
+            wait_for(lambda: len(hook.requests) > 1)
+            assert last_event() == before
+        wait_for(lambda: receivers(store)["ops"].cursor >= last_event() > before)
+    assert [request.json["title"] for request in hook.requests] == [
+        "HealthChecker: the gate is closed", "HealthChecker: the gate is open again"]
+
+
 def test_work_of_many_by_name(tmp_path: Path) -> None:
     """Its begin, reason and end are told apart, and what was told can be kept (PostgreSQL indexes 2,704 bytes)."""
     names = [f"{hashlib.sha256(b'%d' % number).hexdigest()}.example.com" for number in range(300)]
@@ -2095,7 +2170,7 @@ def test_work_of_many_by_name(tmp_path: Path) -> None:
                               until_at=now + 3600, actor="a")
             session.add(row)
             healthchecker.begin_work(session, row, now)
-        notifier, told = Notifier(store, cast(Any, None), dict, "http://127.0.0.1/", ALONE), []
+        notifier, told = Notifier(store, cast(Any, None), calm(store), "http://127.0.0.1/", ALONE), []
         notifier._dispatch = lambda *_: None  # type: ignore[method-assign]  # nothing is sent
         for _ in range(2):
             notifier._looked_at = 0.0
