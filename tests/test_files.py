@@ -103,32 +103,33 @@ COMMANDS: dict[str, list[list[str]]] = {      # with a service, and without one
 
 @pytest.mark.long
 @POSIX
-def test_no_command_makes_what_others_can_write(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("when", "made"), [
+    ("beside", {"healthchecker.db", "saved.tgz", "keys/private.pem"}), ("alone", {"later.tgz", "copied.db"})])
+def test_no_command_makes_what_others_can_write(when: str, made: set[str], tmp_path: Path) -> None:
     """Whatever umask an administrator's shell has; what root makes in the service's folder belongs to the service."""
     path = write_inventory(tmp_path, CALM, "  lease_file: lease\n  log_file: log")
+    if when == "alone":
+        prepared_keys(tmp_path)
+        prepared_database(tmp_path)
 
     def run(arguments: list[str]) -> None:
         done = subprocess.run(command(path, *arguments), cwd=tmp_path, env=environment(), check=False, timeout=120,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")  # fmt: skip
         assert done.returncode == 0, done.stdout
 
-    for place in (tmp_path, path) if ROOT else ():
+    for place in (tmp_path, *tmp_path.rglob("*")) if ROOT else ():
         os.chown(place, NOBODY, NOBODY)
-    before = os.umask(0)
-    try:
-        with Program(path) as service:
-            service.wait_status("/-/readyz", 200)
-            for arguments in COMMANDS["beside"]:
-                run(arguments)
-            assert not ROOT or strangers(tmp_path) <= {"lease"}     # which the service's account replaces
-        for arguments in COMMANDS["alone"]:
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.umask, os.umask(0))
+        if when == "beside":
+            stack.enter_context(Program(path)).wait_status("/-/readyz", 200)
+        for arguments in COMMANDS[when]:
             run(arguments)
-    finally:
-        os.umask(before)
+        assert not ROOT or strangers(tmp_path) <= {"lease"}     # which the service's account replaces
     found = modes(tmp_path)
-    private = {"healthchecker.db", "saved.tgz", "later.tgz", "copied.db", "keys/private.pem"}
-    assert {name: oct(found[name]) for name in private} == dict.fromkeys(private, "0o600")
-    assert found["lease"] == 0o644 and {name: oct(mode) for name, mode in found.items() if mode & 0o022} == {}
+    assert {name: oct(found[name]) for name in made} == dict.fromkeys(made, "0o600")
+    assert when == "alone" or found["lease"] == 0o644
+    assert {name: oct(mode) for name, mode in found.items() if mode & 0o022} == {}
     assert not ROOT or strangers(tmp_path) <= {"lease"}
 
 
