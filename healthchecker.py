@@ -19531,6 +19531,15 @@ class Picture(NamedTuple):
     problems: Mapping[str, str] = MappingProxyType({})      # of the service itself
     acknowledged: Collection[str] = ()
     works: Mapping[str, Lasting] = MappingProxyType({})     # by what they are of
+    counts: Mapping[str, frozenset[str]] = MappingProxyType({})     # what counts on the resources that events name
+
+    def closed_by(self, names: Collection[str], kind: str, group: str) -> bool:
+        """Whether the gate or a group, if it is that, counts on one of these resources."""
+        return kind in ("gate", "group") and any(group in self.counts.get(name, ()) for name in names)
+
+    def is_untold(self, name: str) -> bool:
+        """Whether a resource is unhealthy by its row alone: the next poll, perhaps the first of a start, says more."""
+        return name in self.unhealthy and self.unhealthy[name].blame == "untold"
 
     def keepers(self, closed: Collection[str] = (SITE,)) -> dict[str, Lasting]:
         """What keeps the site, groups or routes closed."""
@@ -19667,7 +19676,7 @@ class Announcer:
         with contextlib.suppress(ValueError, TypeError):    # of a damaged row, which must silence nobody
             self.settings = ReceiverSettings.model_validate({**given, **json.loads(row.settings)})
         self.notices = {(notice.kind, notice.name): notice for notice in notices if notice.kind in WORDS}
-        self._fell = False      # whether, by the events since the last look, something with the receiver's tags did
+        self._fell = set[str]()     # what did with the receiver's tags, by the events since the last look
         self._ahead = set[tuple[str, str, str, float]]()    # events that were taken up before they could be written
         try:
             LETTER.validate_json(row.message or NO_LETTER)
@@ -19683,7 +19692,8 @@ class Announcer:
         if is_repeated(happened, self._ahead):
             return
         is_mine = not happened.resource or self._is_mine(picture.tags.get(name, ()))
-        self._fell |= happened.kind == "state" and happened.state in BAD_STATES and is_mine
+        if happened.kind == "state" and happened.state in BAD_STATES and is_mine and name not in picture.excused:
+            self._fell.add(name)
         if kind == "maintenance" or kind not in self.settings.on:
             if (happened.kind, happened.state) == ("maintenance", "over"):      # perhaps while no service ran
                 self._end_works(name, happened.text, picture, at)
@@ -19691,8 +19701,8 @@ class Announcer:
         if not is_mine:
             return
         if (happened.state in BAD_STATES or is_clock) and not (kind == "state" and name in picture.excused):
-            self._begin(kind, name, happened.text, at, int(STARTING not in happened.text and (
-                self._fell or self._concerns(kind, name, picture))))
+            self._begin(kind, name, happened.text, at, int(
+                STARTING not in happened.text and self._concerns(kind, name, picture)))
         if happened.state not in BAD_STATES and (known := self.notices.get((kind, name))):
             self._end(known, at, "".join(BY_HAND.findall(happened.text)))
 
@@ -19705,14 +19715,14 @@ class Announcer:
         for key, notice in [*self.notices.items()]:
             if max(notice.since_at, notice.taken_at, notice.over_at, notice.told_at) > now:
                 self.notices[key] = notice = notice.timed(lambda at: min(at, now))
-            if not (notice.times or notice.over_at or notice.told_at or STARTING in notice.text
-                    ) and self._concerns(notice.kind, notice.name, picture):
+            if not (notice.times or notice.told_at or STARTING in notice.text) and (
+                    picture.closed_by(self._fell, *key) or (not notice.over_at and self._concerns(*key, picture))):
                 notice = self._put(notice._replace(times=1))
             if (ending := self._ending(notice, picture)) is not None:
                 notice = self._end(notice, now, ending)
             if not notice.told_at and self._is_nothing(notice, picture):
                 del self.notices[key]
-        self._fell = False
+        self._fell.clear()
         self._begin_new("state", {name: one for name, one in picture.unhealthy.items()
                                   if not (one.blame or name in picture.excused)}, now)
         self._begin_new("problem", {name: Lasting(now, why, frozenset(self.settings.tags))      # everybody's
@@ -19850,7 +19860,8 @@ class Announcer:
             if notice.told_at and (notice.over_at or may_remind):
                 ends.append(notice)
             elif not notice.told_at and (notice.over_at or (
-                    now - notice.taken_at >= after and self._concerns(notice.kind, notice.name, picture))):
+                    now - notice.taken_at >= after and self._concerns(notice.kind, notice.name, picture)
+                    and not (notice.kind == "state" and picture.is_untold(notice.name)))):
                 begun.append(notice)
         is_ripe = any(now - notice.taken_at >= after + self.settings.wait for notice in begun)
         return ends + (begun if is_ripe else [])
@@ -20058,9 +20069,10 @@ def tags_of(text: str) -> frozenset[str]:
 def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, str], now: float,
                  monitor: Monitor) -> Picture:
     """How everything is by the rows, and what is behind what, and closes what, by the monitor; with the tags of
-    resources of these names."""
+    resources of these names, and what counts on them."""
     unhealthy, healthy, tags, more = {}, {}, dict[str, frozenset[str]](), remarks(session, now)
-    wanted = {*names, *more.maintenance}
+    counts = {name: counting_on(monitor.aggregator, name) for name in {*names}}
+    wanted = {*counts, *more.maintenance}
     rows = session.execute(sqlalchemy.select(
         Resource.name, Resource.settings, Status.state, Status.cause, Status.reason,
         Status.since_at, Status.polled_at).outerjoin(Status, Status.resource_id == Resource.id)).all()
@@ -20076,7 +20088,7 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
             healthy[name] = polled_at or 0.0
     groups = frozenset(imported_gates(session).members({}))
     return Picture(unhealthy, healthy, {*more.maintenance}, groups, tags, problems, frozenset(more.seen),
-                   running_works(more, tags))
+                   running_works(more, tags), counts)
 
 
 def picture_without_rows(before: Picture, problems: Mapping[str, str], monitor: Monitor) -> Picture:
