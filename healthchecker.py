@@ -20280,7 +20280,7 @@ class Notifier(threading.Thread):
     def _announce(self, found: Sequence[Event], picture: Picture, now: float) -> None:
         """Has all of them take up what is new: nothing is while the same things are as they were, whatever the reason,
         and time alone makes no difference yet."""
-        seen = picture._replace(healthy=dict.fromkeys(picture.healthy, 0.0), tags={}, unhealthy={
+        seen = picture._replace(healthy=dict.fromkeys(picture.healthy, 0.0), tags={}, counts={}, unhealthy={
             name: one._replace(since_at=0.0, why="") for name, one in picture.unhealthy.items()})
         if not found and seen == self._seen and self._looked_at <= now < self._due_at:
             return
