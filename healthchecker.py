@@ -18404,10 +18404,11 @@ function show(page, sent) {
   if (focused !== document.activeElement && focused.isConnected) focused.focus({ preventScroll: true });     // it moved
 }
 
-// To the login, as a rule; where something was typed, the form that is sent leads there, and it is kept.
+// To the login, as a rule; where something was typed, the form that is sent leads there, and it is kept. A tab in the
+// background waits until it is looked at: somebody may have logged in again in another one by then.
 function leave() {
   const typed = main.querySelectorAll("form[method=post] :is(input, textarea)");
-  if ([...typed].every(input => input.value === input.defaultValue))
+  if (!document.hidden && [...typed].every(input => input.value === input.defaultValue))
     location.reload();
   age("Your session is over, or the page is gone: send the form, and log in again.");
 }

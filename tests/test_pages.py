@@ -298,6 +298,30 @@ def test_what_a_tab_in_the_background_says_is_true(browser: Browser, tmp_path: P
         assert not faults
 
 
+def test_a_tab_in_the_background_outlives_its_session(browser: Browser, tmp_path: Path) -> None:
+    """It was a login form when it was looked at again, also after a login in another tab."""
+    with local_console(tmp_path, "", password=PASSWORD, clock=time.time) as local, served(local):
+        context, page, faults = visit(browser, local)
+        enter(page, local)
+        page.add_init_script("away = true; Object.defineProperty(document, 'hidden', {get: () => away})")
+        page.clock.install()
+        page.goto("/-/events?kind=service")
+        session, title = context.cookies(), page.title()
+        context.clear_cookies()
+        page.clock.fast_forward(31_000)
+        page.get_by_text("Your session is over").wait_for()
+        assert page.url.endswith("/-/events?kind=service") and page.title() == "not known · HealthChecker"
+        context.add_cookies(session)
+        page.clock.fast_forward(31_000)
+        page.get_by_text("Your session is over").wait_for(state="hidden")
+        assert page.title() == title
+        context.clear_cookies()
+        page.evaluate("away = false; document.dispatchEvent(new Event('visibilitychange'))")
+        page.wait_for_url("**/-/login?next=**")
+        context.close()
+        assert not faults
+
+
 @pytest.mark.long
 def test_a_changed_host_key_is_shown_before_it_is_trusted(
     browser: Browser, sshd: Sshd | ParamikoSshd, tmp_path: Path
