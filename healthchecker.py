@@ -12701,14 +12701,19 @@ def overruled(name: str, pollers: Mapping[str, Poller], context: PollContext) ->
     return Standing("unhealthy", "parent", f"behind {blocker}", since_at)
 
 
-def blamed(name: str, pollers: Mapping[str, Poller], context: PollContext) -> Literal["", "other", "this", "untold"]:
+def blamed(name: str, pollers: Mapping[str, Poller], context: PollContext
+           ) -> Literal["", "other", "this", "untold", "unsure"]:
     """What is told instead of a resource: `other`, one or a group that it is behind; `this`, that this machine is cut
-    off; `untold`, nothing yet, or it is well by now and its row does not say so yet. For any thread."""
+    off; `untold`, nothing yet; `unsure`, that it is well by now, as its row will say, or what its first poll since a
+    start finds. For any thread."""
     if context.aggregator.blocker(name):
         return "other"
     if not (poller := pollers.get(name)):
         return ""
-    return "this" if poller.outage.is_cut_off else "" if poller.news.told.state == "unhealthy" else "untold"
+    if poller.outage.is_cut_off:
+        return "this"
+    is_bad = poller.standing.state == "unhealthy"
+    return "" if poller.news.told.state == "unhealthy" else "untold" if is_bad else "unsure"
 
 
 class Exchange:
@@ -17970,8 +17975,8 @@ else details[name]|duration_text if name == "uptime_seconds" else "%g"|format(de
 <td>{% if not one.end %}<b class="unhealthy">lasts</b>{% else %}{{ one.to_at|time_tag }}
 {%- if one.end == "unseen" %}<p class="soft">seen last; then the service was away</p>{% endif %}{% endif %}
 <p class="soft">{{ (one.to_at - one.from_at)|duration_text }}</p></td>
-<td>{{ one.why }}{% if one.mode == "observe" %}
- <i>observe: nothing was refused{{ " at first" if one.refused }}</i>{% endif %}
+<td>{{ one.why }}{% if one.mode == "observe" and not one.refused %}
+ <i>observe: nothing was refused</i>{% endif %}
 {%- if one.opened_by %}<p class="soft">{{ one.opened_by }}</p>{% endif %}</td>
 <td data-label="Who acted">{{ one.actor }}</td>
 <td data-label="Refused">{{ one.refused }}
@@ -19508,6 +19513,8 @@ RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds until the second try, and 
 RETRY_TIME = 3600.0             # seconds after which a message is given up
 # What a host says is to mention nobody (@everyone), to hide no link behind words, to be no tag.
 MARKUP = str.maketrans({mark: f"{mark}\u200b" for mark in "@<]"})
+SAME = 1.0                      # seconds by which what happens at the same moment is told of as apart, at most
+SOON = 60.0                     # seconds between a fall and what it closes, where that is held for a while
 STARTING = "(the service starts)"   # a gate that opens before it is told was never closed
 
 
@@ -19534,13 +19541,9 @@ class Picture(NamedTuple):
     works: Mapping[str, Lasting] = MappingProxyType({})     # by what they are of
     counts: Mapping[str, frozenset[str]] = MappingProxyType({})     # what counts on the resources that events name
 
-    def closed_by(self, names: Collection[str], kind: str, group: str) -> bool:
-        """Whether the gate or a group, if it is that, counts on one of these resources."""
-        return kind in ("gate", "group") and any(group in self.counts.get(name, ()) for name in names)
-
-    def is_untold(self, name: str) -> bool:
-        """Whether a resource is unhealthy by its row alone: the next poll, perhaps the first of a start, says more."""
-        return name in self.unhealthy and self.unhealthy[name].blame == "untold"
+    def is_unsure(self, name: str) -> bool:
+        """Whether a resource is unhealthy by its row alone."""
+        return name in self.unhealthy and self.unhealthy[name].blame == "unsure"
 
     def keepers(self, closed: Collection[str] = (SITE,)) -> dict[str, Lasting]:
         """What keeps the site, groups or routes closed."""
@@ -19666,6 +19669,40 @@ def is_repeated(happened: Event, ahead: set[tuple[str, str, str, float]]) -> boo
     return is_known
 
 
+class Fall(NamedTuple):
+    """When a resource was unhealthy, and what counted on it then."""
+
+    since_at: float
+    over_at: float
+    places: Collection[str]
+
+
+class Falls:
+    """When resources with a receiver's tags were unhealthy lately: their events may be written after those of what they
+    closed, or in another look before them."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, Fall] = {}
+
+    def take(self, happened: Event, picture: Picture, at: float) -> None:
+        name, known = happened.resource, self._last.get(happened.resource)
+        if happened.state not in BAD_STATES:
+            self._last |= {name: known._replace(over_at=min(known.over_at, at))} if known else {}
+        elif name not in picture.excused and not (known and known.over_at == math.inf):
+            self._last[name] = Fall(at, math.inf, picture.counts.get(name, ()))
+
+    def concern(self, notice: NoticeRow, now: float) -> bool:
+        """Whether the gate or a group, if it is that, was closed soon after one of them fell on which it counts, or
+        when that did: what was unhealthy for long did not close it."""
+        first_at, last_at = notice.since_at - SOON, (notice.over_at or now) + SAME
+        return notice.kind in ("gate", "group") and any(
+            notice.name in one.places and first_at < one.since_at < last_at and one.over_at > notice.since_at - SAME
+            for one in self._last.values())
+
+    def forget(self, now: float) -> None:
+        self._last = {name: one for name, one in self._last.items() if one.over_at > now - RETRY_TIME}
+
+
 class Announcer:
     """What one receiver is told, and when. Touches nothing but its own rows; times are Unix times, and one of the
     future, of a clock that was set back since, is now."""
@@ -19677,7 +19714,7 @@ class Announcer:
         with contextlib.suppress(ValueError, TypeError):    # of a damaged row, which must silence nobody
             self.settings = ReceiverSettings.model_validate({**given, **json.loads(row.settings)})
         self.notices = {(notice.kind, notice.name): notice for notice in notices if notice.kind in WORDS}
-        self._fell = set[str]()     # what did with the receiver's tags, by the events since the last look
+        self._falls = Falls()
         self._ahead = set[tuple[str, str, str, float]]()    # events that were taken up before they could be written
         try:
             LETTER.validate_json(row.message or NO_LETTER)
@@ -19693,8 +19730,8 @@ class Announcer:
         if is_repeated(happened, self._ahead):
             return
         is_mine = not happened.resource or self._is_mine(picture.tags.get(name, ()))
-        if happened.kind == "state" and happened.state in BAD_STATES and is_mine and name not in picture.excused:
-            self._fell.add(name)
+        if happened.kind == "state" and is_mine:
+            self._falls.take(happened, picture, at)
         if kind == "maintenance" or kind not in self.settings.on:
             if (happened.kind, happened.state) == ("maintenance", "over"):      # perhaps while no service ran
                 self._end_works(name, happened.text, picture, at)
@@ -19717,13 +19754,13 @@ class Announcer:
             if max(notice.since_at, notice.taken_at, notice.over_at, notice.told_at) > now:
                 self.notices[key] = notice = notice.timed(lambda at: min(at, now))
             if not (notice.times or notice.told_at or STARTING in notice.text) and (
-                    picture.closed_by(self._fell, *key) or (not notice.over_at and self._concerns(*key, picture))):
+                    self._falls.concern(notice, now) or (not notice.over_at and self._concerns(*key, picture))):
                 notice = self._put(notice._replace(times=1))
             if (ending := self._ending(notice, picture)) is not None:
                 notice = self._end(notice, now, ending)
             if not notice.told_at and self._is_nothing(notice, picture):
                 del self.notices[key]
-        self._fell.clear()
+        self._falls.forget(now)
         self._begin_new("state", {name: one for name, one in picture.unhealthy.items()
                                   if not (one.blame or name in picture.excused)}, now)
         self._begin_new("problem", {name: Lasting(now, why, frozenset(self.settings.tags))      # everybody's
@@ -19734,7 +19771,7 @@ class Announcer:
         """The clock was set by so much: what lasts is no longer or shorter by that, nor what waits."""
         def moved(at: float) -> float:
             return at and at + seconds
-        self.row.made_at, self.row.next_at = moved(self.row.made_at), moved(self.row.next_at)
+        self.row.made_at, self.row.next_at, self._falls = moved(self.row.made_at), moved(self.row.next_at), Falls()
         self.notices = {key: notice.timed(moved) for key, notice in self.notices.items()}
 
     def compose(self, picture: Picture, now: float) -> None:
@@ -19862,7 +19899,7 @@ class Announcer:
                 ends.append(notice)
             elif not notice.told_at and (notice.over_at or (
                     now - notice.taken_at >= after and self._concerns(notice.kind, notice.name, picture)
-                    and not (notice.kind == "state" and picture.is_untold(notice.name)))):
+                    and not (notice.kind == "state" and picture.is_unsure(notice.name)))):
                 begun.append(notice)
         is_ripe = any(now - notice.taken_at >= after + self.settings.wait for notice in begun)
         return ends + (begun if is_ripe else [])

@@ -170,7 +170,7 @@ class Desk:
             self.unhealthy = {}
         elif what == "sick":
             self.unhealthy = {name: Lasting(since, "limit: disk") for name, since in given.items()}
-        elif what in ("other", "untold"):
+        elif what in ("other", "untold", "unsure"):
             self.unhealthy = {name: one._replace(blame=what) for name, one in self.unhealthy.items()}
         elif what == "minor":
             self.unhealthy = {name: one._replace(closes=frozenset()) for name, one in self.unhealthy.items()}
@@ -234,13 +234,13 @@ SCENARIOS: dict[str, tuple[dict[str, Any], list[Step], list[tuple[float, str]]]]
     "what another is to blame for": (
         {"on": ["state"]}, [(0, "event", SICK), (5, "other", {"db1": 1})], []),
     "a recovery that its row does not say yet": (
-        {"on": ["state"]}, [(0, "event", SICK), (5, "untold", {"db1": 1}), (6, "event", WELL)],
+        {"on": ["state"]}, [(0, "event", SICK), (5, "unsure", {"db1": 1}), (6, "event", WELL)],
         [(20, "db1 was unhealthy")]),
     "what is not told anew yet, as after a start": (
-        {"on": ["state"], "after": 1}, [(0, "event", SICK), (40, "untold", {"db1": 1}), (41, "sick", {"db1": NOON})],
+        {"on": ["state"], "after": 1}, [(0, "event", SICK), (40, "unsure", {"db1": 1}), (41, "sick", {"db1": NOON})],
         [(80, "db1 is unhealthy")]),
     "what was well again before a start": (
-        {"on": ["state"]}, [(0, "event", SICK), (4, "untold", {"db1": 1}), (60, "event", WELL)],
+        {"on": ["state"]}, [(0, "event", SICK), (4, "unsure", {"db1": 1}), (60, "event", WELL)],
         [(60, "db1 was unhealthy")]),
     "the recovery whose event is missing": (
         {"on": ["state"]}, [(0, "event", SICK), (60, "well", {"db1": 1})],
@@ -266,6 +266,16 @@ SCENARIOS: dict[str, tuple[dict[str, Any], list[Step], list[tuple[float, str]]]]
     "the gate, with its tags, over before anybody looks, told of before what closed it": (
         {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (1, "event", CLOSED), (1, "event", OPEN),
                                  (1, "event", SICK), (1, "event", WELL)], [(21, "the gate was closed")]),
+    "the gate, with its tags, told of after what closed it was over": (
+        {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (1, "event", SICK), (5, "event", WELL),
+                                 (9, "event", {**CLOSED, "at": NOON + 1}), (9, "event", {**OPEN, "at": NOON + 5})],
+        [(21, "the gate was closed")]),
+    "the gate, long after what has its tags was over": (
+        {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (1, "event", SICK), (5, "event", WELL),
+                                 (9, "event", CLOSED), (50, "event", OPEN)], []),
+    "what is behind another as long as nobody knows": (
+        {"on": ["state"]}, [(0, "event", SICK), (4, "untold", {"db1": 1}), (60, "event", WELL)],
+        [(20, "db1 is unhealthy"), (60, "db1 is healthy again")]),
     "the gate, over before anybody looks, and what has its tags does not count": (
         {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "counts", {}), (1, "event", CLOSED),
                                  (1, "event", OPEN), (1, "event", SICK), (1, "event", WELL)], []),
@@ -279,8 +289,11 @@ SCENARIOS: dict[str, tuple[dict[str, Any], list[Step], list[tuple[float, str]]]]
         {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "excused", {"db1": 1}), (0, "event", SICK),
                                  (1, "event", CLOSED), (50, "event", OPEN)], []),
     "the gate, while what has its tags closes nothing": (
+        {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "counts", {}), (0, "event", SICK),
+                                 (0, "minor", {}), (1, "event", CLOSED), (50, "event", OPEN)], []),
+    "the gate, while what has its tags has been unhealthy for long": (
         {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (0, "minor", {}),
-                                 (1, "event", CLOSED), (50, "event", OPEN)], []),
+                                 (100, "event", CLOSED), (150, "event", OPEN)], []),
     "the gate, while what has its tags is behind something": (
         {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (0, "other", {}),
                                  (1, "event", CLOSED), (50, "event", OPEN)],
@@ -2017,7 +2030,7 @@ def test_an_outage_that_is_over_before_its_row_says_so_is_told(house: House, mac
             house.monitor.flush()
             notifier.look(now + 1)
             poll(house, machines, good, "db")
-            assert house.stored("db") == ("unhealthy", "unreachable") and house.monitor.blames("db") == "untold"
+            assert house.stored("db") == ("unhealthy", "unreachable") and house.monitor.blames("db") == "unsure"
             notifier.look(now + 2)
         house.monitor.flush()
         look_until(notifier, hook, 1, now + 40)
