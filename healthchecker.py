@@ -11929,6 +11929,22 @@ def turn_of(lease: Lease, changed_at: Mapping[str, float], transition: tuple[flo
             "state": "open" if is_open else "closed"}
 
 
+def standing_turns(aggregator: HealthAggregator, changed_at: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    """How everything stands: the machine that spoke before may have died before it told that."""
+    for each in (*aggregator.groups(site=True), *aggregator.groups()):
+        is_open = each.state != "unhealthy"
+        at, why = changed_at.get(each.name, changed_at[SITE]), "" if is_open else each.why
+        yield turn_of(aggregator.lease, changed_at, (at, is_open, why, each.name))
+
+
+def first_turns(lease: Lease, why: str | None, now: float) -> Iterator[dict[str, Any]]:
+    """That the site is closed by what was found, if it is, and no more because the service starts."""
+    if why is not None:
+        turn = turn_of(lease, {}, (now, False, why, SITE))
+        log.warning("%s: %s", turn["kind"], turn["text"])
+        yield turn
+
+
 class Recorder(threading.Thread):
     """The one writer of what polls found: gathers reports for FLUSH_INTERVAL, writes them in one transaction."""
 
@@ -11960,7 +11976,7 @@ class Recorder(threading.Thread):
         self._kept: collections.deque[tuple[Origin | None, dict[str, Any]]] = collections.deque(maxlen=PENDING_ROWS)
         self.logins = LoginWriter(self._store, self._woken, self._ending, self._unwritten)
         self._changed_at = self.incidents.changed_at = {SITE: self.wall()}  # when it, a group or a route last changed
-        self._is_heard = not self._members.is_shared    # all that stands otherwise than was told last is told
+        self._is_heard = False      # how everything stands is told when it is known
         if self._members.speaks and not self._members.names - {store.machine}:
             self._events.append((None, {"kind": "gate", "text": "closed (the service starts)",
                                         "at": self._changed_at[SITE], "state": "closed"}))
@@ -12077,13 +12093,12 @@ class Recorder(threading.Thread):
             if speaks or self._members.is_cut_off:
                 (self._events if speaks else self._kept).append((TURN, turn))
             self._changed_at[name] = at
-        if speaks and not self._is_heard and closed_groups(self._aggregator, ()) is not None:
-            self._is_heard = True       # who spoke before may have died before it told how everything stands
-            for each in (*self._aggregator.groups(site=True), *self._aggregator.groups()):
-                is_open = each.state != "unhealthy"
-                at, why = self.changed_at(each.name), "" if is_open else each.why
-                self._events.append((None, turn_of(
-                    self._aggregator.lease, self._changed_at, (at, is_open, why, each.name))))
+        if speaks and not self._is_heard and (closed := closed_groups(self._aggregator, ())) is not None:
+            self._is_heard = True
+            reason = None if SITE in {name for *_, name in transitions} else closed.get(SITE)
+            turns = (standing_turns(self._aggregator, self._changed_at) if self._members.is_shared else
+                     first_turns(self._aggregator.lease, reason, self.wall()))
+            self._events += [(None, turn) for turn in turns]
         self.incidents.look(transitions, alone=len(self._members.names) < 2)
         for report in (self._reports.popleft() for _ in range(len(self._reports))):
             self._latest[report.target.id] = report

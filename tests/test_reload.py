@@ -426,7 +426,8 @@ def test_a_renamed_resource_that_is_down_keeps_the_gate_closed(tmp_path: Path) -
         write_inventory(tmp_path, f"  - {{name: new, was: old, {down}, timeout: 29}}\n")
         reload(service, "reload", "0 added, 1 changed, 0 removed, 0 kept; changed: new")
         wait_for(lambda: client.api("GET", "resources/new").json["state"] == "unhealthy")
-    assert [text for text, _ in told(tmp_path, "gate")] == ["closed (the service starts)"]
+    assert [text.partition(":")[0] for text, _ in told(tmp_path, "gate")] == [
+        "closed (the service starts)", "closed (old"], "the reason, once it is known"
 
 
 def test_a_default_that_is_stated_or_not_is_no_change(tmp_path: Path) -> None:
