@@ -19521,7 +19521,7 @@ class ConsoleServer(threading.Thread):
 # === Announce ================================================================
 # What one receiver is told, and when: in come events and how everything is by the rows, out go messages. An Announcer
 # holds what its receiver heard, and decides by rows and clock alone; touches nothing else. In the Notifier's thread.
-# Gives: Announcer, Delivery, Lasting, Message, NoticeRow, Picture, RETRY_FIRST
+# Gives: Announcer, Delivery, key_of, Lasting, Message, NoticeRow, Picture, RETRY_FIRST
 NOTIFY_LINES = 10               # lines of a kind in a message
 TOLD_CHARS = 300                # characters of a reason in one: since when, how long and how often stand behind it
 RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds until the second try, and between two at most
@@ -19675,10 +19675,18 @@ def is_seen_to(notice: NoticeRow, picture: Picture) -> bool:
     return bool(keepers := picture.keepers([notice.name])) and keepers.keys() <= {*picture.acknowledged}
 
 
-def is_repeated(happened: Event, ahead: set[tuple[str, str, str, float]]) -> bool:
+EventKey = tuple[str, str, str, float]
+
+
+def key_of(happened: Event) -> EventKey:
+    """What an event has before it is written and after that."""
+    return happened.kind, happened.resource or happened.group, happened.state, happened.at
+
+
+def is_repeated(happened: Event, ahead: set[EventKey]) -> bool:
     """Whether it was taken up already: one without an id comes again until it is written, and then once more. `ahead`
     are those of which that is still to come."""
-    key = happened.kind, happened.resource or happened.group, happened.state, happened.at
+    key = key_of(happened)
     is_known = key in ahead
     (ahead.discard if happened.id else ahead.add)(key)
     return is_known
@@ -19730,7 +19738,7 @@ class Announcer:
             self.settings = ReceiverSettings.model_validate({**given, **json.loads(row.settings)})
         self.notices = {(notice.kind, notice.name): notice for notice in notices if notice.kind in WORDS}
         self._falls = Falls()
-        self._ahead = set[tuple[str, str, str, float]]()    # events that were taken up before they could be written
+        self._ahead = set[EventKey]()       # of events that were taken up before they could be written
         try:
             LETTER.validate_json(row.message or NO_LETTER)
         except ValidationError:
@@ -20150,6 +20158,12 @@ def picture_without_rows(before: Picture, problems: Mapping[str, str], monitor: 
     return before._replace(problems={**before.problems, **problems}, unhealthy=unhealthy)
 
 
+def unwritten(waiting: Iterable[Event], written: Iterable[Event]) -> list[Event]:
+    """Those that were not written meanwhile."""
+    known = {*map(key_of, written)}
+    return [one for one in waiting if key_of(one) not in known]
+
+
 def is_news(row: Receiver, letter: str, url: str, came: Delivery) -> bool:
     """Whether it is news of a receiver: its message, and no failure at an address that was corrected meanwhile."""
     return row.message == letter and (came.is_delivered or row.url == url)
@@ -20325,8 +20339,9 @@ class Notifier(threading.Thread):
         idle = not problems and cursor == newest and not any(each.notices for each in self._announcers.values())
         if idle and abs(now - self._looked_at) < NOTIFY_IDLE:
             return [], None
+        waiting = waiting_events(self._recorder)        # first: what is written meanwhile is among the rows
         found = [*session.scalars(sqlalchemy.select(Event).where(Event.id > cursor).order_by(Event.id))]
-        found += waiting_events(self._recorder)
+        found += unwritten(waiting, found)
         session.expunge_all()
         return found, take_picture(session, (each.resource for each in found), problems, now, self._monitor)
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from sections import BANNER, PROGRAM, Section, definitions, global_names, sections, taken
 
-FILE_LINES = 22_170  # what the issues ask for is 8,970, of 48 bytes on average
-FILE_BYTES = 1_227_860
+FILE_LINES = 22_185  # what the issues ask for is 8,970, of 48 bytes on average
+FILE_BYTES = 1_228_350
 SECTION_LINES = 700
 README_LINES = 200
 COMMENT_LINES = range(3, 9)

@@ -2148,6 +2148,25 @@ def test_a_service_beats(tmp_path: Path, hook: Hook) -> None:
         wait_for(lambda: bool(hook.requests), 60)
 
 
+def test_what_was_written_just_now_is_told_once(tmp_path: Path, store: Store, hook: Hook) -> None:
+    """Its writer has not yet forgotten it."""
+    take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}")
+    recorder = calm(store)
+    assert recorder.flush()
+    for state in ("closed", "open"):
+        happen(store, "gate", state)
+        recorder.note("gate", "it is so", NOON, state=state)
+    recorder._gather(speaks=True)
+    recorder._unwritten.why = "it was full a moment ago"
+    notifier = Notifier(store, prepared_vault(tmp_path), recorder, "", ALONE)
+    notifier.look(NOON + 1)
+    recorder._events.clear()
+    look_until(notifier, hook, 1, NOON + 2)
+    notifier.close()
+    [told] = hook.requests
+    assert told.json["title"] == "HealthChecker: the gate was closed" and "times" not in told.json["message"]
+
+
 @pytest.mark.long
 def test_a_service_that_cannot_write_tells_of_its_gate(tmp_path: Path, hook: Hook) -> None:
     """As where the disk is full: then, and no second time when it can."""
